@@ -1,0 +1,28 @@
+"""Fused Triton operations of TNT, imported as ``tnt_fast.kernels`` only.
+
+One file an operation: forward, backward, registration, and beside them ``unsupported(...)``, the limits of that
+operation. ``OPERATIONS`` maps an operation's name (``pixel_embed``, ``inner``, ``fold``, ``outer``) to its module, which
+has the function of that name, with the signature of its twin in ``tnt_fast.reference``, and ``unsupported(sizes)``,
+the reasons against sizes as ``TNT.sizes()`` gives them. Nothing here knows the model.
+"""
+
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+if __name__ != "tnt_fast.kernels":
+    raise ImportError(f"the folder kernels/ of tnt_fast was imported as {__name__!r}; import it as 'tnt_fast.kernels'")
+
+HAS_TRITON = find_spec("triton") is not None
+OPERATIONS: dict[str, ModuleType] = {}
+
+
+def unsupported() -> list[str]:
+    """Why no kernel at all can run on this machine; empty if some can."""
+    reasons = []
+    if not HAS_TRITON:
+        reasons.append("Triton is not installed; the kernels need it (Linux: pip install triton)")
+    if not torch.cuda.is_available():
+        reasons.append("torch sees no GPU (torch.cuda.is_available() is False); the kernels run on a CUDA or ROCm device")
+    return reasons

@@ -1,0 +1,45 @@
+"""Packaging of tnt_fast. The folder ``kernels/`` is installed and imported as ``tnt_fast.kernels``."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "tnt_fast" / "__init__.py").read_text("utf-8"), re.M).group(1)
+
+PICTURES = ["matplotlib>=3.7"]
+TRAIN = ["torchvision>=0.20", "scikit-learn>=1.3", "tqdm>=4.60", "pillow>=10", *PICTURES]
+BENCH = ["pytest>=7.4", "pytest-benchmark>=4.0", *PICTURES]
+DEV = ["pytest-xdist>=3.5", "ruff>=0.8", "build>=1.0", *TRAIN, *BENCH]
+
+setup(
+    name="tnt_fast",
+    version=VERSION,
+    description="Transformer in Transformer (TNT): a drop-in for timm's, on the way to fused Triton kernels",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["tnt_fast", "tnt_fast.kernels"],
+    package_dir={"tnt_fast.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.6",
+        'triton>=3.2; platform_system == "Linux"',
+        "timm>=1.0.24",
+        "safetensors>=0.4",
+    ],
+    extras_require={
+        "xformers": ['xformers>=0.0.29; platform_system == "Linux"'],
+        "train": TRAIN,
+        "pictures": PICTURES,
+        "bench": BENCH,
+        "dev": DEV,
+    },
+    entry_points={"console_scripts": ["tnt-fast=tnt_fast.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

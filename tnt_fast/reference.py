@@ -1,0 +1,216 @@
+"""TNT's four operations in plain PyTorch. This file is the specification: the fused kernels are held to it.
+
+Every operation is a pure function of tensors, in any floating dtype, on any device, differentiable, and equal to timm's
+TNT (1.0.31) bit for bit. Sizes are the paper's (Han et al. 2021, arXiv:2103.00112): B images, N patches an image, S
+pixels ("words") a patch, C pixel channels, E patch channels, H heads, D = C / H (or E / H) channels a head.
+The model in ``tnt.py`` composes the same pieces from its submodules; a test holds the two together.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cut_patches(x: Tensor, size: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+    """Cut ``(B, C, H, W)`` into windows of ``size`` every ``stride``: ``(B·N, C, *size)``, row by row."""
+    batch, channels = x.shape[0], x.shape[1]
+    x = F.unfold(x, kernel_size=size, stride=stride).transpose(1, 2)
+    return x.reshape(batch * x.shape[1], channels, size[0], size[1])
+
+
+def as_pixels(x: Tensor) -> Tensor:
+    """Feature maps of patches, ``(B·N, C, h, w)``, as pixel tokens ``(B·N, S, C)`` with S = h·w."""
+    return x.reshape(x.shape[0], x.shape[1], x.shape[2] * x.shape[3]).transpose(1, 2)
+
+
+def pixel_embed(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pixel_pos: Tensor | None,
+    patch_size: tuple[int, int],
+    stride: int,
+    patch_stride: tuple[int, int],
+    legacy: bool = False,
+) -> Tensor:
+    """Pixel tokens of every patch: cut, convolve, add the pixel position (paper, Eq. 4 to 6).
+
+    Args:
+        image: ``(B, channels, height, width)``.
+        weight, bias: of the stem convolution, ``(C, channels, K, K)`` with odd K (TNT: 7) and ``(C,)``; padding K // 2.
+        pixel_pos: ``(1, C, h, w)`` with h = patch height / stride, or None.
+        patch_size, patch_stride: in image pixels, (vertical, horizontal). TNT's patches touch: stride = size.
+        stride: of the convolution; it divides the patch.
+        legacy: False: ``conv(cut(image))``, zeros around every patch (the authors' release, timm's default). True:
+            ``cut(conv(image))``, zeros around the image only, so pixels see their neighbours (timm's legacy, mmpretrain).
+
+    Returns:
+        ``(B·N, S, C)``.
+    """
+    padding = weight.shape[-1] // 2
+    if legacy:
+        x = F.conv2d(image, weight, bias, stride=stride, padding=padding)
+        pixels = (patch_size[0] // stride, patch_size[1] // stride)
+        x = cut_patches(x, pixels, (patch_stride[0] // stride, patch_stride[1] // stride))
+    else:
+        x = F.conv2d(cut_patches(image, patch_size, patch_stride), weight, bias, stride=stride, padding=padding)
+    if pixel_pos is not None:
+        x = x + pixel_pos
+    return as_pixels(x)
+
+
+def attention_weights(qk: Tensor, num_heads: int) -> Tensor:
+    """softmax(q kᵀ / √D) of ``(B, T, 2·H·D)``, queries before keys: ``(B, H, T, T)`` (paper, Eq. 1)."""
+    batch, tokens, width = qk.shape
+    head_dim = width // 2 // num_heads
+    q, k = qk.reshape(batch, tokens, 2, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    return ((q @ k.transpose(-2, -1)) * head_dim**-0.5).softmax(dim=-1)
+
+
+def attend(weights: Tensor, v: Tensor) -> Tensor:
+    """Sum ``v`` ``(B, T, H·D)`` by the weights ``(B, H, T, T)`` of each head: ``(B, T, H·D)``."""
+    batch, tokens, width = v.shape
+    num_heads = weights.shape[1]
+    v = v.reshape(batch, tokens, num_heads, width // num_heads).permute(0, 2, 1, 3)
+    return (weights @ v).transpose(1, 2).reshape(batch, tokens, width)
+
+
+def _transformer(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    qk_weight: Tensor,
+    qk_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    num_heads: int,
+    eps: float,
+    attn_scale: Tensor | None,
+    mlp_scale: Tensor | None,
+) -> Tensor:
+    """x + MSA(LN(x)), then x + MLP(LN(x)): the pre-norm transformer block that TNT uses inside and outside."""
+    h = F.layer_norm(x, norm1_weight.shape, norm1_weight, norm1_bias, eps)
+    weights = attention_weights(F.linear(h, qk_weight, qk_bias), num_heads)
+    h = F.linear(attend(weights, F.linear(h, v_weight, v_bias)), proj_weight, proj_bias)
+    x = x + (h if attn_scale is None else h * attn_scale.reshape(-1, 1, 1))
+    h = F.layer_norm(x, norm2_weight.shape, norm2_weight, norm2_bias, eps)
+    h = F.linear(F.gelu(F.linear(h, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+    return x + (h if mlp_scale is None else h * mlp_scale.reshape(-1, 1, 1))
+
+
+def inner(
+    pixel: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    qk_weight: Tensor,
+    qk_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    num_heads: int,
+    eps: float = 1e-5,
+    attn_scale: Tensor | None = None,
+    mlp_scale: Tensor | None = None,
+) -> Tensor:
+    """Inner transformer: every patch's pixels attend to each other (paper, Eq. 5 and 6).
+
+    Args:
+        pixel: ``(P, S, C)``, P = B·N patches.
+        norm1_*, norm2_*: LayerNorms, ``(C,)``.
+        qk_weight, qk_bias: ``(2C, C)``, queries before keys, and ``(2C,)`` or None; v_*: ``(C, C)`` and ``(C,)`` or None.
+        proj_*, fc1_*, fc2_*: ``(C, C)``, ``(M, C)``, ``(C, M)`` with their biases; GELU (erf) between fc1 and fc2.
+        num_heads: H, divides C. eps: of both LayerNorms.
+        attn_scale, mlp_scale: ``(P,)`` factors of the two residual branches (drop-path: 0 or 1 / keep), or None.
+
+    Returns:
+        ``(P, S, C)``.
+    """
+    return _transformer(
+        pixel, norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias,
+        norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, num_heads, eps, attn_scale, mlp_scale,
+    )  # fmt: skip
+
+
+def fold(
+    pixel: Tensor,
+    patch: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    norm2_weight: Tensor | None = None,
+    norm2_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Project the pixels of each patch to its token and add them there (paper, Eq. 7); the class token is untouched.
+
+    One function serves the blocks and the stem (paper, Eq. 8, where ``patch`` is ``[cls; 0] + patch_pos``). The code of
+    the authors and of timm has norms that the paper's equations leave out; they are here.
+
+    Args:
+        pixel: ``(B·N, S, C)``.
+        patch: ``(B, 1 + N, E)``, class token first.
+        norm1_*: first LayerNorm: over all S·C values of a patch ``(S·C,)``, or over each pixel's channels ``(C,)`` (legacy).
+        proj_weight, proj_bias: ``(E, S·C)`` and ``(E,)`` or None.
+        norm2_*: second LayerNorm, ``(E,)``, or None (legacy).
+        eps: of both LayerNorms.
+
+    Returns:
+        ``(B, 1 + N, E)``.
+    """
+    batch, patches = patch.shape[0], patch.shape[1] - 1
+    flat = (batch, patches, pixel.shape[1] * pixel.shape[2])
+    if norm1_weight.shape[0] == pixel.shape[2]:
+        x = F.layer_norm(pixel, norm1_weight.shape, norm1_weight, norm1_bias, eps).reshape(flat)
+    else:
+        x = F.layer_norm(pixel.reshape(flat), norm1_weight.shape, norm1_weight, norm1_bias, eps)
+    x = F.linear(x, proj_weight, proj_bias)
+    if norm2_weight is not None:
+        x = F.layer_norm(x, norm2_weight.shape, norm2_weight, norm2_bias, eps)
+    return torch.cat([patch[:, :1], patch[:, 1:] + x], dim=1)
+
+
+def outer(
+    patch: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    qk_weight: Tensor,
+    qk_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    num_heads: int,
+    eps: float = 1e-5,
+    attn_scale: Tensor | None = None,
+    mlp_scale: Tensor | None = None,
+) -> Tensor:
+    """Outer transformer: an ordinary ViT block over class token and patches (paper, Eq. 9 and 10).
+
+    As ``inner``, with ``patch`` ``(B, 1 + N, E)``, E channels, and drop-path factors ``(B,)``, one an image.
+    """
+    return _transformer(
+        patch, norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias,
+        norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, num_heads, eps, attn_scale, mlp_scale,
+    )  # fmt: skip

@@ -1,0 +1,680 @@
+"""The model: image → pixel_embed → fold → depth × (inner, fold, outer) → norm → pool → head.
+
+Parameter names, constructor arguments and behaviour are timm's (timm.models.tnt, 1.0.31), so weights go both ways with
+``load_state_dict``. What the paper studies and timm cannot build comes as keyword-only arguments of ``TNT``.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Final
+
+import torch
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from tnt_fast import dispatch, reference
+
+__all__ = ["TNT"]  # register_model adds the named variants
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _check_heads(what: str, heads: int, width_name: str, width: int) -> None:
+    divisors = [d for d in range(1, width + 1) if width % d == 0]
+    _require(
+        heads >= 1 and width % heads == 0,
+        f"{what}={heads} does not divide {width_name}={width}; accepted: {', '.join(map(str, divisors))}",
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over ``(B, T, dim)``, queries and keys from one Linear, values from another.
+
+    ``attn_drop`` sees the attention probabilities ``(B, H, T, T)``: hook it to look at them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.hidden_dim = hidden_dim
+        self.num_heads = num_heads
+        self.head_dim = hidden_dim // num_heads
+        self.scale = self.head_dim**-0.5
+
+        self.qk = nn.Linear(dim, hidden_dim * 2, bias=qkv_bias, **dd)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        self.attn_drop = nn.Dropout(attn_drop, inplace=True)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.attn_drop(reference.attention_weights(self.qk(x), self.num_heads))
+        return self.proj_drop(self.proj(reference.attend(weights, self.v(x))))
+
+
+class SqueezeExcite(nn.Module):
+    """Channel attention over the outer MLP's output (paper, Table 12; layout and names of the authors' release)."""
+
+    def __init__(self, dim: int, ratio: float, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.fc = nn.Sequential(
+            nn.LayerNorm(dim, **dd), nn.Linear(dim, hidden, **dd), nn.ReLU(), nn.Linear(hidden, dim, **dd), nn.Tanh()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.mean(dim=1, keepdim=True)) * x
+
+
+class Block(nn.Module):
+    """One TNT block: inner transformer, fold, outer transformer. ``(pixel, patch)`` in, ``(pixel, patch)`` out.
+
+    Args:
+        dim, dim_out: C and E. num_pixel: S. num_heads_in, num_heads_out: heads inside and outside.
+        mlp_ratio, inner_mlp_ratio: hidden width of the outer and the inner MLP over E and C (timm fixes the inner at 4).
+        drop_path: rate, per patch inside, per image outside; the fold is never dropped (as in timm).
+        legacy: fold with one norm over each pixel and a bias; else with a norm on each side and none.
+        has_inner: False leaves an ordinary ViT block (paper, Table 5). se_ratio: above 0 adds SE (paper, Table 12).
+    """
+
+    has_inner: Final[bool]
+    has_se: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int,
+        num_pixel: int,
+        num_heads_in: int = 4,
+        num_heads_out: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer: type[nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        legacy: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        inner_mlp_ratio: float = 4.0,
+        has_inner: bool = True,
+        se_ratio: float = 0.0,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.has_inner = has_inner
+        self.has_se = se_ratio > 0
+        self.legacy = legacy
+
+        if has_inner:
+            self.norm_in = norm_layer(dim, **dd)
+            self.attn_in = Attention(dim, dim, num_heads_in, qkv_bias, attn_drop, proj_drop, **dd)
+            self.norm_mlp_in = norm_layer(dim, **dd)
+            self.mlp_in = Mlp(dim, int(dim * inner_mlp_ratio), dim, act_layer=act_layer, drop=proj_drop, **dd)
+            self.norm1_proj = norm_layer(dim if legacy else dim * num_pixel, **dd)
+            self.proj = nn.Linear(dim * num_pixel, dim_out, bias=legacy, **dd)
+            self.norm2_proj = None if legacy else norm_layer(dim_out, **dd)
+
+        self.norm_out = norm_layer(dim_out, **dd)
+        self.attn_out = Attention(dim_out, dim_out, num_heads_out, qkv_bias, attn_drop, proj_drop, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm_mlp = norm_layer(dim_out, **dd)
+        self.mlp = Mlp(dim_out, int(dim_out * mlp_ratio), dim_out, act_layer=act_layer, drop=proj_drop, **dd)
+        if self.has_se:
+            self.se_layer = SqueezeExcite(dim_out, se_ratio, **dd)
+
+    def forward(self, pixel: Tensor, patch: Tensor, fused: bool = False) -> tuple[Tensor, Tensor]:
+        if self.has_inner:
+            pixel = self.inner(pixel, fused)
+            patch = self.fold(pixel, patch, fused)
+        return pixel, self.outer(patch, fused)
+
+    def inner(self, pixel: Tensor, fused: bool = False) -> Tensor:
+        """``reference.inner`` over the pixels ``(B·N, S, C)`` of every patch."""
+        if fused and not torch.jit.is_scripting():
+            return self._fused_transformer("inner", pixel, self.norm_in, self.attn_in, self.norm_mlp_in, self.mlp_in)
+        pixel = pixel + self.drop_path(self.attn_in(self.norm_in(pixel)))
+        return pixel + self.drop_path(self.mlp_in(self.norm_mlp_in(pixel)))
+
+    def fold(self, pixel: Tensor, patch: Tensor, fused: bool = False) -> Tensor:
+        """``reference.fold``: add the projected pixels onto the patches ``(B, 1 + N, E)``."""
+        if fused and not torch.jit.is_scripting():
+            return _fused_fold(pixel, patch, self.norm1_proj, self.proj, self.norm2_proj)
+        B, T = patch.shape[0], patch.shape[1]
+        if self.norm2_proj is None:
+            x = self.proj(self.norm1_proj(pixel).reshape(B, T - 1, pixel.shape[1] * pixel.shape[2]))
+        else:
+            x = self.norm2_proj(self.proj(self.norm1_proj(pixel.reshape(B, T - 1, pixel.shape[1] * pixel.shape[2]))))
+        return torch.cat([patch[:, :1], patch[:, 1:] + x], dim=1)
+
+    def outer(self, patch: Tensor, fused: bool = False) -> Tensor:
+        """``reference.outer`` over the patches ``(B, 1 + N, E)``, with SE where the block has it."""
+        if fused and not torch.jit.is_scripting() and self._outer_is_fused():
+            return self._fused_transformer("outer", patch, self.norm_out, self.attn_out, self.norm_mlp, self.mlp)
+        patch = patch + self.drop_path(self.attn_out(self.norm_out(patch)))
+        x = self.mlp(self.norm_mlp(patch))
+        if self.has_se:
+            x = x + self.se_layer(x)
+        return patch + self.drop_path(x)
+
+    @torch.jit.unused
+    def _outer_is_fused(self) -> bool:
+        return not self.has_se and dispatch.kernel("outer") is not None
+
+    @torch.jit.unused
+    def _fused_transformer(
+        self, operation: str, x: Tensor, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module
+    ) -> Tensor:
+        weights = (
+            norm1.weight, norm1.bias, attn.qk.weight, attn.qk.bias, attn.v.weight, attn.v.bias, attn.proj.weight,
+            attn.proj.bias, norm2.weight, norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+        )  # fmt: skip
+        scales = _drop_path_scale(self.drop_path, x), _drop_path_scale(self.drop_path, x)
+        return getattr(dispatch.kernel(operation), operation)(x, *weights, attn.num_heads, norm1.eps, *scales)
+
+
+def _drop_path_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """The factors ``(rows of x,)`` that timm's DropPath would draw: 0, or 1 / keep; None if it is off."""
+    if not isinstance(drop_path, DropPath) or not drop_path.training or drop_path.drop_prob == 0.0:
+        return None
+    keep = 1 - drop_path.drop_prob
+    scale = x.new_empty((x.shape[0],)).bernoulli_(keep)
+    return scale.div_(keep) if keep > 0.0 and drop_path.scale_by_keep else scale
+
+
+def _fused_fold(pixel: Tensor, patch: Tensor, norm1: nn.Module, proj: nn.Module, norm2: nn.Module | None) -> Tensor:
+    second = (None, None) if norm2 is None else (norm2.weight, norm2.bias)
+    fold = dispatch.kernel("fold").fold
+    return fold(pixel, patch, norm1.weight, norm1.bias, proj.weight, proj.bias, *second, eps=norm1.eps)
+
+
+class PixelEmbed(nn.Module):
+    """Image ``(B, in_chans, H, W)`` to pixel tokens ``(B·N, S, in_dim)``: ``reference.pixel_embed``.
+
+    Args:
+        img_size, patch_size, patch_stride: in image pixels, int or (vertical, horizontal). ``patch_stride`` smaller than the
+            patch makes neighbouring patches overlap; None: they touch.
+        stride: of the 7×7 convolution; divides patch and patch stride. S = (patch / stride)².
+        legacy: zero padding at the image border only (else at every patch border).
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        in_dim: int = 48,
+        stride: int = 4,
+        legacy: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        patch_stride: int | tuple[int, int] | None = None,
+    ):
+        super().__init__()
+        img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
+        patch_stride = patch_size if patch_stride is None else to_2tuple(patch_stride)
+        for axis, image, patch, step in zip(("height", "width"), img_size, patch_size, patch_stride, strict=True):
+            _require(patch >= 1, f"patch_size {patch} ({axis}) is not positive")
+            divisors = ", ".join(str(d) for d in range(1, patch + 1) if patch % d == 0)
+            _require(
+                stride >= 1 and patch % stride == 0,
+                f"first_stride={stride} does not divide the patch {axis} {patch}; accepted: {divisors}",
+            )
+            _require(
+                1 <= step <= patch and step % stride == 0,
+                f"patch_stride {step} ({axis}) must be a multiple of first_stride={stride}, at most the patch {axis} {patch}",
+            )
+            below = patch + max(image - patch, 0) // step * step
+            _require(
+                image >= patch and (image - patch) % step == 0,
+                f"img_size {image} ({axis}) is not covered by patches of {patch} every {step}; "
+                f"accepted near it: {below}, {below + step}",
+            )
+        self.grid_size = tuple((i - p) // s + 1 for i, p, s in zip(img_size, patch_size, patch_stride, strict=True))
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.patch_stride = patch_stride
+        self.in_chans = in_chans
+        self.in_dim = in_dim
+        self.stride = stride
+        self.legacy = legacy
+        self.new_patch_size = (patch_size[0] // stride, patch_size[1] // stride)
+        self.pixel_step = (patch_stride[0] // stride, patch_stride[1] // stride)
+        self.proj = nn.Conv2d(in_chans, in_dim, kernel_size=7, padding=3, stride=stride, device=device, dtype=dtype)
+
+    def feat_ratio(self, as_scalar=True) -> tuple[int, int] | int:
+        return max(self.patch_stride) if as_scalar else self.patch_stride
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        return (
+            (img_size[0] - self.patch_size[0]) // self.patch_stride[0] + 1,
+            (img_size[1] - self.patch_size[1]) // self.patch_stride[1] + 1,
+        )
+
+    def extra_repr(self) -> str:
+        return f"img_size={self.img_size}, patch_size={self.patch_size}, patch_stride={self.patch_stride}, legacy={self.legacy}"
+
+    def forward(self, x: Tensor, pixel_pos: Tensor | None, fused: bool = False) -> Tensor:
+        if not torch.jit.is_scripting():  # a symbolic trace cannot check, a script keeps PyTorch's own errors
+            self._check_image(x)
+            if fused:
+                return dispatch.kernel("pixel_embed").pixel_embed(
+                    x, self.proj.weight, self.proj.bias, pixel_pos,
+                    self.patch_size, self.stride, self.patch_stride, self.legacy,
+                )  # fmt: skip
+        if self.legacy:
+            x = reference.cut_patches(self.proj(x), self.new_patch_size, self.pixel_step)
+        else:
+            x = self.proj(reference.cut_patches(x, self.patch_size, self.patch_stride))
+        if pixel_pos is not None:
+            x = x + pixel_pos
+        return reference.as_pixels(x)
+
+    @torch.jit.unused
+    def _check_image(self, x: Tensor) -> None:
+        if isinstance(x, torch.fx.Proxy):
+            return
+        expected = f"(batch, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]})"
+        _require(x.ndim == 4, f"the image has shape {tuple(x.shape)}; this model takes {expected}")
+        _require(
+            x.shape[1] == self.in_chans,
+            f"the image has {x.shape[1]} channels (shape {tuple(x.shape)}); this model takes {expected}: "
+            f"convert the image, or build the model with in_chans={x.shape[1]}",
+        )
+        _require(
+            tuple(x.shape[2:]) == tuple(self.img_size),
+            f"the image is {x.shape[2]}×{x.shape[3]} (height×width); this model takes {self.img_size[0]}×{self.img_size[1]}: "
+            f"resize the image, or build the model with img_size=({x.shape[2]}, {x.shape[3]}) "
+            "(tnt_fast.load_checkpoint resamples positions)",
+        )
+        weight = self.proj.weight
+        if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(
+                f"the image is {x.dtype}, the weights are {weight.dtype}: cast it with image.to({weight.dtype}) "
+                "(after scaling it to the model's mean and std)"
+            )
+
+
+class TNT(nn.Module):
+    """Transformer in Transformer (Han et al. 2021, arXiv:2103.00112), a drop-in for timm's.
+
+    Args (timm's, in timm's order):
+        img_size: height and width of the input in pixels, int or pair; patches have to cover it exactly.
+        patch_size: int or pair. in_chans, num_classes: 0 classes leave the pooled features.
+        global_pool: "token", "avg" (of the patches) or "" (all tokens).
+        embed_dim, inner_dim: E and C. depth: blocks. num_heads_inner, num_heads_outer: they divide C and E.
+        mlp_ratio: of the outer MLP. qkv_bias: biases of q, k and v.
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: in [0, 1), as in timm.
+        norm_layer: called with a width. first_stride: of the stem convolution; S = (patch / stride)².
+        legacy: timm's and mmpretrain's older stem and fold. device, dtype: of the parameters.
+
+    Keyword-only (what the paper studies and timm cannot build):
+        backend: "auto" (fused where it can be, else the reference with one warning), "fused" (or an error), "reference".
+            Also an attribute.
+        inner_blocks: indices of the blocks with an inner transformer and fold, from 0 as in ``blocks.i``; None: all. The
+            paper's Table 5 counts from 1: its {1, 4, 8, 12} is ``(0, 3, 7, 11)`` here.
+        inner_mlp_ratio: of the inner MLP (timm: always 4).
+        patch_stride: smaller than the patch, neighbouring patches share pixels; None: patches touch.
+        use_pixel_pos, use_patch_pos: position encodings (Table 6).
+        se_ratio: above 0, squeeze-and-excitation after the outer MLP (Table 12; the authors take 0.25).
+
+    Shapes: image ``(B, in_chans, H, W)`` → ``forward_features`` ``(B, 1 + N, E)`` → logits ``(B, num_classes)``.
+
+    Raises:
+        ValueError: sizes that do not fit each other; the message names the value and what is accepted.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 768,
+        inner_dim: int = 48,
+        depth: int = 12,
+        num_heads_inner: int = 4,
+        num_heads_outer: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        first_stride: int = 4,
+        legacy: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        backend: str = "auto",
+        inner_blocks: Iterable[int] | None = None,
+        inner_mlp_ratio: float = 4.0,
+        patch_stride: int | tuple[int, int] | None = None,
+        use_pixel_pos: bool = True,
+        use_patch_pos: bool = True,
+        se_ratio: float = 0.0,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        dispatch.check_backend(backend)
+        _check_pool(global_pool)
+        for name, value in (("in_chans", in_chans), ("depth", depth), ("inner_dim", inner_dim), ("embed_dim", embed_dim)):
+            _require(value >= 1, f"{name}={value} must be at least 1")
+        _require(num_classes >= 0, f"num_classes={num_classes} must be 0 (no head) or more")
+        _check_heads("num_heads_inner", num_heads_inner, "inner_dim", inner_dim)
+        _check_heads("num_heads_outer", num_heads_outer, "embed_dim", embed_dim)
+        for name, ratio, width in (
+            ("mlp_ratio", mlp_ratio, embed_dim), ("inner_mlp_ratio", inner_mlp_ratio, inner_dim),
+            ("se_ratio", se_ratio or 1.0, embed_dim),
+        ):  # fmt: skip
+            _require(int(width * ratio) >= 1, f"{name}={ratio} leaves no hidden channel at a width of {width}")
+        for name, rate in (
+            ("drop_rate", drop_rate), ("pos_drop_rate", pos_drop_rate), ("proj_drop_rate", proj_drop_rate),
+            ("attn_drop_rate", attn_drop_rate), ("drop_path_rate", drop_path_rate),
+        ):  # fmt: skip
+            _require(0.0 <= rate < 1.0, f"{name}={rate} must be in [0, 1)")
+        inner_at = set(range(depth)) if inner_blocks is None else set(inner_blocks)
+        _require(
+            inner_at <= set(range(depth)),
+            f"inner_blocks={sorted(inner_at)} names blocks outside 0 to {depth - 1} (they count from 0, the paper from 1)",
+        )
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_prefix_tokens = 1
+        self.grad_checkpointing = False
+        self.backend = backend
+
+        self.pixel_embed = PixelEmbed(
+            img_size, patch_size, in_chans, inner_dim, first_stride, legacy, **dd, patch_stride=patch_stride
+        )
+        self.num_patches = self.pixel_embed.num_patches
+        height, width = self.pixel_embed.new_patch_size
+        num_pixel = height * width
+
+        # construction and initialisation draw random numbers in timm's order: the same seed gives the same weights
+        self.norm1_proj = norm_layer(num_pixel * inner_dim, **dd)
+        self.proj = nn.Linear(num_pixel * inner_dim, embed_dim, **dd)
+        self.norm2_proj = norm_layer(embed_dim, **dd)
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
+        self.patch_pos = nn.Parameter(torch.zeros(1, self.num_patches + 1, embed_dim, **dd)) if use_patch_pos else None
+        self.pixel_pos = nn.Parameter(torch.zeros(1, inner_dim, height, width, **dd)) if use_pixel_pos else None
+        self.pos_drop = nn.Dropout(p=pos_drop_rate)
+
+        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        self.blocks = nn.ModuleList(
+            Block(
+                dim=inner_dim,
+                dim_out=embed_dim,
+                num_pixel=num_pixel,
+                num_heads_in=num_heads_inner,
+                num_heads_out=num_heads_outer,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                proj_drop=proj_drop_rate,
+                attn_drop=attn_drop_rate,
+                drop_path=rates[i],
+                norm_layer=norm_layer,
+                legacy=legacy,
+                **dd,
+                inner_mlp_ratio=inner_mlp_ratio,
+                has_inner=i in inner_at,
+                se_ratio=se_ratio,
+            )
+            for i in range(depth)
+        )
+        reduction = self.pixel_embed.feat_ratio()
+        self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=reduction) for i in range(depth)]
+
+        self.norm = norm_layer(embed_dim, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+        trunc_normal_(self.cls_token, std=0.02)
+        if use_patch_pos:
+            trunc_normal_(self.patch_pos, std=0.02)
+        if use_pixel_pos:
+            trunc_normal_(self.pixel_pos, std=0.02)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, m: nn.Module) -> None:
+        if isinstance(m, nn.Linear):
+            trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.LayerNorm) and m.elementwise_affine:
+            nn.init.ones_(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+    @torch.jit.ignore
+    def sizes(self) -> dict[str, int | bool]:
+        """What the kernels' limits depend on; sizes by the paper's letters (M: hidden width of the inner MLP)."""
+        embed = self.pixel_embed
+        inner = next((block for block in self.blocks if block.has_inner), None)
+        return {
+            "channels": self.in_chans, "kernel": embed.proj.kernel_size[0], "stride": embed.stride, "legacy": embed.legacy,
+            "N": self.num_patches, "S": embed.new_patch_size[0] * embed.new_patch_size[1], "C": embed.in_dim,
+            "E": self.embed_dim, "H": inner.attn_in.num_heads if inner else 1,
+            "M": inner.mlp_in.fc1.out_features if inner else 4 * embed.in_dim,
+        }  # fmt: skip
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"patch_pos", "pixel_pos", "cls_token"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return dict(
+            stem=r"^cls_token|patch_pos|pixel_pos|pixel_embed|norm[12]_proj|proj",
+            blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a new one for ``num_classes`` (0: none), on the model's device and dtype."""
+        _require(num_classes >= 0, f"num_classes={num_classes} must be 0 (no head) or more")
+        if global_pool is not None:
+            _check_pool(global_pool)
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        like = self.cls_token
+        head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
+        self.head = head.train(self.training)
+
+    def _stem(self, pixel: Tensor, fused: bool = False) -> Tensor:
+        """The first fold, onto ``[cls; 0] + patch_pos``: ``(B, 1 + N, E)``."""
+        base = nn.functional.pad(self.cls_token, (0, 0, 0, self.num_patches))
+        if self.patch_pos is not None:
+            base = base + self.patch_pos
+        patch = base.expand(pixel.shape[0] // self.num_patches, -1, -1)
+        if fused and not torch.jit.is_scripting():
+            return self.pos_drop(_fused_fold(pixel, patch, self.norm1_proj, self.proj, self.norm2_proj))
+        flat = pixel.reshape(patch.shape[0], self.num_patches, pixel.shape[1] * pixel.shape[2])
+        x = self.norm2_proj(self.proj(self.norm1_proj(flat)))
+        return self.pos_drop(torch.cat([patch[:, :1], patch[:, 1:] + x], dim=1))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features of chosen blocks (timm's API).
+
+        Args:
+            x: image. indices: the last n blocks (int), those of a list, or all (None).
+            return_prefix_tokens: pair each map with its class token ``(B, 1, E)``.
+            norm: apply the final norm to the intermediates. stop_early: leave after the last block asked for.
+            output_fmt: "NCHW" ``(B, E, rows, columns)`` or "NLC" ``(B, N, E)``. intermediates_only: no final features.
+
+        Returns:
+            Final tokens ``(B, 1 + N, E)`` and the list of intermediates, or the list alone.
+        """
+        assert output_fmt in ("NCHW", "NLC"), "Output format must be one of NCHW or NLC."
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        fused = self._fused(x)
+        pixel = self.pixel_embed(x, self.pixel_pos, fused=fused)
+        patch = self._stem(pixel, fused)
+        blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
+        for i, block in enumerate(blocks):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                pixel, patch = checkpoint(partial(block, fused=fused), pixel, patch)
+            else:
+                pixel, patch = block(pixel, patch, fused=fused)
+            if i in take_indices:
+                intermediates.append(self.norm(patch) if norm else patch)
+
+        prefix_tokens = [y[:, : self.num_prefix_tokens] for y in intermediates]
+        intermediates = [y[:, self.num_prefix_tokens :] for y in intermediates]
+        if output_fmt == "NCHW":
+            rows, columns = self.pixel_embed.grid_size
+            intermediates = [
+                y.reshape(y.shape[0], rows, columns, self.embed_dim).permute(0, 3, 1, 2).contiguous() for y in intermediates
+            ]
+        if not torch.jit.is_scripting() and return_prefix_tokens:
+            intermediates = list(zip(intermediates, prefix_tokens, strict=True))
+        if intermediates_only:
+            return intermediates
+        return self.norm(patch), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the given intermediates do not need; returns their indices (timm's API)."""
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: max_index + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def _fused(self, x: Tensor) -> bool:
+        if torch.jit.is_scripting():
+            assert self.backend != "fused", "a scripted TNT runs the reference; use torch.compile or torch.export for fused"
+            return False
+        else:
+            return dispatch.choose(self, x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image ``(B, in_chans, H, W)`` → normalised tokens ``(B, 1 + N, E)``, class token first."""
+        fused = self._fused(x)
+        pixel = self.pixel_embed(x, self.pixel_pos, fused=fused)
+        patch = self._stem(pixel, fused)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                pixel, patch = checkpoint(partial(block, fused=fused), pixel, patch)
+            else:
+                pixel, patch = block(pixel, patch, fused=fused)
+        return self.norm(patch)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens ``(B, 1 + N, E)`` → pooled features (``pre_logits``) ``(B, E)`` or logits ``(B, num_classes)``."""
+        if self.global_pool:
+            x = x[:, self.num_prefix_tokens :].mean(dim=1) if self.global_pool == "avg" else x[:, 0]
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _check_pool(global_pool: str) -> None:
+    _require(global_pool in ("", "token", "avg"), f"global_pool={global_pool!r} is unknown; accepted: '', 'token', 'avg'")
+
+
+def _cfg(**kwargs) -> dict[str, Any]:
+    return {
+        "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": None, "crop_pct": 0.9, "interpolation": "bicubic",
+        "fixed_input_size": True, "mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD,
+        "first_conv": "pixel_embed.proj", "classifier": "head", "license": "apache-2.0",
+        "paper_ids": "arXiv:2103.00112", "paper_name": "Transformer in Transformer", **kwargs,
+    }  # fmt: skip
+
+
+# before the decorated functions: timm reads it when they register. The weights are those that timm hosts.
+default_cfgs = generate_default_cfgs({
+    "tnt_fast_ti_patch16_224.untrained": _cfg(),
+    "tnt_fast_s_patch16_224.in1k": _cfg(hf_hub_id="timm/tnt_s_patch16_224.in1k"),
+    "tnt_fast_s_legacy_patch16_224.in1k": _cfg(hf_hub_id="timm/tnt_s_legacy_patch16_224.in1k"),
+    "tnt_fast_b_patch16_224.in1k": _cfg(hf_hub_id="timm/tnt_b_patch16_224.in1k"),
+})  # fmt: skip
+
+
+def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> TNT:
+    from tnt_fast.checkpoints import checkpoint_filter_fn
+
+    return build_model_with_cfg(
+        TNT, variant, pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
+        **{**defaults, **kwargs},
+    )  # fmt: skip
+
+
+@register_model
+def tnt_fast_ti_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
+    """TNT-Ti: 12 × (12 | 192) channels, 6.1 M parameters, 1.4 GMACs. Nobody published weights."""
+    return _create("tnt_fast_ti_patch16_224", pretrained, dict(
+        embed_dim=192, inner_dim=12, depth=12, num_heads_inner=2, num_heads_outer=3), kwargs)  # fmt: skip
+
+
+@register_model
+def tnt_fast_s_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
+    """TNT-S: 12 × (24 | 384) channels, 23.8 M parameters, 5.2 GMACs."""
+    return _create("tnt_fast_s_patch16_224", pretrained, dict(
+        embed_dim=384, inner_dim=24, depth=12, num_heads_inner=4, num_heads_outer=6), kwargs)  # fmt: skip
+
+
+@register_model
+def tnt_fast_s_legacy_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
+    """TNT-S with timm's older stem and fold (the weights of timm's first port and of mmpretrain)."""
+    return _create("tnt_fast_s_legacy_patch16_224", pretrained, dict(
+        embed_dim=384, inner_dim=24, depth=12, num_heads_inner=4, num_heads_outer=6, legacy=True), kwargs)  # fmt: skip
+
+
+@register_model
+def tnt_fast_b_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
+    """TNT-B: 12 × (40 | 640) channels, 65.4 M parameters, 14.0 GMACs."""
+    return _create("tnt_fast_b_patch16_224", pretrained, dict(
+        embed_dim=640, inner_dim=40, depth=12, num_heads_inner=4, num_heads_outer=10), kwargs)  # fmt: skip
