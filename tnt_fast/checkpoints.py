@@ -227,7 +227,9 @@ def _resample(patch_pos: Tensor, model: TNT, source_grid: tuple[int, int] | None
             )
         source_grid = grid
     if source_grid[0] * source_grid[1] != count:
-        raise CheckpointError(f"patch_pos has {count} positions, source_grid={tuple(source_grid)} has {source_grid[0] * source_grid[1]}")
+        raise CheckpointError(
+            f"patch_pos has {count} positions, source_grid={tuple(source_grid)} has {source_grid[0] * source_grid[1]}"
+        )
     if tuple(source_grid) == grid:
         return patch_pos
     if grid[0] == grid[1] and count == grid[0] * grid[1]:  # timm leaves an equal count on a square grid as it is
@@ -250,7 +252,11 @@ def _check_fit(state: Mapping[str, Tensor], model: TNT) -> None:
             f"the model has the {kind[0]} stem and fold, the file holds a {kind[1]} TNT (by its keys "
             f"{'blocks.*.proj.bias' if legacy else 'blocks.*.norm2_proj.*'}); build the model with legacy={legacy}"
         )
-    wrong = [f"{k} {tuple(state[k].shape)}, model {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    wrong = [
+        f"{k} {tuple(state[k].shape)}, model {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
     if not (missing or unexpected or wrong):
         return
     parts = [_listing("missing", missing), _listing("unexpected", unexpected), _listing("other shapes", wrong)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tnt_fast import kernels
 
 BACKENDS = ("auto", "fused", "reference")
+OPERATIONS_ORDER = ("pixel_embed", "inner", "fold", "outer")
 REQUIRED = ("pixel_embed", "inner", "fold")  # an operation outside of these runs through its modules where it has no kernel
 
 _warned: set[tuple[str, ...]] = set()
@@ -104,7 +105,9 @@ def _dtype_reasons(model: nn.Module, image: Tensor | None) -> list[str]:
     found = []
     dtypes = {p.dtype for p in model.parameters()}
     if len(dtypes) > 1:
-        found.append(f"the parameters have mixed dtypes ({', '.join(sorted(map(str, dtypes)))}); cast them with model.to(dtype)")
+        found.append(
+            f"the parameters have mixed dtypes ({', '.join(sorted(map(str, dtypes)))}); cast them with model.to(dtype)"
+        )
     for name, p in model.named_parameters():
         if type(p) is not nn.Parameter:
             found.append(f"{name} is a {type(p).__name__}; the kernels take plain parameters")

@@ -1,0 +1,547 @@
+"""Training on a folder of images, or on scikit-learn's handwritten digits: ``tnt-fast train``.
+
+Data, transforms, optimizers, schedules, mixup and EMA are timm's and torchvision's. What is ours is that a run can be
+stopped anywhere and continued to the same weights: every random draw follows from (seed, epoch, image) or from a state
+that the checkpoint holds.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.data import Mixup, create_transform, resolve_data_config
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+import tnt_fast
+from tnt_fast.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from tnt_fast.dispatch import choose
+
+FORMAT = 1  # of the checkpoint
+DIGITS = "digits"
+AMP = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class DataError(ValueError):
+    """Images that cannot be trained on or classified."""
+
+
+@dataclass
+class Config:
+    """Everything that a run depends on; kept in its checkpoint. The defaults follow DeiT's recipe, as the TNT paper does."""
+
+    data: str = field(metadata={"help": f"a directory with train/CLASS/*.png and val/CLASS/*.png, or '{DIGITS}'"})
+    model: str = field(default="tnt_fast_s_patch16_224", metadata={"help": "a timm model name"})
+    model_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"help": "its arguments, as key=value …"})
+    backend: str = field(default="auto", metadata={"help": "auto, fused or reference"})
+    initial: str = field(
+        default="", metadata={"help": "checkpoint to start from (its head is kept if the classes agree in number)"}
+    )
+    epochs: int = field(default=300, metadata={"help": "passes over the training images"})
+    batch_size: int = field(default=256, metadata={"help": "images a step"})
+    opt: str = field(default="adamw", metadata={"help": "a timm optimizer"})
+    lr: float = field(default=0.0, metadata={"help": "peak learning rate; 0: 1e-3 · batch / 1024"})
+    weight_decay: float = field(default=0.05, metadata={"help": "not applied to biases, norms and positions"})
+    sched: str = field(default="cosine", metadata={"help": "a timm schedule"})
+    warmup_epochs: float = field(default=5, metadata={"help": "linear warm-up"})
+    min_lr: float = field(default=1e-5, metadata={"help": "learning rate at the end"})
+    clip_grad: float = field(default=0.0, metadata={"help": "largest gradient norm; 0: off"})
+    smoothing: float = field(default=0.1, metadata={"help": "label smoothing"})
+    mixup: float = field(default=0.8, metadata={"help": "mixup alpha; 0: off"})
+    cutmix: float = field(default=1.0, metadata={"help": "cutmix alpha; 0: off"})
+    ema: float = field(default=0.0, metadata={"help": "decay of averaged weights, which are then what is evaluated; 0: off"})
+    drop_path: float = field(default=0.1, metadata={"help": "stochastic depth"})
+    scale: tuple[float, float] = field(default=(0.08, 1.0), metadata={"help": "area of random crops"})
+    ratio: tuple[float, float] = field(default=(3 / 4, 4 / 3), metadata={"help": "aspect ratio of random crops"})
+    hflip: float = field(default=0.5, metadata={"help": "probability of a horizontal flip"})
+    color_jitter: float = field(default=0.3, metadata={"help": "colour jitter, where auto-augment is off"})
+    auto_augment: str = field(default="rand-m9-mstd0.5-inc1", metadata={"help": "timm's name of a policy; '' : off"})
+    reprob: float = field(default=0.25, metadata={"help": "probability of random erasing"})
+    crop_pct: float = field(default=0.0, metadata={"help": "evaluation crop; 0: the model's"})
+    seed: int = field(default=0, metadata={"help": "of weights, order, augmentation, dropout"})
+    amp: str = field(default="off", metadata={"help": "off, bfloat16 or float16 (with loss scaling)"})
+    device: str = field(default="", metadata={"help": "such as cpu, cuda:0; default: a GPU if there is one"})
+    workers: int = field(default=2, metadata={"help": "processes that read images; 0: none"})
+    threads: int = field(default=0, metadata={"help": "CPU threads of PyTorch; 0: its default. Tiny models are fastest with 1"})
+
+    def check(self) -> None:
+        """Raise ValueError for values out of range, before anything is read or written."""
+        for name, low in (("epochs", 1), ("batch_size", 1), ("workers", 0), ("threads", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
+        for name in ("lr", "weight_decay", "warmup_epochs", "min_lr", "clip_grad", "mixup", "cutmix", "color_jitter"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("smoothing", "ema", "drop_path", "hflip", "reprob", "crop_pct"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
+        if self.amp not in AMP:
+            raise ValueError(f"amp={self.amp!r} is unknown; accepted: {', '.join(AMP)}")
+        if not 0 < self.scale[0] <= self.scale[1] or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"scale={self.scale} and ratio={self.ratio} must each be two positive numbers, the smaller first")
+        if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
+            raise ValueError(f"batch_size={self.batch_size} must be even for mixup and cutmix (set both to 0 to turn them off)")
+
+
+DIGITS_RECIPE: dict[str, Any] = {
+    "model": "tnt_fast_ti_patch16_224",
+    "model_kwargs": {"img_size": 32, "embed_dim": 96, "inner_dim": 12, "depth": 3},
+    "epochs": 40, "batch_size": 32, "lr": 2e-3, "warmup_epochs": 3, "clip_grad": 1.0, "mixup": 0.0, "cutmix": 0.0, "ema": 0.99,
+    "scale": (0.7, 1.0), "ratio": (0.85, 1.18), "hflip": 0.0, "color_jitter": 0.0, "reprob": 0.0,
+    "auto_augment": "rand-m3-n1-mstd0.5-tweights", "crop_pct": 1.0, "drop_path": 0.0, "workers": 0, "threads": 1,
+}  # fmt: skip
+
+
+# ---- data ----
+
+
+def write_digits(root: Path) -> None:
+    """Write scikit-learn's 1,797 handwritten digits (8×8, UCI) as PNG files: ``root/{train,val}/0…9``, a fifth held out.
+
+    The split is stratified and fixed. A folder that is complete already is left as it is.
+    """
+    done = root / "complete"
+    if done.exists():
+        return
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ImportError('the digits come with scikit-learn: pip install "tnt_fast[train]"') from error
+    from PIL import Image
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    parts = train_test_split(np.arange(len(pixels)), test_size=0.2, random_state=0, stratify=digits.target)
+    for part, indices in zip(("train", "val"), parts, strict=True):
+        for i in sorted(indices.tolist()):
+            folder = root / part / str(digits.target[i])
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[i]).save(folder / f"{i:04d}.png")
+    done.touch()
+
+
+@contextlib.contextmanager
+def _seeded(*numbers: int) -> Iterator[None]:
+    """Run a block with all CPU generators seeded from ``numbers``, then put them back."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU as well
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_state)
+
+
+class Images(Dataset):
+    """An ImageFolder whose augmentation of an image depends on (seed, epoch, image) alone, whoever loads it and when."""
+
+    def __init__(self, root: Path, transform, seed: int):
+        from torchvision.datasets import ImageFolder
+
+        if not root.is_dir():
+            raise DataError(f"no directory {str(root)!r}; expected one folder a class, with images in it")
+        try:
+            self.folder = ImageFolder(root, transform)
+        except FileNotFoundError as error:
+            raise DataError(f"{str(root)!r} holds no images in class folders: {error}") from error
+        self.seed, self.epoch = seed, 0
+        self.classes = self.folder.classes
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with _seeded(self.seed, self.epoch, index):
+            try:
+                return self.folder[index]
+            except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for some broken PNG files
+                raise DataError(
+                    f"cannot read the image {self.folder.samples[index][0]!r}: {error}; repair or remove it"
+                ) from error
+
+
+class _Order(Sampler):
+    """A permutation from (seed, epoch), from batch ``start`` on."""
+
+    def __init__(self, size: int, batch_size: int, seed: int):
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.epoch, self.start = 0, 0
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        return iter(order[self.start * self.batch_size :].tolist())
+
+    def __len__(self) -> int:
+        return self.size - self.start * self.batch_size
+
+
+# ---- one run ----
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; the run was saved and can be continued."""
+
+    def __init__(self, signum: int, checkpoint: Path):
+        super().__init__(f"interrupted; {str(checkpoint)!r} holds the run: continue it with --resume")
+        self.exit_code = 128 + signum
+
+
+class Run:
+    """One training run in a directory: ``last.pt`` (to continue or classify with), ``best.pt``, ``history.json``.
+
+    Args:
+        config: what to train. out: directory of the run.
+        resume: continue ``out/last.pt`` if it exists; its config holds, but for ``device`` and ``workers``.
+        log: called with a line of text. progress: show a bar for the steps of an epoch (default: on a terminal).
+
+    Raises:
+        ValueError, DataError, CheckpointError: before anything was written.
+        FileExistsError: ``out`` holds a run and ``resume`` is False.
+    """
+
+    def __init__(
+        self, config: Config, out: str | os.PathLike, *, resume: bool = False, log=print, progress: bool | None = None
+    ):
+        self.out, self.log, self.progress = Path(out), log, progress
+        self.last = self.out / "last.pt"
+        saved = None
+        if self.last.exists():
+            if not resume:
+                raise FileExistsError(f"{str(self.last)!r} holds a run; continue it with --resume, or choose another --out")
+            saved = read_checkpoint(self.last)
+            if saved.get("format") != FORMAT:
+                raise CheckpointError(
+                    f"{str(self.last)!r} was not written by this version's 'tnt-fast train' and cannot be continued"
+                )
+            config = Config(**{**saved["config"], "device": config.device, "workers": config.workers})
+        config.check()
+        self.config = config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+        data = Path(config.data)
+        if config.data == DIGITS:
+            data = self.out / "data"
+            write_digits(data)
+        for part in ("train", "val"):  # before the model is built
+            if not (data / part).is_dir():
+                raise DataError(
+                    f"no directory {str(data / part)!r}; expected {config.data}/train/CLASS and {config.data}/val/CLASS"
+                )
+        random.seed(config.seed)
+        np.random.seed(config.seed)
+        torch.manual_seed(config.seed)
+        classes = sorted(entry.name for entry in (data / "train").iterdir() if entry.is_dir())
+        self.model = build_model(config, len(classes)).to(self.device)
+        size = self.model.pixel_embed.img_size
+        image = torch.empty(1, self.model.in_chans, *size, device=self.device)
+        self.why_not_fused = [] if config.backend == "reference" else tnt_fast.why_not_fused(self.model, image)
+        if config.backend == "auto" and self.why_not_fused:
+            self.model.backend = "reference"  # said once by whoever shows the run, instead of a warning
+        choose(self.model, image)  # "fused" fails here, before anything is written
+        self.data_config = resolve_data_config({"crop_pct": config.crop_pct or None}, model=self.model)
+        self.data_config["input_size"] = (self.model.in_chans, *size)
+        transforms = [_training_transform(config, self.data_config), evaluation_transform(self.data_config)]
+        self.train_set, self.val_set = (
+            Images(data / part, transform, config.seed) for part, transform in zip(("train", "val"), transforms, strict=True)
+        )
+        self.classes = self.train_set.classes
+        if self.val_set.classes != self.classes:
+            ours, theirs = set(self.classes), set(self.val_set.classes)
+            raise DataError(
+                f"train/ has {len(ours)} classes, val/ has {len(theirs)}; only in train: {sorted(ours - theirs)[:5]}, "
+                f"only in val: {sorted(theirs - ours)[:5]}"
+            )
+        self.steps = len(self.train_set) // config.batch_size
+        if self.steps == 0:
+            raise DataError(f"batch_size={config.batch_size} is more than the {len(self.train_set)} training images; lower it")
+
+        self.optimizer = create_optimizer_v2(
+            self.model, opt=config.opt, lr=config.lr or 1e-3 * config.batch_size / 1024, weight_decay=config.weight_decay
+        )
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
+            warmup_lr=1e-6, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=self.steps, warmup_prefix=True,
+        )  # fmt: skip
+        self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "float16")
+        mixing = config.mixup > 0 or config.cutmix > 0
+        self.mixup = (
+            Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=len(self.classes))
+            if mixing
+            else None
+        )
+        self.criterion = SoftTargetCrossEntropy() if mixing else LabelSmoothingCrossEntropy(config.smoothing)
+        # where the run stands: the next step is `step` of `epoch`
+        self.epoch, self.step, self.loss_sum = 0, 0, 0.0
+        self.history: list[dict[str, Any]] = []
+        if saved:
+            self._restore(saved)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        if saved["classes"] != self.classes:
+            raise CheckpointError(
+                f"{str(self.last)!r} was trained on {len(saved['classes'])} classes ({saved['classes'][:3]} …), the data has "
+                f"{len(self.classes)} ({self.classes[:3]} …)"
+            )
+        if saved["steps"] != self.steps:
+            raise CheckpointError(
+                f"{str(self.last)!r} was trained with {saved['steps']} steps an epoch, the data now gives {self.steps}; "
+                "restore the data, or start anew in another --out"
+            )
+        self.model.load_state_dict(saved["state_dict"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        self.scaler.load_state_dict(saved["scaler"])
+        if self.ema:
+            self.ema.module.load_state_dict(saved["state_dict_ema"])
+        self.epoch, self.step, self.loss_sum = saved["epoch"], saved["step"], saved["loss_sum"]
+        self.history = saved["history"]
+        _set_random_state(saved["random"])
+
+    def _weights(self) -> dict[str, Any]:
+        """What ``classify`` and ``load_checkpoint`` need."""
+        return {
+            "format": FORMAT,
+            "model": self.config.model,
+            "model_kwargs": {**self.config.model_kwargs, "num_classes": len(self.classes)},
+            "state_dict": self.model.state_dict(),
+            **({"state_dict_ema": self.ema.module.state_dict()} if self.ema else {}),
+            "classes": self.classes,
+            "data_config": self.data_config,
+            "grid_size": self.model.pixel_embed.grid_size,
+            "version": tnt_fast.__version__,
+        }
+
+    def _save(self) -> None:
+        save_checkpoint(
+            {
+                **self._weights(),
+                "config": asdict(self.config),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "epoch": self.epoch,
+                "step": self.step,
+                "steps": self.steps,
+                "loss_sum": self.loss_sum,
+                "history": self.history,
+                "random": _random_state(),
+            },
+            self.last,
+        )
+
+    def train(self) -> list[dict[str, Any]]:
+        """Train to the end of the last epoch, evaluating and saving at each; returns the history.
+
+        Raises:
+            Interrupted: by SIGINT or SIGTERM, after the step at hand and a save. OSError: a save failed; the old file is whole.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        with _caught_signals() as caught:
+            while self.epoch < self.config.epochs:
+                started = time.perf_counter()
+                self._train_epoch(caught)
+                loss, accuracy = self.evaluate()
+                row = {
+                    "epoch": self.epoch + 1,
+                    "train_loss": self.loss_sum / self.steps,
+                    "val_loss": loss,
+                    "val_accuracy": accuracy,
+                    "lr": self.optimizer.param_groups[0]["lr"],
+                    "seconds": time.perf_counter() - started,
+                }
+                best = all(accuracy > old["val_accuracy"] for old in self.history)
+                self.history.append(row)
+                self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
+                self._save()
+                if best:
+                    save_checkpoint(self._weights(), self.out / "best.pt")
+                self.log(
+                    f"epoch {row['epoch']:3d}/{self.config.epochs}  loss {row['train_loss']:.4f}  "
+                    f"held out: loss {loss:.4f}, accuracy {accuracy:.2%}  ({row['seconds']:.1f} s)"
+                )
+        (self.out / "history.json").write_text(json.dumps(self.history, indent=1) + "\n", "utf-8")
+        return self.history
+
+    def _train_epoch(self, caught: list[int]) -> None:
+        config = self.config
+        order = _Order(len(self.train_set), config.batch_size, config.seed)
+        self.train_set.epoch = order.epoch = self.epoch
+        order.start = self.step
+        loader = self._loader(self.train_set, sampler=order, drop_last=True)
+        self.model.train()
+        bar = _bar(loader, self.steps, self.step, f"epoch {self.epoch + 1}", self.progress)
+        for image, target in bar:
+            image, target = image.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
+            if self.mixup:
+                image, target = self.mixup(image, target)
+            self.scheduler.step_update(self.epoch * self.steps + self.step)
+            with torch.autocast(self.device.type, AMP[config.amp], enabled=config.amp != "off"):
+                loss = self.criterion(self.model(image), target)
+            value = loss.item()
+            if not np.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss is {value} in epoch {self.epoch + 1}, step {self.step + 1}; lower the learning rate, "
+                    f"clip gradients (--clip-grad 1) or change --amp. {str(self.last)!r} holds the last good epoch."
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss).backward()
+            if config.clip_grad:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.step += 1
+            self.loss_sum += value
+            if self.ema:
+                self.ema.update(self.model, self.epoch * self.steps + self.step)
+            bar.set_postfix(loss=f"{value:.3f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}")
+            if caught:
+                self._save()
+                raise Interrupted(caught[0], self.last)
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Cross-entropy (nats) and top-1 accuracy on the held-out images, of the averaged weights where there are any."""
+        model = self.ema.module if self.ema else self.model
+        model.eval()
+        loss, right = 0.0, 0
+        for image, target in self._loader(self.val_set, shuffle=False):
+            image, target = image.to(self.device), target.to(self.device)
+            with torch.autocast(self.device.type, AMP[self.config.amp], enabled=self.config.amp != "off"):
+                logits = model(image)
+            loss += nn.functional.cross_entropy(logits.float(), target, reduction="sum").item()
+            right += int((logits.argmax(1) == target).sum())
+        return loss / len(self.val_set), right / len(self.val_set)
+
+    def _loader(self, dataset: Dataset, **kwargs) -> DataLoader:
+        generator = torch.Generator().manual_seed(self.config.seed)  # else a loader draws from the run's own generator
+        return DataLoader(
+            dataset, batch_size=self.config.batch_size, num_workers=self.config.workers, generator=generator,
+            pin_memory=self.device.type == "cuda", **kwargs,
+        )  # fmt: skip
+
+
+def build_model(config: Config, num_classes: int) -> tnt_fast.TNT:
+    """The TNT that a config names, with a head for ``num_classes``, from its initial checkpoint where it has one."""
+    given = config.model_kwargs.get("num_classes", num_classes)
+    if given != num_classes:
+        raise DataError(f"model_kwargs says num_classes={given}, the data has {num_classes} classes; leave it out")
+    kwargs = {"drop_path_rate": config.drop_path, **config.model_kwargs, "num_classes": num_classes, "backend": config.backend}
+    model = create_tnt(config.model, **kwargs)
+    if config.initial:
+        state = read_checkpoint(config.initial)
+        classes = state.get("classes")
+        load_checkpoint(model, config.initial, reset_head=classes is None or len(classes) != num_classes)
+    return model
+
+
+def create_tnt(name: str, **kwargs) -> tnt_fast.TNT:
+    """``timm.create_model``, for this project's TNT only: timm's names (``tnt_s_patch16_224``) mean ours."""
+    if name.startswith("tnt_") and not name.startswith("tnt_fast_"):
+        name = name.replace("tnt_", "tnt_fast_", 1)
+    known = timm.list_models("tnt_fast_*")
+    if name.split(".")[0] not in known:
+        raise ValueError(f"model {name!r} is unknown; accepted: {', '.join(known)}")
+    return timm.create_model(name, **kwargs)
+
+
+def _training_transform(config: Config, data_config: dict[str, Any]):
+    return create_transform(
+        data_config["input_size"], is_training=True, scale=config.scale, ratio=config.ratio, hflip=config.hflip,
+        color_jitter=config.color_jitter or None, auto_augment=config.auto_augment or None, re_prob=config.reprob,
+        interpolation=data_config["interpolation"], mean=data_config["mean"], std=data_config["std"],
+    )  # fmt: skip
+
+
+def evaluation_transform(data_config: dict[str, Any]):
+    """timm's transform for evaluation from a data config (input_size, interpolation, mean, std, crop_pct)."""
+    return create_transform(
+        tuple(data_config["input_size"]), is_training=False, interpolation=data_config["interpolation"],
+        mean=tuple(data_config["mean"]), std=tuple(data_config["std"]), crop_pct=data_config["crop_pct"],
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM are added to; a second one acts at once. Only in the main thread."""
+    caught: list[int] = []
+
+    def handle(signum, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(signum)
+        print("stopping after this step (again: at once)", file=sys.stderr)
+
+    try:
+        old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread
+        old = {}
+    try:
+        yield caught
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+def _bar(loader: DataLoader, steps: int, start: int, text: str, progress: bool | None):
+    from tqdm import tqdm
+
+    disable = None if progress is None else not progress  # None: only on a terminal
+    return tqdm(loader, total=steps, initial=start, desc=text, disable=disable, leave=False, unit="step")
+
+
+def summary(run: Run) -> str:
+    """Two lines for the end of a run."""
+    final = run.history[-1]
+    return (
+        f"held-out accuracy after epoch {final['epoch']}: {final['val_accuracy']:.2%} of {len(run.val_set)} images\n"
+        f"training took {sum(row['seconds'] for row in run.history):.0f} s; checkpoint: {run.last}"
+    )
+
+
+def config_fields() -> dict[str, Any]:
+    """The fields of Config by name."""
+    return {f.name: f for f in fields(Config)}
