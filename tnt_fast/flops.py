@@ -10,18 +10,22 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def multiply_adds(model: nn.Module, input_size: tuple[int, int, int] | None = None, batch: int = 1) -> int:
-    """Multiply-adds of one forward, counted on the meta device: nothing is computed, the model is left as it is.
+def multiply_adds(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> int:
+    """Multiply-adds of one image's forward, counted on the meta device: nothing is computed, the model stays as it is.
 
     Args:
+        model: a ``tnt_fast.TNT`` or any model of timm; its attention is counted, too.
         input_size: (channels, height, width); None: what a ``tnt_fast.TNT`` takes.
     """
     if input_size is None:
         input_size = (model.in_chans, *model.pixel_embed.img_size)
     shadow = copy.deepcopy(model).to("meta").eval()
-    if hasattr(shadow, "backend"):
-        shadow.backend = "reference"
-    image = torch.empty(batch, *input_size, device="meta", dtype=next(shadow.parameters()).dtype)
+    for module in shadow.modules():
+        if hasattr(module, "backend"):
+            module.backend = "reference"
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # timm's ViT: FlopCounterMode does not see the fused attention on every device
+    image = torch.empty(1, *input_size, device="meta", dtype=next(shadow.parameters()).dtype)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(image)
     return counter.get_total_flops() // 2

@@ -1,0 +1,54 @@
+# make demo · test · check · bench · gpu. Everything is installed into .venv, at the versions of $(CONSTRAINTS).
+PYTHON ?= python3
+CONSTRAINTS ?= .ci/constraints.txt
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+OUT ?= benchmarks/results/$(shell date +%Y-%m-%d)
+TIMM_SOURCE := .cache/timm
+
+.PHONY: demo test check bench gpu clean
+.DELETE_ON_ERROR:
+
+$(READY): setup.py pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e ".[dev]"
+	touch $@
+
+# Train on real handwritten digits, then classify the held-out image files with the checkpoint. Stopped, it continues.
+demo: $(READY)
+	$(BIN)/tnt-fast train digits --out runs/digits --resume
+	$(BIN)/tnt-fast classify runs/digits/data/val --checkpoint runs/digits/last.pt --topk 2 \
+	    --page runs/digits/predictions.png > runs/digits/predictions.txt
+	@echo "a few of runs/digits/predictions.txt:" && awk 'NR % 60 == 1' runs/digits/predictions.txt
+	@echo "pictures: runs/digits/training.png runs/digits/predictions.png"
+
+test: check $(TIMM_SOURCE)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --timm-source $(TIMM_SOURCE)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# On a machine with a GPU; without .venv it uses $(PYTHON) with what is installed there.
+gpu: PY = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
+gpu:
+	mkdir -p $(OUT)
+	$(PY) -m tnt_fast.cli info | tee $(OUT)/machine.txt
+	$(PY) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make gpu: torch sees no GPU on this machine")'
+	$(PY) -m pytest -m gpu -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml; status=$$?; [ $$status = 0 ] || [ $$status = 5 ]
+	$(PY) -m pytest benchmarks --benchmark-only -p no:cacheprovider --benchmark-json $(OUT)/benchmarks.json
+
+# timm's own tests come with its source distribution; without a network the tests that use them show as skipped.
+$(TIMM_SOURCE): $(READY)
+	mkdir -p $@
+	version=$$($(BIN)/python -c 'import timm; print(timm.__version__)') && \
+	$(BIN)/python -m pip download -q --no-deps --no-binary timm -d $@ timm==$$version && \
+	tar -xzf $@/timm-$$version.tar.gz -C $@ --strip-components 1 || echo "timm's source is not at hand"
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info
