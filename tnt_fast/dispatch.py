@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tnt_fast import kernels
 
 BACKENDS = ("auto", "fused", "reference")
-OPERATIONS_ORDER = ("pixel_embed", "inner", "fold", "outer")
+OPERATIONS = ("pixel_embed", "inner", "fold", "outer")
 REQUIRED = ("pixel_embed", "inner", "fold")  # an operation outside of these runs through its modules where it has no kernel
 
 _warned: set[tuple[str, ...]] = set()
@@ -95,8 +95,9 @@ def _model_reasons(model: nn.Module, image: Tensor | None) -> list[str]:
     reasons.extend(_eps_reasons("model", model))
     for i, block in enumerate(model.blocks):
         reasons.extend(_eps_reasons(f"blocks.{i}", block))
-    for name, module in kernels.OPERATIONS.items():
-        reasons.extend([f"{name}: {reason}" for reason in module.unsupported(model.sizes())])
+    if not reasons:  # the sizes of a model that was changed are not to be relied on
+        for name, module in kernels.OPERATIONS.items():
+            reasons.extend([f"{name}: {reason}" for reason in module.unsupported(model.sizes())])
     return reasons
 
 
@@ -132,6 +133,7 @@ _COMPUTED = {
     "proj": "torch.nn.modules.linear.Linear",
     "norm2_proj": "torch.nn.modules.normalization.LayerNorm",
     "pixel_embed.proj": "torch.nn.modules.conv.Conv2d",
+    "drop_path": "timm.layers.drop.DropPath",
 }
 
 
@@ -144,7 +146,7 @@ def _passed_over(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if name != "pixel_embed":
             found.append((name, module))
     for i, block in enumerate(model.blocks):
-        for child in ("norm_in", "attn_in", "norm_mlp_in", "mlp_in", "norm1_proj", "proj", "norm2_proj"):
+        for child in ("norm_in", "attn_in", "norm_mlp_in", "mlp_in", "norm1_proj", "proj", "norm2_proj", "drop_path"):
             if isinstance(getattr(block, child, None), nn.Module):
                 found.extend(getattr(block, child).named_modules(prefix=f"blocks.{i}.{child}"))
     return found
@@ -155,7 +157,7 @@ def _module_reasons(name: str, module: nn.Module) -> list[str]:
     found = []
     cls = f"{type(module).__module__}.{type(module).__qualname__}"
     computed = _COMPUTED.get(name) or _COMPUTED.get(name.rpartition(".")[2])
-    if computed and cls != computed:
+    if computed and cls != computed and not (name.endswith("drop_path") and isinstance(module, nn.Identity)):
         found.append(f"{name} is a {cls}; the kernels compute {computed}")
     elif isinstance(module, nn.LayerNorm) and (module.weight is None or module.bias is None):
         found.append(f"{name} lacks weight or bias; the kernels take LayerNorms with both")
@@ -163,6 +165,8 @@ def _module_reasons(name: str, module: nn.Module) -> list[str]:
         found.append(f"{name} approximates GELU by {module.approximate}; the kernels compute approximate='none'")
     elif isinstance(module, nn.Dropout) and module.training and module.p > 0:
         found.append(f"{name} drops with p={module.p} in training; inside the kernels there is drop-path only (set p to 0)")
+    elif isinstance(module, nn.Conv2d) and (module.padding, module.dilation, module.groups) != ((3, 3), (1, 1), 1):
+        found.append(f"{name} has other padding, dilation or groups than TNT's; the kernels take 3, 1 and 1")
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         found.append(f"{name} has hooks that the kernels would pass over; remove them, or hook the block")
     if "forward" in module.__dict__:

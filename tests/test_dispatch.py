@@ -1,0 +1,237 @@
+"""The one choice between the paths. Stand-in kernels (the reference's own functions) show that the fused path hands over
+every weight; the real kernels take their place without a change in the model."""
+
+import copy
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import TINY, perturb, relative_error
+from torch import nn
+
+from tnt_fast import TNT, dispatch, kernels, reference, why_not_fused
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tiny(**kwargs) -> TNT:
+    return perturb(TNT(**{**TINY, **kwargs})).eval()
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Every operation has a "kernel"; the machine has nothing against it; calls are counted."""
+    calls = dict.fromkeys(dispatch.OPERATIONS, 0)
+
+    def counted(name):
+        def operation(*args, **kwargs):
+            calls[name] += 1
+            return getattr(reference, name)(*args, **kwargs)
+
+        return SimpleNamespace(**{name: operation}, unsupported=lambda sizes: [])
+
+    monkeypatch.setattr(kernels, "OPERATIONS", {name: counted(name) for name in dispatch.OPERATIONS})
+    monkeypatch.setattr(dispatch, "_machine_reasons", lambda image: [])
+    monkeypatch.setattr(dispatch, "_warned", set())
+    return calls
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"legacy": True}, {"qkv_bias": True}, {"use_pixel_pos": False}, {"inner_blocks": (1,)}, {"se_ratio": 0.5}],
+    ids=str,
+)
+def test_the_fused_path_hands_every_weight_to_the_kernels(stand_ins, options):
+    model = tiny(**options).double()
+    image = torch.randn(3, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    found = []
+    for backend in ("reference", "fused"):
+        model.backend = backend
+        out = model(image)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [image, *model.parameters()])])
+    for name, a, b in zip(("out", "image", *dict(model.named_parameters())), *found, strict=True):
+        assert relative_error(b, a) <= 1e-13, name
+    inner = 1 if "inner_blocks" in options else 2
+    outer = 0 if "se_ratio" in options else 2
+    assert stand_ins == {"pixel_embed": 1, "inner": inner, "fold": 1 + inner, "outer": outer}
+
+
+def test_fused_is_fused_in_intermediates_and_with_checkpointing(stand_ins):
+    model = tiny(backend="fused").train()
+    model.forward_intermediates(torch.randn(2, 3, 32, 32))
+    assert stand_ins == {"pixel_embed": 1, "inner": 2, "fold": 3, "outer": 2}
+    model.set_grad_checkpointing()
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert stand_ins["inner"] == 2 + 2 + 2  # once more, then again in the backward
+
+
+def test_fused_does_not_touch_the_reference(stand_ins, monkeypatch):
+    model, image = tiny(backend="fused"), torch.randn(2, 3, 32, 32)
+    marks = {
+        name: torch.zeros(8, 16, 12) if name != "fold" else torch.zeros(2, 5, 24) for name in ("pixel_embed", "inner", "fold")
+    }
+    for name, value in marks.items():
+        setattr(kernels.OPERATIONS[name], name, lambda *args, value=value, **kwargs: value)
+    del kernels.OPERATIONS["outer"]
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the reference was called")
+
+    monkeypatch.setattr(reference, "cut_patches", forbidden)
+    for block in model.blocks:
+        monkeypatch.setattr(type(block), "inner", lambda self, pixel, fused: forbidden() if not fused else marks["inner"])
+    assert model(image).shape == (2, 5)
+    model.backend = "reference"
+    with pytest.raises(AssertionError, match="the reference was called"):
+        model(image)
+
+
+def test_drop_path_draws_the_same_numbers_on_both_paths(stand_ins):
+    model = tiny(drop_path_rate=0.5).train()
+    image, outputs = torch.randn(4, 3, 32, 32), []
+    for backend in ("reference", "fused", "fused"):
+        model.backend = backend
+        torch.manual_seed(7 if len(outputs) < 2 else 8)
+        outputs.append(model(image))
+    assert relative_error(outputs[1], outputs[0]) <= 1e-5
+    assert not torch.equal(outputs[2], outputs[1])
+
+
+class Replaced(nn.Linear):
+    pass
+
+
+def _norm(m):
+    m.blocks[1].norm_in = nn.LayerNorm(12, elementwise_affine=False)
+
+
+SPOILED = {
+    "a Linear of another class": (lambda m: setattr(m.blocks[0].attn_in, "qk", Replaced(12, 24)), "blocks.0.attn_in.qk is a"),
+    "another convolution": (
+        lambda m: setattr(m.pixel_embed, "proj", nn.Sequential(m.pixel_embed.proj)),
+        "pixel_embed.proj is a",
+    ),
+    "another norm": (lambda m: setattr(m, "norm1_proj", nn.RMSNorm(192)), "norm1_proj is a"),
+    "a norm without weights": (_norm, "blocks.1.norm_in lacks weight or bias"),
+    "another activation": (lambda m: setattr(m.blocks[0].mlp_in, "act", nn.ReLU()), "blocks.0.mlp_in.act is a"),
+    "another GELU": (lambda m: setattr(m.blocks[0].mlp_in, "act", nn.GELU("tanh")), "approximates GELU by tanh"),
+    "a forward hook": (lambda m: m.blocks[0].attn_in.register_forward_hook(print), "blocks.0.attn_in has hooks"),
+    "a pre-hook": (lambda m: m.proj.register_forward_pre_hook(print), "proj has hooks"),
+    "a backward hook": (
+        lambda m: m.blocks[1].proj.register_full_backward_hook(print),
+        "blocks.1.proj has hooks",
+    ),
+    "a replaced forward": (lambda m: setattr(m.blocks[0].mlp_in, "forward", print), "blocks.0.mlp_in.forward was replaced"),
+    "weight norm": (
+        lambda m: nn.utils.parametrizations.weight_norm(m.blocks[0].mlp_in.fc1),
+        "blocks.0.mlp_in.fc1 is a",
+    ),
+    "dropout": (lambda m: setattr(m.train().blocks[0].attn_in.attn_drop, "p", 0.1), "attn_in.attn_drop drops with p=0.1"),
+    "mixed dtypes": (lambda m: m.blocks[0].mlp_in.half(), "the parameters have mixed dtypes (torch.float16, torch.float32)"),
+    "another padding": (lambda m: setattr(m.pixel_embed.proj, "padding", (0, 0)), "pixel_embed.proj has other padding"),
+    "another drop-path": (lambda m: setattr(m.blocks[1], "drop_path", nn.Dropout(0.0)), "blocks.1.drop_path is a"),
+    "another eps": (lambda m: setattr(m.blocks[0].norm_in, "eps", 1e-6), "blocks.0.norm_in and .norm_mlp_in have eps"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_what_is_done_to_a_submodule_is_a_reason(stand_ins, what):
+    model, image = tiny(), torch.randn(1, 3, 32, 32)
+    assert why_not_fused(model, image) == []
+    spoil, message = SPOILED[what]
+    spoil(model)
+    reasons = why_not_fused(model, image)
+    assert any(message in reason for reason in reasons), reasons
+    model.backend = "fused"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        model(image)
+    model.backend = "auto"
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        assert dispatch.choose(model, image) is False
+
+
+@pytest.mark.parametrize("child", ["norm", "head", "head_drop", "pos_drop", "blocks.0", "pixel_embed"])
+def test_modules_that_are_still_called_may_have_hooks(stand_ins, child):
+    model, seen = tiny(backend="fused", drop_path_rate=0.1), []
+    model.get_submodule(child).register_forward_hook(lambda *_: seen.append(child))
+    model(torch.randn(1, 3, 32, 32))
+    assert seen == [child]
+
+
+def test_the_limits_of_a_kernel_are_reasons(stand_ins):
+    kernels.OPERATIONS["inner"].unsupported = lambda sizes: [f"S={sizes['S']} is above 8"]
+    assert why_not_fused(tiny()) == ["inner: S=16 is above 8"]
+
+
+def test_an_image_of_another_dtype_is_a_reason_but_not_under_autocast(stand_ins):
+    model, image = tiny(), torch.randn(1, 3, 32, 32, dtype=torch.bfloat16)
+    assert why_not_fused(model, image) == ["the image is torch.bfloat16, the parameters are torch.float32; cast one of them"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert why_not_fused(model, image) == []
+
+
+def test_this_machine_without_a_gpu_names_every_reason():
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    reasons = " ".join(why_not_fused(tiny(), torch.randn(1, 3, 32, 32)))
+    assert "torch sees no GPU" in reasons
+    assert "the image is on device 'cpu'" in reasons
+    with pytest.raises(RuntimeError, match=r"(?s)backend='fused' cannot run:.*no GPU.*device 'cpu'.*model\.backend = 'auto'"):
+        tiny(backend="fused")(torch.randn(1, 3, 32, 32))
+
+
+def test_auto_warns_once_per_set_of_reasons(monkeypatch):
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "_machine_reasons", lambda image: ["it rains"])
+    model, image = tiny(), torch.randn(1, 3, 32, 32)
+    with pytest.warns(UserWarning, match="takes the reference path: it rains"):
+        first = model(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model(image), first)
+        model.backend = "reference"
+        monkeypatch.setattr(dispatch, "_machine_reasons", lambda image: ["it pours"])
+        assert torch.equal(model(image), first)
+    model.backend = "auto"
+    with pytest.warns(UserWarning, match="it pours"):
+        model(image)
+
+
+def test_a_scripted_or_traced_model_never_claims_to_be_fused(stand_ins, monkeypatch):
+    model, image = tiny(backend="fused"), torch.randn(1, 3, 32, 32)
+    with pytest.raises(Exception, match="a scripted TNT runs the reference"):
+        torch.jit.script(copy.deepcopy(model))(image)
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match=r"torch\.fx traces the model symbolically"):
+        torch.fx.symbolic_trace(tiny(backend="fused"))
+
+
+NO_TRITON = """
+import importlib.abc, importlib.machinery, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'triton':
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_everything_but_the_kernels_works_without_triton():
+    code = """
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.split('.')[0] == 'triton' else real(name, package)
+import torch, tnt_fast
+assert 'triton' not in sys.modules
+model = tnt_fast.TNT(img_size=32, embed_dim=24, inner_dim=12, depth=1, num_heads_outer=2, num_classes=3, backend='reference')
+assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+assert any('Triton is not installed' in r for r in tnt_fast.why_not_fused(model))
+print('ran')
+"""
+    done = subprocess.run([sys.executable, "-c", NO_TRITON + code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "ran", done.stderr

@@ -1,0 +1,93 @@
+"""Installed, editable or bare: the package imports the same way, and its kernels only as tnt_fast.kernels."""
+
+import importlib.metadata
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import tomllib
+
+import tnt_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(code: str, cwd: Path, *paths: Path) -> subprocess.CompletedProcess:
+    prelude = f"import sys; sys.path[:0] = {[str(p) for p in paths]!r}\n"
+    return subprocess.run([sys.executable, "-P", "-c", prelude + code], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    out = tmp_path_factory.mktemp("wheel")
+    source = out / "source"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
+    if tracked.returncode:
+        pytest.skip("needs the git checkout, to build from its files alone")
+    for name in tracked.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            target = source / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
+    done = subprocess.run(pip, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return zipfile.ZipFile(next(out.glob("tnt_fast-*.whl")))
+
+
+def test_a_wheel_holds_the_kernels_inside_the_package(wheel):
+    top = {name.split("/")[0] for name in wheel.namelist()}
+    assert top == {"tnt_fast", f"tnt_fast-{tnt_fast.__version__}.dist-info"}
+    assert "tnt_fast/kernels/__init__.py" in wheel.namelist()
+    modules = {f"tnt_fast/{p.name}" for p in (ROOT / "tnt_fast").glob("*.py")}
+    assert modules <= set(wheel.namelist())
+
+
+def test_an_installed_wheel_runs_beside_another_package_called_kernels(wheel, tmp_path):
+    site = tmp_path / "site"
+    wheel.extractall(site)
+    (site / "kernels").mkdir()
+    (site / "kernels" / "__init__.py").write_text("owner = 'somebody else'\n")
+    done = run(
+        "import kernels, tnt_fast, tnt_fast.kernels as ours\n"
+        "print(kernels.owner, tnt_fast.__file__.endswith('site/tnt_fast/__init__.py'), ours.__file__.split('site')[-1])",
+        tmp_path,
+        site,
+    )
+    assert done.stdout.split() == ["somebody", "else", "True", "/tnt_fast/kernels/__init__.py"], done.stderr
+
+
+def test_a_bare_checkout_runs(tmp_path):
+    done = run("import tnt_fast, tnt_fast.kernels as k; print(k.__name__, k.__file__)", tmp_path, ROOT)
+    assert done.stdout.split() == ["tnt_fast.kernels", str(ROOT / "kernels" / "__init__.py")], done.stderr
+
+
+def test_the_kernels_folder_refuses_another_name(tmp_path):
+    done = run("import kernels", tmp_path, ROOT)
+    assert done.returncode == 1
+    assert "import it as 'tnt_fast.kernels'" in done.stderr
+
+
+def test_the_command_is_installed_where_the_package_is():
+    try:
+        entry_points = importlib.metadata.distribution("tnt_fast").entry_points
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("tnt_fast runs from a bare checkout here")
+    assert [(e.name, e.value) for e in entry_points] == [("tnt-fast", "tnt_fast.cli:main")]
+
+
+def test_info_prints_versions_paths_and_reasons():
+    done = subprocess.run(
+        [sys.executable, "-m", "tnt_fast.cli", "info", "--model", "tnt_fast_s_patch16_224"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"tnt_fast     {tnt_fast.__version__}" in done.stdout
+    assert "tnt_fast_s_patch16_224: 23.77 M parameters, 5.217 GMACs; path:" in done.stdout
+
+
+def test_the_build_system_is_declared():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert config["build-system"]["build-backend"] == "setuptools.build_meta"
