@@ -10,8 +10,9 @@ import torch
 from timm.data import ImageNetInfo, resolve_data_config
 
 from tnt_fast.checkpoints import CheckpointError, from_timm, load_checkpoint, read_checkpoint
+from tnt_fast.dispatch import choose, why_not_fused
 from tnt_fast.tnt import TNT
-from tnt_fast.train import DataError, create_tnt, evaluation_transform
+from tnt_fast.train import FORMAT, DataError, create_tnt, evaluation_transform, head_classes
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -42,18 +43,24 @@ class Classifier:
             self.model = _hosted(model)
             self.data_config = resolve_data_config({}, model=self.model)
         else:
-            raise ValueError("nothing to classify with: give a checkpoint file, or a model whose weights timm hosts")
+            raise ValueError(
+                "nothing to classify with: give a checkpoint (--checkpoint), or a model whose weights timm hosts (--model)"
+            )
         if self.model.num_classes < 1:
             raise CheckpointError("the model has no classes, so it cannot classify")
-        self.model.backend = backend
         self.model.to(self.device).eval()
+        self.model.backend = backend
+        image = torch.empty(1, self.model.in_chans, *self.model.pixel_embed.img_size, device=self.device)
+        self.why_not_fused = [] if backend == "reference" else why_not_fused(self.model, image)
+        if not choose(self.model, image, warn=False):  # "fused" fails here
+            self.model.backend = "reference"  # whoever shows the results says so, instead of a warning
         if self.classes is None:
             self.classes = _imagenet_classes(self.model.num_classes)
         self.transform = evaluation_transform(self.data_config)
 
     def _from_file(self, path: str | os.PathLike, name: str | None) -> tuple[TNT, dict[str, Any]]:
         saved = read_checkpoint(path)
-        if isinstance(saved.get("model"), str):  # of tnt-fast train
+        if saved.get("format") == FORMAT:  # of tnt-fast train
             model = create_tnt(saved["model"], **saved["model_kwargs"])
             self.classes = list(saved["classes"])
             return load_checkpoint(model, path), saved["data_config"]
@@ -61,8 +68,8 @@ class Classifier:
             raise ValueError(
                 f"{str(path)!r} does not say which model it is for: name it with model (--model tnt_s_patch16_224)"
             )
-        head = next((v for k, v in _tensors(saved) if k.endswith(("head.weight", "head.fc.weight"))), None)
-        model = create_tnt(name, **({} if head is None else {"num_classes": head.shape[0]}))
+        classes = head_classes(saved)
+        model = create_tnt(name, **({} if classes is None else {"num_classes": classes}))
         return load_checkpoint(model, path), resolve_data_config({}, model=model)
 
     @torch.inference_mode()
@@ -129,14 +136,6 @@ def _open(file: Path):
         raise DataError(f"cannot read the image {str(file)!r}: {error}") from error
 
 
-def _tensors(saved: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    for key, value in saved.items():
-        if isinstance(value, torch.Tensor):
-            yield key, value
-        elif isinstance(value, dict):
-            yield from _tensors(value)
-
-
 def _hosted(name: str) -> TNT:
     try:
         if name.startswith(("hf-hub:", "hf_hub:")):
@@ -144,11 +143,11 @@ def _hosted(name: str) -> TNT:
         return create_tnt(name.removeprefix("timm/"), pretrained=True)
     except (OSError, RuntimeError) as error:
         if "No pretrained weights exist" in str(error):
-            raise ValueError(f"nobody hosts weights of {name!r}; give a checkpoint file") from error
+            raise ValueError(f"nobody hosts weights of {name!r}; give a checkpoint file (--checkpoint)") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConnectionError(
             f"cannot fetch the weights of {name!r} ({reason}). Without a network, download the file elsewhere and pass it as "
-            "the checkpoint, with this model"
+            "the checkpoint, with this model (--checkpoint FILE --model NAME)"
         ) from error
 
 

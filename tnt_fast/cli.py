@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import json
+import os
 import platform
 import sys
 from importlib import metadata
@@ -15,7 +16,7 @@ import torch
 
 import tnt_fast
 from tnt_fast import flops
-from tnt_fast.dispatch import BACKENDS, OPERATIONS_ORDER, kernel, why_not_fused
+from tnt_fast.dispatch import BACKENDS, OPERATIONS, kernel, why_not_fused
 
 VARIANTS = ("tnt_fast_ti_patch16_224", "tnt_fast_s_patch16_224", "tnt_fast_s_legacy_patch16_224", "tnt_fast_b_patch16_224")
 
@@ -25,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.command(args)
+    except BrokenPipeError:  # the reader of our output has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -125,13 +129,12 @@ def _train(args: argparse.Namespace) -> int:
         given["model_kwargs"] = {**recipe.get("model_kwargs", {}), **_key_values(given["model_kwargs"])}
     config = train.Config(**{**recipe, **given})
     run = train.Run(config, args.out, resume=args.resume)
-    if given.keys() - {"device", "workers"} and run.config != config:
-        changed = [n for n in given if getattr(run.config, n) != getattr(config, n) and n not in ("device", "workers")]
-        if changed:
-            was = ", ".join(f"{n}={getattr(run.config, n)!r}" for n in changed)
-            raise ValueError(
-                f"the run in {str(args.out)!r} was begun with {was}; leave that out to continue it, or take another --out"
-            )
+    changed = [n for n in given if n not in train.MAY_CHANGE and getattr(run.config, n) != getattr(config, n)]
+    if changed:
+        was = ", ".join(f"{n}={getattr(run.config, n)!r} (now {getattr(config, n)!r})" for n in changed)
+        raise ValueError(
+            f"the run in {str(args.out)!r} was begun with {was}; leave that out to continue it, or take another --out"
+        )
     print(f"{run.config.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, {len(run.classes)} classes")
     print(f"images: {len(run.train_set)} to train on, {len(run.val_set)} held out; device {run.device}")
     print(f"path: {_path(run.model.backend, run.why_not_fused)}")
@@ -148,9 +151,8 @@ def _train(args: argparse.Namespace) -> int:
     try:
         from tnt_fast import visualize
 
-        print(
-            f"picture: {visualize.training_curve(run.history, args.out / 'training.png', f'{run.config.model} on {run.config.data}')}"
-        )
+        title = f"{run.config.model} on {run.config.data}"
+        print(f"picture: {visualize.training_curve(run.history, args.out / 'training.png', title)}")
     except ImportError as error:
         print(f"no picture: {error}")
     return 0
@@ -177,6 +179,7 @@ def _classify(args: argparse.Namespace) -> int:
     if args.page and args.page.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--page {str(args.page)!r} must end in .png, .svg or .pdf")
     classifier = Classifier(args.checkpoint, args.model, args.device, args.backend)
+    print(f"path: {_path(args.backend, classifier.why_not_fused)}", file=sys.stderr)
     rows = []
     for row in classifier(files, args.topk, args.batch_size):
         rows.append(row)
@@ -242,7 +245,7 @@ def describe(models: list[str]) -> dict[str, Any]:
             **{p: _version(p) for p in packages},
         },
         "devices": _devices(),
-        "kernels": {name: "fused" if kernel(name) else "none in this version" for name in OPERATIONS_ORDER},
+        "kernels": {name: "fused" if kernel(name) else "none in this version" for name in OPERATIONS},
         "models": variants,
     }
 

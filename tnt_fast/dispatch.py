@@ -34,8 +34,8 @@ def kernel(operation: str) -> ModuleType | None:
     return kernels.OPERATIONS.get(operation)
 
 
-def choose(model: nn.Module, image: Tensor) -> bool:
-    """True: this forward takes the fused path. False: the reference.
+def choose(model: nn.Module, image: Tensor, warn: bool = True) -> bool:
+    """True: this forward takes the fused path. False: the reference; "auto" then warns, once per set of reasons.
 
     Raises:
         ValueError: ``model.backend`` is unknown.
@@ -54,9 +54,9 @@ def choose(model: nn.Module, image: Tensor) -> bool:
         raise RuntimeError(
             "backend='fused' cannot run:\n"
             + "".join([f"  - {reason}\n" for reason in reasons])
-            + "Remove these reasons, or set model.backend = 'auto' (falls back with a warning) or 'reference'."
+            + "Remove these reasons, or take backend='auto' (falls back with a warning) or 'reference' (--backend)."
         )
-    if not torch.compiler.is_compiling() and tuple(reasons) not in _warned:
+    if warn and not torch.compiler.is_compiling() and tuple(reasons) not in _warned:
         _warned.add(tuple(reasons))
         warnings.warn(
             "tnt_fast takes the reference path: " + "; ".join(reasons) + ". (model.backend = 'reference' silences this.)",

@@ -10,10 +10,9 @@ import json
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from tnt_fast.dispatch import choose
 
 FORMAT = 1  # of the checkpoint
 DIGITS = "digits"
+MAY_CHANGE = ("data", "device", "workers")  # settings that a resumed run takes anew
 AMP = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -85,11 +85,15 @@ class Config:
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
         for name in ("lr", "weight_decay", "warmup_epochs", "min_lr", "clip_grad", "mixup", "cutmix", "color_jitter"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be a number from 0 up")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be from 0 to 2**32 - 1")
         for name in ("smoothing", "ema", "drop_path", "hflip", "reprob", "crop_pct"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
+        if self.sched in ("none", "plateau"):  # timm's schedules that have no value for a single step
+            raise ValueError(f"sched={self.sched!r} does not go by steps; accepted: cosine, tanh, step, poly, constant, …")
         if self.amp not in AMP:
             raise ValueError(f"amp={self.amp!r} is unknown; accepted: {', '.join(AMP)}")
         if not 0 < self.scale[0] <= self.scale[1] or not 0 < self.ratio[0] <= self.ratio[1]:
@@ -251,9 +255,10 @@ class Run:
             saved = read_checkpoint(self.last)
             if saved.get("format") != FORMAT:
                 raise CheckpointError(
-                    f"{str(self.last)!r} was not written by this version's 'tnt-fast train' and cannot be continued"
+                    f"{str(self.last)!r} was not written by this version's 'tnt-fast train' and cannot be continued; "
+                    "take another --out (--initial starts from its weights)"
                 )
-            config = Config(**{**saved["config"], "device": config.device, "workers": config.workers})
+            config = Config(**{**saved["config"], **{name: getattr(config, name) for name in MAY_CHANGE}})
         config.check()
         self.config = config
         if config.threads:
@@ -263,25 +268,26 @@ class Run:
         data = Path(config.data)
         if config.data == DIGITS:
             data = self.out / "data"
-            write_digits(data)
         for part in ("train", "val"):  # before the model is built
-            if not (data / part).is_dir():
+            if config.data != DIGITS and not (data / part).is_dir():
                 raise DataError(
                     f"no directory {str(data / part)!r}; expected {config.data}/train/CLASS and {config.data}/val/CLASS"
                 )
         random.seed(config.seed)
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
-        classes = sorted(entry.name for entry in (data / "train").iterdir() if entry.is_dir())
-        self.model = build_model(config, len(classes)).to(self.device)
+        classes = 10 if config.data == DIGITS else sum(entry.is_dir() for entry in (data / "train").iterdir())
+        begun = replace(config, initial="") if saved else config  # what it began with is in the checkpoint, or gone
+        self.model = build_model(begun, classes).to(self.device)
         size = self.model.pixel_embed.img_size
         image = torch.empty(1, self.model.in_chans, *size, device=self.device)
         self.why_not_fused = [] if config.backend == "reference" else tnt_fast.why_not_fused(self.model, image)
-        if config.backend == "auto" and self.why_not_fused:
-            self.model.backend = "reference"  # said once by whoever shows the run, instead of a warning
-        choose(self.model, image)  # "fused" fails here, before anything is written
+        if not choose(self.model, image, warn=False):  # "fused" fails here, before anything is written
+            self.model.backend = "reference"  # whoever shows the run says so, instead of a warning
         self.data_config = resolve_data_config({"crop_pct": config.crop_pct or None}, model=self.model)
         self.data_config["input_size"] = (self.model.in_chans, *size)
+        if config.data == DIGITS:
+            write_digits(data)
         transforms = [_training_transform(config, self.data_config), evaluation_transform(self.data_config)]
         self.train_set, self.val_set = (
             Images(data / part, transform, config.seed) for part, transform in zip(("train", "val"), transforms, strict=True)
@@ -302,7 +308,7 @@ class Run:
         )
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
-            warmup_lr=1e-6, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=self.steps, warmup_prefix=True,
+            warmup_lr=1e-6, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=self.steps, warmup_prefix=False,
         )  # fmt: skip
         self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "float16")
@@ -325,9 +331,9 @@ class Run:
                 f"{str(self.last)!r} was trained on {len(saved['classes'])} classes ({saved['classes'][:3]} …), the data has "
                 f"{len(self.classes)} ({self.classes[:3]} …)"
             )
-        if saved["steps"] != self.steps:
+        if saved["images"] != len(self.train_set):
             raise CheckpointError(
-                f"{str(self.last)!r} was trained with {saved['steps']} steps an epoch, the data now gives {self.steps}; "
+                f"{str(self.last)!r} was trained on {saved['images']} images, now there are {len(self.train_set)}; "
                 "restore the data, or start anew in another --out"
             )
         self.model.load_state_dict(saved["state_dict"])
@@ -355,7 +361,7 @@ class Run:
         }
 
     def _save(self) -> None:
-        save_checkpoint(
+        self._write(
             {
                 **self._weights(),
                 "config": asdict(self.config),
@@ -364,7 +370,7 @@ class Run:
                 "scaler": self.scaler.state_dict(),
                 "epoch": self.epoch,
                 "step": self.step,
-                "steps": self.steps,
+                "images": len(self.train_set),
                 "loss_sum": self.loss_sum,
                 "history": self.history,
                 "random": _random_state(),
@@ -372,11 +378,28 @@ class Run:
             self.last,
         )
 
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        try:
+            save_checkpoint(checkpoint, path)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError where a disk is full
+            raise OSError(
+                f"cannot save {str(path)!r}: {error}. What was there before is whole; make room on the disk, then --resume"
+            ) from error
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not np.isfinite(value):
+            good = f"{str(self.last)!r} holds the last good state" if self.last.exists() else "nothing was saved yet"
+            raise FloatingPointError(
+                f"the {what} is {value} in epoch {self.epoch + 1}, step {min(self.step + 1, self.steps)}; lower the "
+                f"learning rate, clip gradients (--clip-grad 1) or change --amp; {good}"
+            )
+
     def train(self) -> list[dict[str, Any]]:
         """Train to the end of the last epoch, evaluating and saving at each; returns the history.
 
         Raises:
             Interrupted: by SIGINT or SIGTERM, after the step at hand and a save. OSError: a save failed; the old file is whole.
+            FloatingPointError: a loss that is not finite; it is not saved.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         with _caught_signals() as caught:
@@ -384,6 +407,7 @@ class Run:
                 started = time.perf_counter()
                 self._train_epoch(caught)
                 loss, accuracy = self.evaluate()
+                self._check_finite("held-out loss", loss)
                 row = {
                     "epoch": self.epoch + 1,
                     "train_loss": self.loss_sum / self.steps,
@@ -395,9 +419,9 @@ class Run:
                 best = all(accuracy > old["val_accuracy"] for old in self.history)
                 self.history.append(row)
                 self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
+                if best:  # before last.pt: a run killed in between repeats the epoch
+                    self._write(self._weights(), self.out / "best.pt")
                 self._save()
-                if best:
-                    save_checkpoint(self._weights(), self.out / "best.pt")
                 self.log(
                     f"epoch {row['epoch']:3d}/{self.config.epochs}  loss {row['train_loss']:.4f}  "
                     f"held out: loss {loss:.4f}, accuracy {accuracy:.2%}  ({row['seconds']:.1f} s)"
@@ -412,7 +436,7 @@ class Run:
         order.start = self.step
         loader = self._loader(self.train_set, sampler=order, drop_last=True)
         self.model.train()
-        bar = _bar(loader, self.steps, self.step, f"epoch {self.epoch + 1}", self.progress)
+        bar = _bar(_batches(loader), self.steps, self.step, f"epoch {self.epoch + 1}", self.progress)
         for image, target in bar:
             image, target = image.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
             if self.mixup:
@@ -421,11 +445,7 @@ class Run:
             with torch.autocast(self.device.type, AMP[config.amp], enabled=config.amp != "off"):
                 loss = self.criterion(self.model(image), target)
             value = loss.item()
-            if not np.isfinite(value):
-                raise FloatingPointError(
-                    f"the loss is {value} in epoch {self.epoch + 1}, step {self.step + 1}; lower the learning rate, "
-                    f"clip gradients (--clip-grad 1) or change --amp. {str(self.last)!r} holds the last good epoch."
-                )
+            self._check_finite("loss", value)
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()
             if config.clip_grad:
@@ -448,7 +468,7 @@ class Run:
         model = self.ema.module if self.ema else self.model
         model.eval()
         loss, right = 0.0, 0
-        for image, target in self._loader(self.val_set, shuffle=False):
+        for image, target in _batches(self._loader(self.val_set, shuffle=False)):
             image, target = image.to(self.device), target.to(self.device)
             with torch.autocast(self.device.type, AMP[self.config.amp], enabled=self.config.amp != "off"):
                 logits = model(image)
@@ -472,10 +492,19 @@ def build_model(config: Config, num_classes: int) -> tnt_fast.TNT:
     kwargs = {"drop_path_rate": config.drop_path, **config.model_kwargs, "num_classes": num_classes, "backend": config.backend}
     model = create_tnt(config.model, **kwargs)
     if config.initial:
-        state = read_checkpoint(config.initial)
-        classes = state.get("classes")
-        load_checkpoint(model, config.initial, reset_head=classes is None or len(classes) != num_classes)
+        classes = head_classes(read_checkpoint(config.initial))
+        load_checkpoint(model, config.initial, reset_head=classes != num_classes)
     return model
+
+
+def head_classes(checkpoint: Any) -> int | None:
+    """How many classes the head in a checkpoint of any origin has; None: it has no head."""
+    for key, value in checkpoint.items():
+        if isinstance(value, dict) and (found := head_classes(value)) is not None:
+            return found
+        if isinstance(value, Tensor) and str(key).endswith(("head.weight", "head.fc.weight")):
+            return value.shape[0]
+    return None
 
 
 def create_tnt(name: str, **kwargs) -> tnt_fast.TNT:
@@ -485,15 +514,25 @@ def create_tnt(name: str, **kwargs) -> tnt_fast.TNT:
     known = timm.list_models("tnt_fast_*")
     if name.split(".")[0] not in known:
         raise ValueError(f"model {name!r} is unknown; accepted: {', '.join(known)}")
-    return timm.create_model(name, **kwargs)
+    try:
+        return timm.create_model(name, **kwargs)
+    except RuntimeError as error:
+        if "Invalid pretrained tag" not in str(error):
+            raise
+        raise ValueError(
+            f"model {name!r} is unknown; accepted tags: {', '.join(timm.list_pretrained('tnt_fast_*'))}"
+        ) from error
 
 
 def _training_transform(config: Config, data_config: dict[str, Any]):
-    return create_transform(
-        data_config["input_size"], is_training=True, scale=config.scale, ratio=config.ratio, hflip=config.hflip,
-        color_jitter=config.color_jitter or None, auto_augment=config.auto_augment or None, re_prob=config.reprob,
-        interpolation=data_config["interpolation"], mean=data_config["mean"], std=data_config["std"],
-    )  # fmt: skip
+    try:
+        return create_transform(
+            data_config["input_size"], is_training=True, scale=config.scale, ratio=config.ratio, hflip=config.hflip,
+            color_jitter=config.color_jitter or None, auto_augment=config.auto_augment or None, re_prob=config.reprob,
+            interpolation=data_config["interpolation"], mean=data_config["mean"], std=data_config["std"],
+        )  # fmt: skip
+    except AssertionError as error:  # timm's way to refuse a policy
+        raise ValueError(f"auto_augment={config.auto_augment!r} is no policy of timm ({error}); '' turns it off") from error
 
 
 def evaluation_transform(data_config: dict[str, Any]):
@@ -509,11 +548,17 @@ def _caught_signals() -> Iterator[list[int]]:
     """A list that SIGINT and SIGTERM are added to; a second one acts at once. Only in the main thread."""
     caught: list[int] = []
 
+    owner = os.getpid()
+
     def handle(signum, frame):
+        if os.getpid() != owner:  # a process that reads images: the run tells it when to end
+            if signum == signal.SIGTERM:
+                os._exit(128 + signum)
+            return
         if caught:
             raise KeyboardInterrupt
         caught.append(signum)
-        print("stopping after this step (again: at once)", file=sys.stderr)
+        os.write(2, b"\nstopping after this step (again: at once)\n")  # print is not safe in a handler
 
     try:
         old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -526,11 +571,20 @@ def _caught_signals() -> Iterator[list[int]]:
             signal.signal(s, handler)
 
 
-def _bar(loader: DataLoader, steps: int, start: int, text: str, progress: bool | None):
+def _batches(loader: DataLoader) -> Iterator[list[Tensor]]:
+    """The batches; a DataError of a worker process without the traceback that PyTorch puts before its message."""
+    try:
+        yield from loader
+    except DataError as error:
+        text = str(error).rstrip().rpartition("DataError: ")[2]
+        raise DataError(text) from error.with_traceback(None)  # which holds the workers, in a cycle
+
+
+def _bar(batches: Iterator[list[Tensor]], steps: int, start: int, text: str, progress: bool | None):
     from tqdm import tqdm
 
     disable = None if progress is None else not progress  # None: only on a terminal
-    return tqdm(loader, total=steps, initial=start, desc=text, disable=disable, leave=False, unit="step")
+    return tqdm(batches, total=steps, initial=start, desc=text, disable=disable, leave=False, unit="step")
 
 
 def summary(run: Run) -> str:

@@ -60,7 +60,7 @@ def prediction_page(results: Sequence[dict[str, Any]], path: str | os.PathLike, 
     columns = max(1, min(10, len(rows)))
     lines = max(1, math.ceil(len(rows) / columns))
     figure = _figure(figsize=(1.25 * columns, 1.6 * lines + 0.5))
-    grid = figure.subplots(lines, columns, squeeze=False).flat
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()  # not .flat, which is used up by one loop
     for axes in grid:
         axes.axis("off")
     for axes, row in zip(grid, rows, strict=False):
