@@ -199,7 +199,7 @@ def _classify(args: argparse.Namespace) -> int:
     if args.page:
         from tnt_fast import visualize
 
-        print(f"picture: {visualize.prediction_page(rows, args.page, f'{len(rows)} images')}", file=sys.stderr)
+        print(f"picture: {visualize.prediction_page(rows, args.page)}", file=sys.stderr)
     return 1 if any("error" in row for row in rows) else 0
 
 

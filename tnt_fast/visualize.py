@@ -56,6 +56,7 @@ def prediction_page(results: Sequence[dict[str, Any]], path: str | os.PathLike, 
         top = row["predictions"][0]
         return row.get("truth") in (None, top["class"]), top["probability"]
 
+    count = len(rows)
     rows = sorted(rows, key=order)[:most]
     columns = max(1, min(10, len(rows)))
     lines = max(1, math.ceil(len(rows) / columns))
@@ -72,5 +73,5 @@ def prediction_page(results: Sequence[dict[str, Any]], path: str | os.PathLike, 
         color = {None: "black", True: "tab:green", False: "tab:red"}[right]
         label = top["class"] if len(top["class"]) <= 18 else top["class"][:17] + "…"
         axes.set_title(f"{label}{wrong}\n{top['probability']:.0%}", fontsize=8, color=color)
-    figure.suptitle(title)
+    figure.suptitle(title or (f"{count} images" if count == len(rows) else f"the hardest {len(rows)} of {count} images"))
     return _save(figure, path)
