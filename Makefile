@@ -25,7 +25,7 @@ demo: $(READY)
 	@echo "pictures: runs/digits/training.png runs/digits/predictions.png"
 
 test: check $(TIMM_SOURCE)
-	$(BIN)/python -m pytest -n 2 --dist worksteal --timm-source $(TIMM_SOURCE)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --timm-source=$(TIMM_SOURCE) tests
 
 check: $(READY)
 	$(BIN)/ruff check .
