@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "tnt_fast" / "__init__.py").read_text("utf-8"), re.M).group(1)
 
 PICTURES = ["matplotlib>=3.7"]
-TRAIN = ["torchvision>=0.20", "scikit-learn>=1.3", "tqdm>=4.60", "pillow>=10", *PICTURES]
-BENCH = ["pytest>=7.4", "pytest-benchmark>=4.0", *PICTURES]
+TRAIN = ["torchvision>=0.23", "scikit-learn>=1.3", "tqdm>=4.60", "pillow>=10", *PICTURES]
+BENCH = ["pytest>=7.4", "pytest-benchmark>=4.0", "tqdm>=4.60", *PICTURES]
 DEV = ["pytest-xdist>=3.5", "ruff>=0.8", "setuptools>=70", "wheel", *TRAIN, *BENCH]
 
 setup(
@@ -25,8 +25,8 @@ setup(
     packages=["tnt_fast", "tnt_fast.kernels"],
     package_dir={"tnt_fast.kernels": "kernels"},
     install_requires=[
-        "torch>=2.6",
-        'triton>=3.2; platform_system == "Linux"',
+        "torch>=2.8",
+        'triton>=3.4; platform_system == "Linux"',
         "timm>=1.0.24",
         "safetensors>=0.4",
     ],

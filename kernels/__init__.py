@@ -15,14 +15,26 @@ if __name__ != "tnt_fast.kernels":
     raise ImportError(f"the folder kernels/ of tnt_fast was imported as {__name__!r}; import it as 'tnt_fast.kernels'")
 
 HAS_TRITON = find_spec("triton") is not None
+INTERPRETED = False  # TRITON_INTERPRET=1: the kernels run on the CPU, slowly, to test them
 OPERATIONS: dict[str, ModuleType] = {}
 
 
 def unsupported() -> list[str]:
     """Why no kernel at all can run on this machine; empty if some can."""
+    if INTERPRETED:
+        return []
     reasons = []
     if not HAS_TRITON:
         reasons.append("Triton is not installed; the kernels need it (Linux: pip install triton)")
     if not torch.cuda.is_available():
         reasons.append("torch sees no GPU (torch.cuda.is_available() is False); the kernels run on a CUDA or ROCm device")
     return reasons
+
+
+if HAS_TRITON:
+    import triton
+
+    INTERPRETED = triton.knobs.runtime.interpret
+    from tnt_fast.kernels import fold, inner, pixel_embed
+
+    OPERATIONS.update(pixel_embed=pixel_embed, inner=inner, fold=fold)

@@ -16,7 +16,7 @@ import timm
 import torch
 from PIL import Image
 
-from tnt_fast import classify, train
+from tnt_fast import classify, kernels, train
 from tnt_fast.checkpoints import load_checkpoint, read_checkpoint
 from tnt_fast.cli import main
 
@@ -317,7 +317,8 @@ def test_a_page_of_another_format_is_refused_and_not_written(checkpoint, images,
     ("backend", "named"),
     [("quick", ["'quick'", "'auto', 'fused', 'reference'"]), ("fused", ["cannot run:\n  - ", "the image is on device 'cpu'"])],
 )
-def test_a_backend_that_cannot_be_taken_is_refused(checkpoint, images, capsys, backend, named):
+def test_a_backend_that_cannot_be_taken_is_refused(checkpoint, images, capsys, monkeypatch, backend, named):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
     assert run(images, "--checkpoint", checkpoint, "--backend", backend) == 2
     refused(capsys, "ValueError" if backend == "quick" else "RuntimeError", *named)
 

@@ -36,7 +36,8 @@ def stand_ins(monkeypatch):
         return SimpleNamespace(**{name: operation}, unsupported=lambda sizes: [])
 
     monkeypatch.setattr(kernels, "OPERATIONS", {name: counted(name) for name in dispatch.OPERATIONS})
-    monkeypatch.setattr(dispatch, "_machine_reasons", lambda image: [])
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(dispatch, "_machine_reasons", lambda image, backend: [])
     monkeypatch.setattr(dispatch, "_warned", set())
     return calls
 
@@ -135,7 +136,10 @@ SPOILED = {
     "mixed dtypes": (lambda m: m.blocks[0].mlp_in.half(), "the parameters have mixed dtypes (torch.float16, torch.float32)"),
     "another padding": (lambda m: setattr(m.pixel_embed.proj, "padding", (0, 0)), "pixel_embed.proj has other padding"),
     "another drop-path": (lambda m: setattr(m.blocks[1], "drop_path", nn.Dropout(0.0)), "blocks.1.drop_path is a"),
-    "another eps": (lambda m: setattr(m.blocks[0].norm_in, "eps", 1e-6), "blocks.0.norm_in and .norm_mlp_in have eps"),
+    "another eps": (
+        lambda m: setattr(m.blocks[0].norm_in, "eps", 1e-6),
+        "blocks.0.norm_in and .norm_mlp_in have eps 1e-06 and 1e-05",
+    ),
 }
 
 
@@ -175,9 +179,9 @@ def test_an_image_of_another_dtype_is_a_reason_but_not_under_autocast(stand_ins)
         assert why_not_fused(model, image) == []
 
 
-def test_this_machine_without_a_gpu_names_every_reason():
-    if torch.cuda.is_available():
-        pytest.skip("has a GPU")
+def test_a_machine_without_a_gpu_names_every_reason(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     reasons = " ".join(why_not_fused(tiny(), torch.randn(1, 3, 32, 32)))
     assert "torch sees no GPU" in reasons
     assert "the image is on device 'cpu'" in reasons
@@ -186,8 +190,9 @@ def test_this_machine_without_a_gpu_names_every_reason():
 
 
 def test_auto_warns_once_per_set_of_reasons(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
     monkeypatch.setattr(dispatch, "_warned", set())
-    monkeypatch.setattr(dispatch, "_machine_reasons", lambda image: ["it rains"])
+    monkeypatch.setattr(dispatch, "_machine_reasons", lambda image, backend: ["it rains"])
     model, image = tiny(), torch.randn(1, 3, 32, 32)
     with pytest.warns(UserWarning, match="takes the reference path: it rains"):
         first = model(image)
@@ -195,11 +200,19 @@ def test_auto_warns_once_per_set_of_reasons(monkeypatch):
         warnings.simplefilter("error")
         assert torch.equal(model(image), first)
         model.backend = "reference"
-        monkeypatch.setattr(dispatch, "_machine_reasons", lambda image: ["it pours"])
+        monkeypatch.setattr(dispatch, "_machine_reasons", lambda image, backend: ["it pours"])
         assert torch.equal(model(image), first)
     model.backend = "auto"
     with pytest.warns(UserWarning, match="it pours"):
         model(image)
+
+
+def test_the_interpreter_is_only_for_who_asks_for_it(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    monkeypatch.setattr(dispatch, "_warned", set())
+    with pytest.warns(UserWarning, match="Triton interprets the kernels here"):
+        assert dispatch.choose(tiny(), torch.randn(1, 3, 32, 32)) is False
+    assert dispatch.choose(tiny(backend="fused"), torch.randn(1, 3, 32, 32)) is True
 
 
 def test_a_scripted_or_traced_model_never_claims_to_be_fused(stand_ins, monkeypatch):

@@ -12,6 +12,7 @@ import warnings
 from types import ModuleType
 
 import torch
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from tnt_fast import kernels
@@ -45,7 +46,7 @@ def choose(model: nn.Module, image: Tensor, warn: bool = True) -> bool:
     check_backend(backend)
     if backend == "reference":
         return False
-    reasons = _machine_reasons(image)
+    reasons = _machine_reasons(image, backend)
     if backend == "fused" or not reasons:  # the model is only looked through where it can matter
         reasons = reasons + _model_reasons(model, image)
     if not reasons:
@@ -72,113 +73,107 @@ def why_not_fused(model: nn.Module, image: Tensor | None = None) -> list[str]:
         model: a ``tnt_fast.TNT``.
         image: ``(B, channels, height, width)``; None: only what does not depend on it is considered.
     """
-    return _machine_reasons(image) + _model_reasons(model, image)
+    return _machine_reasons(image, model.backend) + _model_reasons(model, image)
 
 
-def _machine_reasons(image: Tensor | None) -> list[str]:
+def _machine_reasons(image: Tensor | None, backend: str) -> list[str]:
     """What stands against any kernel, whatever the model."""
     if isinstance(image, torch.fx.Proxy):
         return ["torch.fx traces the model symbolically; a traced graph holds the reference's operations"]
     missing = [name for name in REQUIRED if name not in kernels.OPERATIONS]
     reasons = [f"this version has no fused kernel for {', '.join(missing)}"] if missing else []
     reasons.extend(kernels.unsupported())
-    if image is not None and not image.is_cuda:
+    if kernels.INTERPRETED and backend == "auto":
+        reasons.append("Triton interprets the kernels here (TRITON_INTERPRET=1), slowly; only backend='fused' does that")
+    if image is not None and not image.is_cuda and not kernels.INTERPRETED:
         reasons.append(f"the image is on device {str(image.device)!r}; the kernels take CUDA tensors")
     return reasons
 
 
 def _model_reasons(model: nn.Module, image: Tensor | None) -> list[str]:
     """What was done to the model, and the limits of the kernels for its sizes."""
-    reasons = _dtype_reasons(model, image)
-    for name, module in _passed_over(model):
-        reasons.extend(_module_reasons(name, module))
-    reasons.extend(_eps_reasons("model", model))
+    reasons: list[str] = []
+    dtypes: set[torch.dtype] = set()
+    _check_modules("", model, _STEM, reasons, dtypes)
     for i, block in enumerate(model.blocks):
-        reasons.extend(_eps_reasons(f"blocks.{i}", block))
+        if block.has_inner:
+            _check_modules(f"blocks.{i}.", block, _BLOCK, reasons, dtypes)
+    reasons.extend(_dtype_reasons(dtypes, image))
+    conv = model.pixel_embed.proj
+    if not reasons and (conv.padding, conv.dilation, conv.groups) != ((3, 3), (1, 1), 1):
+        reasons.append("pixel_embed.proj has other padding, dilation or groups than TNT's; the kernels take 3, 1 and 1")
     if not reasons:  # the sizes of a model that was changed are not to be relied on
         for name, module in kernels.OPERATIONS.items():
             reasons.extend([f"{name}: {reason}" for reason in module.unsupported(model.sizes())])
     return reasons
 
 
-def _dtype_reasons(model: nn.Module, image: Tensor | None) -> list[str]:
-    """Weights and image share one dtype; under autocast the operations cast by themselves."""
-    found = []
-    dtypes = {p.dtype for p in model.parameters()}
+def _dtype_reasons(dtypes: set[torch.dtype], image: Tensor | None) -> list[str]:
+    """The weights that the kernels read share one dtype with the image; under autocast the operations cast by themselves."""
+    names = ", ".join(sorted([str(dtype) for dtype in dtypes]))
     if len(dtypes) > 1:
-        found.append(
-            f"the parameters have mixed dtypes ({', '.join(sorted(map(str, dtypes)))}); cast them with model.to(dtype)"
-        )
-    for name, p in model.named_parameters():
-        if type(p) is not nn.Parameter:
-            found.append(f"{name} is a {type(p).__name__}; the kernels take plain parameters")
-    if isinstance(image, Tensor) and dtypes and image.dtype not in dtypes and not torch.is_autocast_enabled(image.device.type):
-        found.append(f"the image is {image.dtype}, the parameters are {', '.join(sorted(map(str, dtypes)))}; cast one of them")
-    return found
+        return [f"the parameters have mixed dtypes ({names}); cast them with model.to(dtype)"]
+    if isinstance(image, Tensor) and image.dtype not in dtypes and not torch.is_autocast_enabled(image.device.type):
+        return [f"the image is {image.dtype}, the parameters are {names}; cast one of them"]
+    return []
 
 
-# The classes whose mathematics the kernels compute, by the name of the submodule that they stand in for.
-_COMPUTED = {
-    "norm_in": "torch.nn.modules.normalization.LayerNorm",
-    "attn_in": "tnt_fast.tnt.Attention",
-    "qk": "torch.nn.modules.linear.Linear",
-    "v": "torch.nn.modules.linear.Linear",
-    "norm_mlp_in": "torch.nn.modules.normalization.LayerNorm",
-    "mlp_in": "timm.layers.mlp.Mlp",
-    "fc1": "torch.nn.modules.linear.Linear",
-    "act": "torch.nn.modules.activation.GELU",
-    "norm": "torch.nn.modules.linear.Identity",
-    "fc2": "torch.nn.modules.linear.Linear",
-    "norm1_proj": "torch.nn.modules.normalization.LayerNorm",
-    "proj": "torch.nn.modules.linear.Linear",
-    "norm2_proj": "torch.nn.modules.normalization.LayerNorm",
-    "pixel_embed.proj": "torch.nn.modules.conv.Conv2d",
-    "drop_path": "timm.layers.drop.DropPath",
-}
+# The submodules that the fused path does not call, and the classes whose mathematics the kernels compute instead.
+_STEM = (
+    ("pixel_embed.proj", nn.Conv2d), ("norm1_proj", nn.LayerNorm), ("proj", nn.Linear), ("norm2_proj", nn.LayerNorm),
+)  # fmt: skip
+_BLOCK = (
+    ("norm_in", nn.LayerNorm), ("attn_in", "Attention"), ("attn_in.qk", nn.Linear), ("attn_in.v", nn.Linear),
+    ("attn_in.attn_drop", nn.Dropout), ("attn_in.proj", nn.Linear), ("attn_in.proj_drop", nn.Dropout),
+    ("norm_mlp_in", nn.LayerNorm), ("mlp_in", Mlp), ("mlp_in.fc1", nn.Linear), ("mlp_in.act", nn.GELU),
+    ("mlp_in.drop1", nn.Dropout), ("mlp_in.norm", nn.Identity), ("mlp_in.fc2", nn.Linear), ("mlp_in.drop2", nn.Dropout),
+    ("norm1_proj", nn.LayerNorm), ("proj", nn.Linear), ("norm2_proj", nn.LayerNorm), ("drop_path", DropPath),
+)  # fmt: skip
 
 
-def _passed_over(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The submodules, with their names, that the fused path does not call."""
-    found = []
-    for name in ("norm1_proj", "proj", "norm2_proj"):
-        found.append((name, getattr(model, name)))
-    for name, module in model.pixel_embed.named_modules(prefix="pixel_embed"):
-        if name != "pixel_embed":
-            found.append((name, module))
-    for i, block in enumerate(model.blocks):
-        for child in ("norm_in", "attn_in", "norm_mlp_in", "mlp_in", "norm1_proj", "proj", "norm2_proj", "drop_path"):
-            if isinstance(getattr(block, child, None), nn.Module):
-                found.extend(getattr(block, child).named_modules(prefix=f"blocks.{i}.{child}"))
-    return found
+def _check_modules(prefix: str, owner: nn.Module, expected: tuple, reasons: list[str], dtypes: set[torch.dtype]) -> None:
+    """Add what was done to the submodules of ``owner`` that the fused path would pass over, and their weights' dtypes.
 
-
-def _module_reasons(name: str, module: nn.Module) -> list[str]:
-    """What was done to one submodule that the fused path would pass over."""
-    found = []
-    cls = f"{type(module).__module__}.{type(module).__qualname__}"
-    computed = _COMPUTED.get(name) or _COMPUTED.get(name.rpartition(".")[2])
-    if computed and cls != computed and not (name.endswith("drop_path") and isinstance(module, nn.Identity)):
-        found.append(f"{name} is a {cls}; the kernels compute {computed}")
-    elif isinstance(module, nn.LayerNorm) and (module.weight is None or module.bias is None):
-        found.append(f"{name} lacks weight or bias; the kernels take LayerNorms with both")
-    elif isinstance(module, nn.GELU) and module.approximate != "none":
-        found.append(f"{name} approximates GELU by {module.approximate}; the kernels compute approximate='none'")
-    elif isinstance(module, nn.Dropout) and module.training and module.p > 0:
-        found.append(f"{name} drops with p={module.p} in training; inside the kernels there is drop-path only (set p to 0)")
-    elif isinstance(module, nn.Conv2d) and (module.padding, module.dilation, module.groups) != ((3, 3), (1, 1), 1):
-        found.append(f"{name} has other padding, dilation or groups than TNT's; the kernels take 3, 1 and 1")
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        found.append(f"{name} has hooks that the kernels would pass over; remove them, or hook the block")
-    if "forward" in module.__dict__:
-        found.append(f"{name}.forward was replaced on the instance; the kernels would pass it over")
-    return found
-
-
-def _eps_reasons(name: str, module: nn.Module) -> list[str]:
-    """The two LayerNorms of an operation share one eps."""
-    found = []
+    It runs at every forward, so it touches each submodule once and puts names together only where there is a reason.
+    """
+    replaced = "none"  # a container that is not what it was: its children are not looked at
+    eps = {}
+    for path, cls in expected:
+        if path.startswith(replaced):
+            continue
+        parent, _, name = path.rpartition(".")
+        module = getattr(getattr(owner, parent) if parent else owner, name)
+        kind = type(module)
+        if kind is not cls and not (
+            (path == "norm2_proj" and module is None)  # legacy
+            or (path == "drop_path" and kind is nn.Identity)
+            or (cls == "Attention" and kind.__name__ == cls and kind.__module__ == "tnt_fast.tnt")
+        ):
+            wanted = cls if isinstance(cls, str) else cls.__name__
+            reasons.append(f"{prefix}{path} is a {kind.__module__}.{kind.__qualname__}; the kernels compute {wanted}")
+            replaced = path + "."
+            continue
+        if module is None:
+            continue
+        if kind is nn.LayerNorm:
+            if module.weight is None or module.bias is None:
+                reasons.append(f"{prefix}{path} lacks weight or bias; the kernels take LayerNorms with both")
+            eps[path] = module.eps
+        elif kind is nn.GELU and module.approximate != "none":
+            reasons.append(f"{prefix}{path} approximates GELU by {module.approximate}; the kernels compute approximate='none'")
+        elif kind is nn.Dropout and module.p > 0 and module.training:
+            reasons.append(
+                f"{prefix}{path} drops with p={module.p} in training; inside the kernels there is drop-path only (set p to 0)"
+            )
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            reasons.append(f"{prefix}{path} has hooks that the kernels would pass over; remove them, or hook the block")
+        if "forward" in module.__dict__:
+            reasons.append(f"{prefix}{path}.forward was replaced on the instance; the kernels would pass it over")
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                dtypes.add(weight.dtype)
+                if type(weight) is not nn.Parameter and type(weight).__name__ != "FakeTensor":  # torch.export's stand-in
+                    reasons.append(f"{prefix}{path}.{name} is a {type(weight).__name__}; the kernels take plain parameters")
     for first, second in (("norm_in", "norm_mlp_in"), ("norm1_proj", "norm2_proj")):
-        eps = [getattr(getattr(module, norm, None), "eps", None) for norm in (first, second)]
-        if None not in eps and eps[0] != eps[1]:
-            found.append(f"{name}.{first} and .{second} have eps {eps[0]} and {eps[1]}; the kernels take one")
-    return found
+        if first in eps and second in eps and eps[first] != eps[second]:
+            reasons.append(f"{prefix}{first} and .{second} have eps {eps[first]} and {eps[second]}; the kernels take one")

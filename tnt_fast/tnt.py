@@ -478,7 +478,9 @@ class TNT(nn.Module):
     def sizes(self) -> dict[str, int | bool]:
         """What the kernels' limits depend on; sizes by the paper's letters (M: hidden width of the inner MLP)."""
         embed = self.pixel_embed
-        inner = next((block for block in self.blocks if block.has_inner), None)
+        inner = None
+        for block in self.blocks:
+            inner = block if block.has_inner else inner
         return {
             "channels": self.in_chans, "kernel": embed.proj.kernel_size[0], "stride": embed.stride, "legacy": embed.legacy,
             "N": self.num_patches, "S": embed.new_patch_size[0] * embed.new_patch_size[1], "C": embed.in_dim,

@@ -310,6 +310,8 @@ class Run:
             self.optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
             warmup_lr=1e-6, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=self.steps, warmup_prefix=False,
         )  # fmt: skip
+        if self.scheduler is None:
+            raise ValueError(f"sched={config.sched!r} is no schedule of timm; accepted: cosine, tanh, step, poly, constant, …")
         self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "float16")
         mixing = config.mixup > 0 or config.cutmix > 0

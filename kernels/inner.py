@@ -1,0 +1,519 @@
+"""inner: the inner transformer of every patch in one launch.
+
+    x = pixel + attn_scale · proj(softmax(q kᵀ / √D) v),   q, k, v = linear(LN₁ pixel), H heads of D channels
+    y = x + mlp_scale · fc2(GELU(fc1(LN₂ x)))
+
+Shapes: pixel and result (P, S, C) contiguous, weights in nn.Linear's layout, in the pixels' dtype or float32. Bytes moved:
+the pixels read once, written once; the weights stay on the chip over many patches. Statistics, softmax and accumulation are
+float32.
+
+A program takes G patches of T rows a turn (T: S, or for other S the power of two from 16 on, the rest masked). What keeps the
+instructions few:
+
+- LayerNorm's scale and shift are folded into the weights that follow, once per program; shift and bias ride in the row of a
+  constant-one padding channel (hence C_PAD > C).
+- x − mean is a matrix product: x·(C·I − 11ᵀ) is C times that, exact up to float32 accumulation, and has no reductions. So
+  is x itself (x·I), which is the cheapest way to have it as an accumulator.
+- HG heads are one product of W = HG·D_PAD channels: keys and values stacked below one another, each masked to its head.
+- Softmax is normalised after P·V, by P times a matrix of ones, which has each head's sum where the head's output is.
+- GELU in bfloat16 runs on pairs of float16, which have three bits more than the rounding to bfloat16 leaves.
+- Columns of padding past three quarters of C_PAD are cut off the products where that helps (TRIM: TNT-B).
+
+The products are synchronous mma instructions everywhere: two warps get them by themselves, four by compiling Hopper's code as
+Ampere's (Launch.mma_arch). The asynchronous ones with a left operand in registers, which the compiler would choose, are
+known to come out wrong (triton issues 9433, 11781), and are no fewer instructions here.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tnt_fast import reference
+from tnt_fast.kernels.operation import (
+    DTYPES,
+    check_shape,
+    check_tensors,
+    is_fast,
+    precision,
+    programs,
+    register,
+    start,
+    under_autocast,
+)
+from tnt_fast.kernels.tile import Launch, exp2, gelu, reciprocal
+
+# (C_PAD, half precision): (rows of a turn, warps, hidden channels at once, stages, programs a multiprocessor, mma_arch).
+# Chosen by static cost for sm_90 on 2026-11-22, not yet timed on a GPU. TNT-Ti, S and B have C_PAD 16, 32 and 64.
+CONFIGS = {
+    (16, True): (64, 2, 16, 1, 7, None),
+    (32, True): (32, 2, 32, 2, 7, None),
+    (64, True): (64, 4, 32, 1, 2, "sm80"),
+    (128, True): (16, 4, 32, 1, 2, "sm80"),
+    (16, False): (16, 2, 16, 1, 4, None),
+    (32, False): (16, 4, 16, 1, 4, None),
+    (64, False): (16, 4, 16, 1, 2, None),
+    (128, False): (16, 4, 16, 1, 1, None),
+}
+
+
+@triton.jit
+def _gelu(x, FAST: tl.constexpr, PAIRS: tl.constexpr):
+    """GELU; with PAIRS GELU(8x)/4 in float16: the caller scales the weights around it by 1/8 and 4, which is exact.
+
+    The polynomial of tile.gelu in x²/64, which the saturating product clamps at 1. Largest error 3e-3 for |8x| below 4, where
+    rounding the exact value to bfloat16 makes 7.8e-3. Beyond 262,000 a hidden value is taken as that.
+    """
+    if PAIRS:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 h, q, t, c0, c1, c2, top, low;
+            mov.b32 c0, 0x46614661;   // 8 * 0.7975079, twice
+            mov.b32 c1, 0x4CBD4CBD;   // 8 * 64 * 0.0370056
+            mov.b32 c2, 0xC9C2C9C2;   // 8 * 64 * 64 * -0.0003515
+            mov.b32 top, 0x77FF77FF;  // 32752, twice: 2 * h stays finite
+            mov.b32 low, 0xF7FFF7FF;
+            cvt.rn.f16x2.f32 h, $2, $1;
+            min.NaN.f16x2 h, h, top;
+            max.NaN.f16x2 h, h, low;
+            mul.sat.f16x2 q, h, h;
+            fma.rn.f16x2 t, q, c2, c1;
+            fma.rn.f16x2 t, t, q, c0;
+            mul.f16x2 t, t, h;
+            tanh.approx.f16x2 t, t;
+            fma.rn.f16x2 $0, h, t, h;
+            }""",
+            "=r,f,f",
+            [x],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return gelu(x, FAST)
+
+
+@triton.jit
+def _rows(weight_ptr, gamma_ptr, beta_ptr, ch, out, used, C: tl.constexpr):
+    """Rows ch of a weight in nn.Linear's layout, transposed; LayerNorm's scale on them, and what its shift gives."""
+    real = ch < C
+    gamma = tl.load(gamma_ptr + ch, mask=real, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + ch, mask=real, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + out[None, :] * C + ch[:, None], mask=used[None, :] & real[:, None], other=0.0).to(tl.float32)
+    return w * gamma[:, None], tl.sum(w * beta[:, None], 0)
+
+
+@triton.jit
+def _folded(weight_ptr, gamma_ptr, beta_ptr, bias_ptr, out, used, HAS_BIAS: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
+            C_PAD: tl.constexpr, TRIM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """UNIT·(rows C of a weight and bias after LayerNorm): [C_PAD, len(out)], row C for the constant one.
+
+    With TRIM the last quarter of the rows is left out, and the rest comes in two parts, as _columns has it.
+    """
+    ch = tl.arange(0, C_PAD // 2 if TRIM else C_PAD)
+    w, shift = _rows(weight_ptr, gamma_ptr, beta_ptr, ch, out, used, C)
+    if HAS_BIAS:
+        shift += tl.load(bias_ptr + out, mask=used, other=0.0).to(tl.float32)
+    if TRIM:
+        more = C_PAD // 2 + tl.arange(0, C_PAD // 4)
+        w_more, shift_more = _rows(weight_ptr, gamma_ptr, beta_ptr, more, out, used, C)
+        shift += shift_more
+        w = tl.where((ch == C)[:, None], shift[None, :], w)
+        w_more = tl.where((more == C)[:, None], shift[None, :], w_more)
+        return (w * UNIT).to(DTYPE), (w_more * UNIT).to(DTYPE)
+    else:
+        return ((tl.where((ch == C)[:, None], shift[None, :], w) * UNIT).to(DTYPE),)
+
+
+@triton.jit
+def _mlp_slice(start: tl.constexpr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, gamma_ptr, beta_ptr, C: tl.constexpr,
+               C_PAD: tl.constexpr, MLP: tl.constexpr, SLICE: tl.constexpr, TRIM: tl.constexpr, PAIRS: tl.constexpr,
+               DTYPE: tl.constexpr):  # fmt: skip
+    """The weights of SLICE hidden channels, [C_PAD, SLICE] and [SLICE, C_PAD], scaled as _gelu wants them."""
+    ch = tl.arange(0, C_PAD)
+    hid = start + tl.arange(0, SLICE)
+    used = hid < MLP
+    fc1 = _folded(
+        fc1_weight_ptr, gamma_ptr, beta_ptr, fc1_bias_ptr, hid, used, True, 0.125 if PAIRS else 1.0, C, C_PAD, TRIM, DTYPE
+    )
+    at = ch[None, :] * MLP + hid[:, None]
+    fc2 = tl.load(fc2_weight_ptr + at, mask=(ch < C)[None, :] & used[:, None], other=0.0).to(tl.float32)
+    return fc1, (fc2 * (4.0 if PAIRS else 1.0)).to(tl.float16 if PAIRS else DTYPE)
+
+
+@triton.jit
+def _columns(h, M: tl.constexpr, C_PAD: tl.constexpr, TRIM: tl.constexpr):
+    """[M, C_PAD] as a tuple; with TRIM the first half and the third quarter of its columns."""
+    if TRIM:
+        half, rest = tl.split(tl.permute(tl.reshape(h, (M, 2, C_PAD // 2)), (0, 2, 1)))
+        quarter, _ = tl.split(tl.permute(tl.reshape(rest, (M, 2, C_PAD // 4)), (0, 2, 1)))
+        return half, quarter
+    else:
+        return (h,)
+
+
+@triton.jit
+def _dot(h, w, PRECISION: tl.constexpr):
+    total = tl.dot(h[0], w[0], input_precision=PRECISION)
+    for i in tl.static_range(1, len(w)):
+        total = tl.dot(h[i], w[i], total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _centre(x, real, C: tl.constexpr):
+    """x − mean, 0 in padding channels."""
+    x = tl.where(real[None, :], x, 0.0)  # known zeros: the compiler drops the products that computed them
+    mean = tl.sum(x, 1) * (1.0 / C)
+    return tl.where(real[None, :], x - mean[:, None], 0.0)
+
+
+@triton.jit
+def _normalise(centred, one, eps, C: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl.constexpr):
+    """UNIT·(x − mean) -> (x − mean)/σ, with the constant one."""
+    var = tl.sum(centred * centred, 1) * (1.0 / (C * UNIT * UNIT))
+    return tl.where(one[None, :], 1.0, centred * (tl.rsqrt(var + eps) * (1.0 / UNIT))[:, None]).to(DTYPE)
+
+
+@triton.jit
+def _inner_fwd_kernel(
+    x_ptr, y_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr, proj_weight_ptr,
+    proj_bias_ptr, norm2_weight_ptr, norm2_bias_ptr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, fc2_bias_ptr,
+    attn_scale_ptr, mlp_scale_ptr, n_patches, eps,
+    C: tl.constexpr, C_PAD: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HG: tl.constexpr,
+    S: tl.constexpr, T: tl.constexpr, MLP: tl.constexpr, SLICE: tl.constexpr, G: tl.constexpr,
+    HAS_QKV_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, RESIDENT: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    BY_PRODUCT: tl.constexpr = RESIDENT and tl.float32 != DTYPE  # float32 products are slow
+    PAIRS: tl.constexpr = FAST and tl.bfloat16 == DTYPE
+    M: tl.constexpr = G * T
+    W: tl.constexpr = HG * D_PAD
+    TRIM: tl.constexpr = C_PAD >= 64 and 4 * (C + 1) <= 3 * C_PAD
+    ch = tl.arange(0, C_PAD)
+    real = ch < C
+    one = ch == C
+
+    lane = tl.arange(0, W)
+    wq, wk, wv, wp = (), (), (), ()
+    for head in tl.static_range(0, HEADS, HG):
+        source = (head + lane // D_PAD) * D + lane % D_PAD  # the channel of the weights that lane stands for
+        used = (lane % D_PAD < D) & (head + lane // D_PAD < HEADS)
+        # scores come out in units of log2, for exp2
+        wq = wq + (
+            _folded(
+                qk_weight_ptr,
+                norm1_weight_ptr,
+                norm1_bias_ptr,
+                qk_bias_ptr,
+                source,
+                used,
+                HAS_QKV_BIAS,
+                1.4426950408889634 / D**0.5,
+                C,
+                C_PAD,
+                TRIM,
+                DTYPE,
+            ),
+        )
+        wk = wk + (
+            _folded(
+                qk_weight_ptr,
+                norm1_weight_ptr,
+                norm1_bias_ptr,
+                qk_bias_ptr,
+                C + source,
+                used,
+                HAS_QKV_BIAS,
+                1.0,
+                C,
+                C_PAD,
+                TRIM,
+                DTYPE,
+            ),
+        )
+        wv = wv + (
+            _folded(
+                v_weight_ptr,
+                norm1_weight_ptr,
+                norm1_bias_ptr,
+                v_bias_ptr,
+                source,
+                used,
+                HAS_QKV_BIAS,
+                1.0,
+                C,
+                C_PAD,
+                TRIM,
+                DTYPE,
+            ),
+        )
+        at = ch[None, :] * C + source[:, None]
+        wp = wp + (tl.load(proj_weight_ptr + at, mask=real[None, :] & used[:, None], other=0.0).to(DTYPE),)  # [W, C_PAD]
+    proj_bias = tl.load(proj_bias_ptr + ch, mask=real, other=0.0).to(tl.float32)
+    w1, w2 = (), ()
+    if RESIDENT:
+        for start in tl.static_range(0, MLP, SLICE):
+            fc1, fc2 = _mlp_slice(
+                start,
+                fc1_weight_ptr,
+                fc1_bias_ptr,
+                fc2_weight_ptr,
+                norm2_weight_ptr,
+                norm2_bias_ptr,
+                C,
+                C_PAD,
+                MLP,
+                SLICE,
+                TRIM,
+                PAIRS,
+                DTYPE,
+            )
+            w1 = w1 + (fc1,)
+            w2 = w2 + (fc2,)
+    fc2_bias = tl.load(fc2_bias_ptr + ch, mask=real, other=0.0).to(tl.float32)
+
+    diagonal = (ch[:, None] == ch[None, :]) & real[:, None]
+    identity = tl.where(diagonal, 1.0, 0.0).to(DTYPE)
+    centring = tl.where(real[:, None] & real[None, :], tl.where(diagonal, C - 1.0, -1.0), 0.0).to(DTYPE)
+    own = (lane[None, :] // D_PAD == tl.arange(0, HG)[:, None])[None, :, None, :]  # [1, HG, 1, W]
+    ones = tl.broadcast_to(tl.where(own, 1.0, 0.0), (G, HG, T, W))
+    ones = tl.reshape(ones, (G, HG * T, W)).to(DTYPE)
+
+    row = tl.arange(0, M)
+    patch, token = row // T, row % T
+    offset = (row if T == S else patch * S + token)[:, None] * C + ch[None, :]
+    for turn in range(tl.program_id(0), tl.cdiv(n_patches, G), tl.num_programs(0)):
+        first = tl.cast(turn, tl.int64) * (G * S * C)
+        live = (row < tl.minimum(n_patches - turn * G, G) * T)[:, None] & real[None, :]
+        if T > S:
+            live = live & (token < S)[:, None]
+        tokens = tl.load(x_ptr + first + offset, mask=live, other=0.0)  # [M, C_PAD]
+        if BY_PRODUCT:
+            centred = tl.where(real[None, :], tl.dot(tokens, centring), 0.0)
+            h = _normalise(centred, one, eps, C, C, DTYPE)
+            x = tl.dot(tokens, identity)
+        else:
+            x = tokens.to(tl.float32)
+            h = _normalise(_centre(x, real, C), one, eps, C, 1, DTYPE)
+
+        h = _columns(h, M, C_PAD, TRIM)
+        total = tl.zeros((M, C_PAD), tl.float32) if HAS_SCALE else x
+        total += proj_bias[None, :]
+        for i in tl.static_range(len(wq)):
+            q = tl.reshape(_dot(h, wq[i], PRECISION).to(DTYPE), (G, T, W))
+            k = tl.reshape(_dot(h, wk[i], PRECISION).to(DTYPE), (G, 1, T, W))
+            v = tl.reshape(_dot(h, wv[i], PRECISION).to(DTYPE), (G, 1, T, W))
+            k = tl.reshape(tl.where(own, k, 0.0).to(DTYPE), (G, HG * T, W))
+            v = tl.reshape(tl.where(own, v, 0.0).to(DTYPE), (G, HG * T, W))
+            s = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION)
+            s = tl.reshape(s, (G, T, HG, T))
+            if T > S:
+                s = tl.where((tl.arange(0, T) < S)[None, None, None, :], s, float("-inf"))
+            p = exp2(s - tl.max(s, 3)[:, :, :, None], FAST).to(DTYPE)
+            p = tl.reshape(p, (G, T, HG * T))
+            o = tl.dot(p, v, input_precision=PRECISION)  # [G, T, W]
+            o *= reciprocal(tl.dot(p, ones, input_precision=PRECISION), FAST)
+            total = tl.dot(tl.reshape(o.to(DTYPE), (M, W)), wp[i], total, input_precision=PRECISION)
+        if HAS_SCALE:
+            mine = turn * G + patch
+            x += total * tl.load(attn_scale_ptr + mine, mask=mine < n_patches, other=0.0)[:, None]
+        else:
+            x = total
+
+        h = _normalise(_centre(x, real, C), one, eps, C, 1, DTYPE)
+        h = _columns(h, M, C_PAD, TRIM)
+        total = tl.zeros((M, C_PAD), tl.float32) if HAS_SCALE else x
+        total += fc2_bias[None, :]
+        for start in tl.static_range(0, MLP, SLICE):
+            if RESIDENT:
+                fc1, fc2 = w1[start // SLICE], w2[start // SLICE]
+            else:
+                fc1, fc2 = _mlp_slice(
+                    start,
+                    fc1_weight_ptr,
+                    fc1_bias_ptr,
+                    fc2_weight_ptr,
+                    norm2_weight_ptr,
+                    norm2_bias_ptr,
+                    C,
+                    C_PAD,
+                    MLP,
+                    SLICE,
+                    TRIM,
+                    PAIRS,
+                    DTYPE,
+                )
+            hidden = _gelu(_dot(h, fc1, PRECISION), FAST, PAIRS).to(fc2.dtype)  # [M, SLICE]
+            total = tl.dot(hidden, fc2, total, input_precision=PRECISION)
+        if HAS_SCALE:
+            mine = turn * G + patch
+            x += total * tl.load(mlp_scale_ptr + mine, mask=mine < n_patches, other=0.0)[:, None]
+        else:
+            x = total
+        tl.store(y_ptr + first + offset, tl.where(real[None, :], x, 0.0).to(DTYPE), mask=live)
+
+
+def unsupported(sizes: dict[str, Any]) -> list[str]:
+    """Reasons against sizes as ``TNT.sizes()`` gives them; an empty list if the kernel takes them."""
+    reasons = []
+    if not 1 <= sizes["C"] <= 96:
+        reasons.append(f"C={sizes['C']} channels a pixel; accepted: 1 to 96")
+    if sizes["C"] // sizes["H"] > 32:
+        reasons.append(f"{sizes['C'] // sizes['H']} channels a head; accepted: 1 to 32")
+    if not 1 <= sizes["S"] <= 64:
+        reasons.append(f"S={sizes['S']} pixels a patch; accepted: 1 to 64")
+    if not 1 <= sizes["M"] <= 384:
+        reasons.append(f"{sizes['M']} hidden channels of the inner MLP; accepted: 1 to 384")
+    return reasons
+
+
+def _specialise(
+    S: int, C: int, H: int, M: int, has_qkv_bias: bool, has_scale: bool, dtype: str, prec: str, fast: bool
+) -> Launch:  # fmt: skip
+    D = C // H
+    d_pad = triton.next_power_of_2(D)
+    c_pad = max(16, triton.next_power_of_2(C + 1))
+    rows, warps, hidden, stages, _, mma_arch = CONFIGS[c_pad, dtype != "fp32"]
+    T = max(16, triton.next_power_of_2(S))
+    constants = dict(
+        C=C, C_PAD=c_pad, HEADS=H, D=D, D_PAD=d_pad, HG=max(1, 16 // d_pad), S=S, T=T, MLP=M, SLICE=hidden, G=max(1, rows // T),
+        HAS_QKV_BIAS=has_qkv_bias, HAS_SCALE=has_scale, RESIDENT=c_pad < (64 if dtype == "fp32" else 128) and M <= 256,
+        FAST=fast, PRECISION=prec,
+    )  # fmt: skip
+    weights = (
+        "norm1_weight", "norm1_bias", "qk_weight", "qk_bias", "v_weight", "v_bias", "proj_weight", "proj_bias",
+        "norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias",
+    )  # fmt: skip
+    pointers = {name: dtype for name in ("x_ptr", "y_ptr", *(f"{w}_ptr" for w in weights))}
+    pointers |= {"attn_scale_ptr": "fp32", "mlp_scale_ptr": "fp32"}
+    return Launch(
+        _inner_fwd_kernel, pointers, ("n_patches",), constants, warps, stages, constants["G"], floats=("eps",),
+        mma_arch=mma_arch,
+    )  # fmt: skip
+
+
+def _per_sm(spec: Launch) -> int:
+    return CONFIGS[spec.constants["C_PAD"], spec.pointers["x_ptr"] != "fp32"][4]
+
+
+def launches() -> Iterable[tuple[str, str, Launch]]:
+    """(variant, dtype, specialisation) of the named variants; S-legacy has the inner transformer of S."""
+    for variant, (C, H) in {"ti": (12, 2), "s": (24, 4), "b": (40, 4)}.items():
+        for dtype in ("bf16", "fp16", "fp32"):
+            yield variant, dtype, _specialise(16, C, H, 4 * C, False, False, dtype, "ieee", dtype != "fp32")
+
+
+def _inner(
+    pixel: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    qk_weight: Tensor,
+    qk_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    num_heads: int,
+    eps: float,
+    attn_scale: Tensor | None,
+    mlp_scale: Tensor | None,
+) -> Tensor:
+    weights = dict(
+        norm1_weight=norm1_weight, norm1_bias=norm1_bias, qk_weight=qk_weight, qk_bias=qk_bias, v_weight=v_weight,
+        v_bias=v_bias, proj_weight=proj_weight, proj_bias=proj_bias, norm2_weight=norm2_weight, norm2_bias=norm2_bias,
+        fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias,
+    )  # fmt: skip
+    check_tensors("inner", pixel=pixel, **weights, attn_scale=attn_scale, mlp_scale=mlp_scale)
+    if pixel.ndim != 3:
+        raise ValueError(f"inner: pixel has shape {tuple(pixel.shape)}; expected (patches, S, C)")
+    (P, S, C), M = pixel.shape, fc1_weight.shape[0]
+    if num_heads < 1 or C % num_heads:
+        raise ValueError(f"inner: {num_heads} heads do not divide C={C}")
+    if (qk_bias is None) != (v_bias is None):
+        raise ValueError("inner: qk_bias and v_bias are given or left out together")
+    shapes = {
+        "qk_weight": (2 * C, C), "qk_bias": (2 * C,), "v_weight": (C, C), "proj_weight": (C, C), "fc1_weight": (M, C),
+        "fc1_bias": (M,), "fc2_weight": (C, M),
+    }  # fmt: skip
+    for name, tensor in weights.items():
+        check_shape("inner", name, tensor, *shapes.get(name, (C,)))
+    for name, tensor in (("attn_scale", attn_scale), ("mlp_scale", mlp_scale)):
+        check_shape("inner", name, tensor, P)
+    reasons = unsupported({"C": C, "H": num_heads, "S": S, "M": M})
+    if reasons:
+        raise ValueError(f"inner: {'; '.join(reasons)}")
+
+    pixel = pixel.contiguous()
+    out = torch.empty_like(pixel)
+    if out.numel() == 0:
+        return out
+    has_scale = attn_scale is not None or mlp_scale is not None
+    if has_scale:
+        one = torch.ones(P, dtype=torch.float32, device=pixel.device)
+        attn_scale, mlp_scale = (one if scale is None else scale.float() for scale in (attn_scale, mlp_scale))
+    dtype = DTYPES[pixel.dtype]
+    spec = _specialise(
+        S, C, num_heads, M, qk_bias is not None, has_scale, dtype, precision(pixel.dtype), is_fast(pixel.dtype)
+    )  # fmt: skip
+    grid = programs(pixel.device, -(-P // spec.patches), _per_sm(spec))
+    absent = norm1_weight  # never read
+    given = (absent if w is None else w.contiguous() for w in (*weights.values(), attn_scale, mlp_scale))
+    start(spec, grid, pixel, out, *given, P, eps)
+    return out
+
+
+def _empty(pixel, *args):
+    return torch.empty_like(pixel, memory_format=torch.contiguous_format)
+
+
+def _multiply_adds(pixel, norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias,
+                   norm2_weight, norm2_bias, fc1_weight, *args) -> int:  # fmt: skip
+    P, S, C = pixel
+    return P * S * (4 * C * C + 2 * C * fc1_weight[0] + 2 * S * C)
+
+
+_operation = register("inner", _inner, _empty, reference.inner, _multiply_adds)
+
+
+def inner(
+    pixel: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    qk_weight: Tensor,
+    qk_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    num_heads: int,
+    eps: float = 1e-5,
+    attn_scale: Tensor | None = None,
+    mlp_scale: Tensor | None = None,
+) -> Tensor:
+    """``reference.inner``, fused: float32, float16 or bfloat16, the weights in the same dtype (or float32 under autocast).
+
+    Raises:
+        TypeError, ValueError: a tensor of another dtype, device or shape; named, with what is accepted.
+    """
+    (pixel,) = under_autocast(pixel)
+    return _operation(
+        pixel, norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias, norm2_weight,
+        norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, num_heads, eps, attn_scale, mlp_scale,
+    )  # fmt: skip

@@ -1,0 +1,107 @@
+"""The approximations of the kernels, each over its whole input range: their mathematics here, their instructions on a GPU."""
+
+import inspect
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from tnt_fast.kernels import inner, tile
+
+
+def erf_gelu(x: np.ndarray) -> np.ndarray:
+    return F.gelu(torch.from_numpy(x.astype(np.float64))).numpy()
+
+
+def test_the_polynomial_of_gelu_is_within_its_stated_error():
+    source = inspect.getsource(tile.gelu.fn)
+    first, second, third = map(float, re.search(r"x \* \(([\d.]+) \+ x2 \* \(([\d.]+) - ([\d.]+) \* x2\)\)", source).groups())
+    x = np.concatenate([np.linspace(-40, 40, 2_000_001), [-1e30, 1e30, -1e-30, 0.0]])
+    x2 = np.minimum(x * x, 36.0)
+    value = 0.5 * x * (1 + np.tanh(x * (first + x2 * (second - third * x2))))
+    assert np.abs(value - erf_gelu(x)).max() <= 2.6e-5
+
+
+def test_gelu_in_pairs_of_float16_over_every_float16():
+    source = inspect.getsource(inner._gelu.fn)
+    constants = {name: int(word, 16) for name, word in re.findall(r"mov\.b32 (\w+), 0x([0-9A-F]{8})", source)}
+    assert all(word >> 16 == word & 0xFFFF for word in constants.values())  # the same in both halves
+    c0, c1, c2, top, low = (np.uint16(constants[n] & 0xFFFF).view(np.float16) for n in ("c0", "c1", "c2", "top", "low"))
+    assert (top, low) == (np.float16(32752), np.float16(-32752))
+    h = np.arange(65536, dtype=np.uint32).astype(np.uint16).view(np.float16)
+    h = np.clip(h[~np.isnan(h)], low, top)
+    exact = erf_gelu(8 * h.astype(np.float64))
+
+    def fma(a, b, c):  # one rounding, as the instruction
+        return (a.astype(np.float64) * b.astype(np.float64) + np.float64(c)).astype(np.float16)
+
+    with np.errstate(over="ignore"):
+        q = np.clip(h * h, 0, 1)
+        t = fma(q, c2.reshape(1), c1)
+        t = (t.astype(np.float64) * q + np.float64(c0)).astype(np.float16)
+        t = t * h
+        for noise in (-(2.0**-10.987), 0.0, 2.0**-10.987):  # tanh.approx.f16x2: its largest absolute error (PTX ISA)
+            tanh = np.clip(np.tanh(t.astype(np.float64)) + noise, -1, 1).astype(np.float16)
+            value = 4 * (h.astype(np.float64) * tanh + h).astype(np.float16).astype(np.float64)
+            error = np.abs(value - exact)
+            near = np.abs(8 * h.astype(np.float64)) < 4
+            assert error[near].max() <= 3.2e-3  # rounding the exact value to bfloat16: 7.8e-3
+            assert (error <= 2**-8 * np.abs(exact) + 3.2e-3 + np.where(near, 0, 2**-9 * np.abs(8 * h))).all()
+    assert np.abs(value[8 * h.astype(np.float64) > 8] / exact[8 * h.astype(np.float64) > 8] - 1).max() <= 2**-8
+
+
+def test_gelu_in_pairs_is_no_worse_than_bfloat16_where_it_matters():
+    x = torch.linspace(-4, 4, 100_001, dtype=torch.float64)
+    rounding = (F.gelu(x).bfloat16().double() - F.gelu(x)).abs().max().item()
+    assert rounding >= 3.2e-3  # the approximation's largest error there is below that of its result's dtype
+
+
+@triton.jit
+def _apply(x_ptr, y_ptr, n, WHICH: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n, other=1.0)
+    if WHICH == "gelu":
+        y = tile.gelu(x, FAST)
+    elif WHICH == "pairs":
+        y = inner._gelu(x * 0.125, FAST, True).to(tl.float32) * 4.0
+    elif WHICH == "exp2":
+        y = tile.exp2(x, FAST)
+    else:
+        y = tile.reciprocal(x, FAST)
+    tl.store(y_ptr + at, y, mask=at < n)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("which", "low", "high", "absolute", "relative"),
+    [
+        ("gelu", -40, 40, 2.6e-5, 2**-10),
+        ("pairs", -4, 4, 3.2e-3, 0),
+        ("pairs", 4, 260_000, 0, 2**-8),
+        ("exp2", -126, 0, 0, 2**-21),
+        ("reciprocal", 1, 256, 0, 2**-22),
+    ],
+)
+def test_the_fast_forms_on_the_machine(which, low, high, absolute, relative):
+    x = torch.linspace(low, high, 1_000_003, device="cuda")
+    y = torch.full_like(x, float("nan"))
+    _apply[(triton.cdiv(len(x), 1024),)](x, y, len(x), WHICH=which, FAST=True, BLOCK=1024)
+    exact = {"gelu": F.gelu, "pairs": F.gelu, "exp2": torch.exp2, "reciprocal": torch.reciprocal}[which](x.double())
+    assert ((y.double() - exact).abs() <= absolute + relative * exact.abs()).all()
+
+
+@pytest.mark.parametrize("which", ["gelu", "exp2", "reciprocal"])
+def test_the_plain_forms(which):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.linspace(-30, -0.5, 2001, device=device)
+    y = torch.full_like(x, float("nan"))
+    _apply[(2,)](x, y, len(x), WHICH=which, FAST=False, BLOCK=1024)
+    exact = {"gelu": F.gelu, "exp2": torch.exp2, "reciprocal": torch.reciprocal}[which](x.double())
+    assert (y.double() - exact).abs().max().item() <= 1e-6

@@ -1,0 +1,429 @@
+"""The fused operations against the reference in float64, by the one rule of the house:
+
+    max|fused − ref64| <= 2·max|same-dtype reference − ref64| + 4·eps(dtype)·max|ref64|
+
+On a GPU the compiled kernels run, without one Triton's interpreter runs them (in which bfloat16 products are wrong, so
+bfloat16 needs a GPU). Memory that a kernel does not write is NaN.
+"""
+
+import pytest
+import timm
+import torch
+from helpers import perturb
+
+pytest.importorskip("triton")
+
+from tnt_fast import kernels, reference, why_not_fused
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+bf16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, bf16], ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def rule(name: str, fused: torch.Tensor, same: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+    """Assert the rule of the house for one tensor."""
+    assert fused.shape == exact.shape, name
+    error, own = ((x.double().cpu() - exact).abs().max().item() for x in (fused, same))
+    allowed = 2 * own + 4 * torch.finfo(dtype).eps * exact.abs().max().item()
+    assert error <= allowed, f"{name}: error {error:.3g}, PyTorch's own {own:.3g}, allowed {allowed:.3g}"
+
+
+def check(operation: str, tensors: dict, others: dict, dtype: torch.dtype, gradients: bool = True) -> None:
+    """Output and every gradient of an operation, by the rule. ``tensors``: float64 on the CPU, or None."""
+    tensors = {k: v if v is None else v.to(dtype) for k, v in tensors.items()}
+    results = {}
+    for label, function, kind, device in (
+        ("fused", getattr(kernels.OPERATIONS[operation], operation), dtype, DEVICE),
+        ("same", getattr(reference, operation), dtype, DEVICE),
+        ("exact", getattr(reference, operation), torch.float64, "cpu"),
+    ):
+        given = {k: v if v is None else v.to(device, kind).requires_grad_(gradients) for k, v in tensors.items()}
+        out = function(**given, **others)
+        results[label] = {"output": out.detach()}
+        if gradients:
+            generator = torch.Generator().manual_seed(9)
+            upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype).to(device, kind)
+            wanted = {k: v for k, v in given.items() if v is not None}
+            found = torch.autograd.grad(out, list(wanted.values()), upstream)
+            results[label] |= {f"gradient of {k}": g for k, g in zip(wanted, found, strict=True)}
+    for name, exact in results["exact"].items():
+        rule(f"{operation}, {name}", results["fused"][name], results["same"][name], exact, dtype)
+
+
+def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64) * scale + mean
+
+
+def fold_tensors(B, N, S, C, E, legacy, mean=0.5, scale=1.0):
+    width = C if legacy else S * C
+    return dict(
+        pixel=normal(B * N, S, C, scale=scale, mean=mean), patch=normal(B, 1 + N, E),
+        norm1_weight=normal(width, scale=0.3, mean=1), norm1_bias=normal(width, scale=0.3),
+        proj_weight=normal(E, S * C, scale=(S * C) ** -0.5), proj_bias=normal(E) if legacy else None,
+        norm2_weight=None if legacy else normal(E, scale=0.3, mean=1), norm2_bias=None if legacy else normal(E, scale=0.3),
+    )  # fmt: skip
+
+
+def inner_tensors(P, S, C, M, bias=False, mean=0.5, scale=1.0):
+    return dict(
+        pixel=normal(P, S, C, scale=scale, mean=mean),
+        norm1_weight=normal(C, scale=0.3, mean=1), norm1_bias=normal(C, scale=0.3),
+        qk_weight=normal(2 * C, C, scale=1.5 * C**-0.5), qk_bias=normal(2 * C, scale=0.3) if bias else None,
+        v_weight=normal(C, C, scale=C**-0.5), v_bias=normal(C, scale=0.3) if bias else None,
+        proj_weight=normal(C, C, scale=C**-0.5), proj_bias=normal(C, scale=0.3),
+        norm2_weight=normal(C, scale=0.3, mean=1), norm2_bias=normal(C, scale=0.3),
+        fc1_weight=normal(M, C, scale=C**-0.5), fc1_bias=normal(M, scale=0.3),
+        fc2_weight=normal(C, M, scale=M**-0.5), fc2_bias=normal(C, scale=0.3),
+    )  # fmt: skip
+
+
+def embed_case(B, channels, H, W, C, patch, stride, step, legacy):
+    tensors = dict(
+        image=normal(B, channels, H, W, mean=0.3), weight=normal(C, channels, 7, 7, scale=(49 * channels) ** -0.5),
+        bias=normal(C), pixel_pos=normal(1, C, patch[0] // stride, patch[1] // stride),
+    )  # fmt: skip
+    return tensors, dict(patch_size=patch, stride=stride, patch_stride=step, legacy=legacy)
+
+
+# ---- pixel_embed ----
+
+
+@DTYPES
+@pytest.mark.parametrize("legacy", [False, True], ids=["patches", "legacy"])
+@pytest.mark.parametrize(
+    ("B", "channels", "H", "W", "C", "patch", "stride", "step"),
+    [
+        (2, 3, 32, 48, 24, (16, 16), 4, (16, 16)),
+        (1, 3, 32, 32, 6, (16, 16), 2, (16, 16)),
+        (3, 3, 16, 32, 96, (16, 16), 8, (16, 16)),
+        (1, 1, 40, 24, 40, (16, 16), 4, (8, 8)),
+        (1, 4, 48, 24, 12, (24, 12), 4, (24, 12)),
+    ],
+    ids=["S", "stride2", "stride8", "overlap", "S18"],
+)
+def test_pixel_embed(B, channels, H, W, C, patch, stride, step, legacy, dtype):
+    check("pixel_embed", *embed_case(B, channels, H, W, C, patch, stride, step, legacy), dtype)
+
+
+def test_pixel_embed_takes_any_strides_and_no_bias_or_position():
+    tensors, others = embed_case(2, 3, 32, 32, 24, (16, 16), 4, (16, 16), False)
+    tensors |= {"bias": None, "pixel_pos": None}
+    check("pixel_embed", tensors, others, torch.float32)
+    embed = kernels.OPERATIONS["pixel_embed"].pixel_embed
+    image, weight = tensors["image"].float().to(DEVICE), tensors["weight"].float().to(DEVICE)
+    expected = embed(image, weight, None, None, **others)
+    channels_last = image.contiguous(memory_format=torch.channels_last)
+    wide = torch.randn(2, 3, 32, 80, device=DEVICE)
+    wide[..., 5:69:2] = image
+    assert torch.equal(embed(channels_last, weight, None, None, **others), expected)
+    assert torch.equal(embed(wide[..., 5:69:2], weight, None, None, **others), expected)
+
+
+# ---- fold ----
+
+
+@DTYPES
+@pytest.mark.parametrize("legacy", [False, True], ids=["norms", "legacy"])
+@pytest.mark.parametrize(
+    ("B", "N", "S", "C", "E"),
+    [
+        (2, 5, 16, 24, 384),
+        (3, 37, 4, 96, 48),
+        (1, 1, 16, 40, 640),
+        (2, 33, 64, 6, 200),
+        (2, 3, 16, 12, 192),
+        (1, 70, 36, 3, 10),
+    ],
+)
+def test_fold(B, N, S, C, E, legacy, dtype):
+    check("fold", fold_tensors(B, N, S, C, E, legacy), {}, dtype)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["norms", "legacy"])
+@pytest.mark.parametrize(("dtype", "mean"), [(torch.float32, 1000.0), (torch.float16, 100.0)], ids=str)
+def test_fold_of_a_large_mean(mean, dtype, legacy):
+    check("fold", fold_tensors(2, 3, 16, 24, 64, legacy, mean=mean), {}, dtype, gradients=False)
+
+
+def test_fold_onto_an_expanded_patch():
+    tensors = fold_tensors(3, 4, 16, 12, 24, False)
+    tensors["patch"] = tensors["patch"][:1].expand(3, -1, -1)
+    given = {k: None if v is None else v.float().to(DEVICE) for k, v in tensors.items()}
+    given["patch"] = given["patch"][:1].expand(3, -1, -1)
+    assert given["patch"].stride(0) == 0
+    rule("fold", kernels.OPERATIONS["fold"].fold(**given), reference.fold(**given), reference.fold(**tensors), torch.float32)
+
+
+# ---- inner ----
+
+
+@DTYPES
+@pytest.mark.parametrize("bias", [False, True], ids=["", "qkv-bias"])
+@pytest.mark.parametrize(
+    ("P", "S", "C", "H", "M"),
+    [
+        (11, 16, 24, 4, 96), (5, 16, 40, 4, 160), (9, 16, 12, 2, 48), (3, 64, 6, 2, 24), (7, 4, 96, 4, 384), (6, 16, 24, 8, 48),
+        (5, 16, 32, 1, 64), (2, 16, 64, 4, 128), (1, 4, 24, 1, 96), (3, 9, 24, 4, 96),
+    ],
+    ids=lambda v: str(v),
+)  # fmt: skip
+def test_inner(P, S, C, H, M, bias, dtype):
+    check("inner", inner_tensors(P, S, C, M, bias), dict(num_heads=H), dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "scale"), [(torch.float32, 100.0, 1.0), (torch.float32, 0.0, 1e-3), (torch.float16, 10.0, 1.0)], ids=str
+)
+def test_inner_of_large_means_and_small_spread(dtype, mean, scale):
+    check("inner", inner_tensors(6, 16, 24, 96, mean=mean, scale=scale), dict(num_heads=4), dtype, gradients=False)
+
+
+@DTYPES
+def test_inner_of_outliers(dtype):
+    tensors = inner_tensors(6, 16, 24, 96)
+    tensors["pixel"][::2, 3, 5] = 300.0
+    tensors["pixel"][1::2, 7] *= 50
+    check("inner", tensors, dict(num_heads=4), dtype, gradients=False)
+
+
+@DTYPES
+def test_inner_with_drop_path(dtype):
+    tensors = inner_tensors(5, 16, 24, 96)
+    scales = dict(attn_scale=torch.tensor([0, 2, 1, 0, 1.25]), mlp_scale=torch.tensor([2, 0, 1, 0, 1.25]))
+    results = []
+    for function, kind, device in (
+        (kernels.OPERATIONS["inner"].inner, dtype, DEVICE),
+        (reference.inner, dtype, DEVICE),
+        (reference.inner, torch.float64, "cpu"),
+    ):
+        given = {k: None if v is None else v.to(dtype).to(device, kind) for k, v in tensors.items()}
+        results.append(function(**given, num_heads=4, **{k: v.to(device, kind) for k, v in scales.items()}))
+    rule("inner", *results, dtype)
+    assert torch.equal(results[0][3], tensors["pixel"][3].to(dtype).to(DEVICE))  # both branches dropped: the input, exactly
+
+
+# ---- all ----
+
+
+@pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
+def test_nothing_in_nothing_out(operation):
+    if operation == "pixel_embed":
+        tensors, others = embed_case(0, 3, 32, 32, 24, (16, 16), 4, (16, 16), False)
+    elif operation == "inner":
+        tensors, others = inner_tensors(0, 16, 24, 96), dict(num_heads=4)
+    else:
+        tensors, others = fold_tensors(0, 4, 16, 24, 48, False), {}
+    given = {k: None if v is None else v.float().to(DEVICE) for k, v in tensors.items()}
+    out = getattr(kernels.OPERATIONS[operation], operation)(**given, **others)
+    assert out.shape == getattr(reference, operation)(**given, **others).shape
+    assert out.numel() == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("S", [4, 16])
+def test_nan_and_infinity_stay_in_their_patch(S, bad):
+    inner, fold = (kernels.OPERATIONS[name] for name in ("inner", "fold"))
+    tensors = {k: None if v is None else v.float().to(DEVICE) for k, v in inner_tensors(9, S, 24, 96).items()}
+    clean = inner.inner(**tensors, num_heads=4)
+    tensors["pixel"] = tensors["pixel"].clone()
+    tensors["pixel"][4, 1, 2] = bad
+    out = inner.inner(**tensors, num_heads=4)
+    others = [i for i in range(9) if i != 4]
+    assert torch.equal(out[others], clean[others])
+    assert torch.equal(out[4].isnan(), reference.inner(**tensors, num_heads=4)[4].isnan())
+    tensors = {k: None if v is None else v.float().to(DEVICE) for k, v in fold_tensors(3, 3, S, 24, 48, False).items()}
+    clean = fold.fold(**tensors)
+    tensors["pixel"] = tensors["pixel"].clone()
+    tensors["pixel"][4, 1, 2] = bad
+    out = fold.fold(**tensors)
+    assert out[1, 2].isnan().all()
+    out[1, 2] = clean[1, 2]
+    assert torch.equal(out, clean)
+
+
+@pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
+def test_the_same_bits_twice(operation):
+    tensors, others = (
+        embed_case(2, 3, 32, 48, 24, (16, 16), 4, (16, 16), False) if operation == "pixel_embed"
+        else (inner_tensors(13, 16, 24, 96), dict(num_heads=4)) if operation == "inner"
+        else (fold_tensors(2, 7, 16, 24, 48, False), {})
+    )  # fmt: skip
+    given = {k: None if v is None else v.half().to(DEVICE) for k, v in tensors.items()}
+    function = getattr(kernels.OPERATIONS[operation], operation)
+    assert torch.equal(function(**given, **others), function(**given, **others))
+
+
+@pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
+def test_opcheck(operation):
+    tensors, others = (
+        embed_case(1, 3, 16, 32, 12, (16, 16), 4, (16, 16), False) if operation == "pixel_embed"
+        else (inner_tensors(3, 16, 12, 48), dict(num_heads=2, eps=1e-5, a=None, m=None)) if operation == "inner"
+        else (fold_tensors(1, 3, 16, 12, 24, False), dict(eps=1e-5))
+    )  # fmt: skip
+    given = [None if v is None else v.float().to(DEVICE).requires_grad_() for v in tensors.values()]
+    others = [list(v) if isinstance(v, tuple) else v for v in others.values()]
+    torch.library.opcheck(getattr(torch.ops.tnt_fast, operation).default, (*given, *others))
+
+
+@DTYPES
+@pytest.mark.parametrize("variant", ["ti", "s", "s_legacy", "b"])
+def test_whole_models(variant, dtype):
+    exact = perturb(timm.create_model(f"tnt_fast_{variant}_patch16_224", depth=2, img_size=(32, 48), num_classes=7)).eval()
+    exact = exact.to(dtype)
+    image = torch.randn(2, 3, 32, 48).to(dtype)
+    outputs = []
+    for backend in ("fused", "reference"):
+        model = timm.create_model(
+            f"tnt_fast_{variant}_patch16_224", depth=2, img_size=(32, 48), num_classes=7, backend=backend, dtype=dtype
+        ).eval()
+        model.load_state_dict(exact.state_dict())
+        model.to(DEVICE)
+        assert backend == "reference" or why_not_fused(model, image.to(DEVICE)) == []
+        with torch.no_grad():
+            outputs.append(model(image.to(DEVICE)))
+    exact.backend = "reference"
+    rule(variant, *outputs, exact.double()(image.double()).detach(), dtype)
+
+
+def test_fused_is_fused(monkeypatch):
+    """The reference's pieces raise, but for the outer transformer, which has no kernel; the fused path still answers."""
+    model = timm.create_model("tnt_fast_ti_patch16_224", depth=2, img_size=32, backend="fused").eval().to(DEVICE)
+    image = torch.randn(1, 3, 32, 32, device=DEVICE)
+    expected = model(image)
+    attention_weights, cat = reference.attention_weights, torch.cat
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the reference was called")
+
+    monkeypatch.setattr(reference, "cut_patches", forbidden)
+    monkeypatch.setattr(reference, "as_pixels", forbidden)
+    monkeypatch.setattr(
+        reference, "attention_weights", lambda qk, heads: forbidden() if qk.shape[1] == 16 else attention_weights(qk, heads)
+    )
+    monkeypatch.setattr(torch, "cat", lambda tensors, dim=0: forbidden() if tensors[0].ndim == 3 else cat(tensors, dim))
+    assert torch.equal(model(image), expected)
+    model.backend = "reference"
+    with pytest.raises(AssertionError, match="the reference was called"):
+        model(image)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_fused_model_trains_compiles_and_exports(legacy):
+    kwargs = dict(img_size=32, embed_dim=24, inner_dim=12, depth=2, num_heads_inner=2, num_heads_outer=3, num_classes=5)
+    from tnt_fast import TNT
+
+    fused = perturb(TNT(**kwargs, legacy=legacy, backend="fused")).to(DEVICE)
+    image = torch.randn(2, 3, 32, 32, device=DEVICE, requires_grad=True)
+    gradients = []
+    for backend in ("fused", "reference"):
+        fused.backend = backend
+        gradients.append(torch.autograd.grad(fused(image).square().sum(), [image, *fused.parameters()]))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    fused.backend = "fused"
+    expected = fused(image)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    out = compiled(image)
+    torch.testing.assert_close(out, expected)
+    found = torch.autograd.grad(out.square().sum(), [image, *fused.parameters()])
+    for a, b in zip(found, gradients[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    program = torch.export.export(fused.eval(), (image.detach(),))
+    assert any("tnt_fast.inner" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(image.detach()), expected)
+
+
+# ---- what only a GPU can show ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("C", "H"), [(12, 2), (24, 4), (40, 4)], ids=["ti", "s", "b"])
+def test_inner_at_full_size_over_many_seeds(C, H, dtype):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        check("inner", inner_tensors(1571, 16, C, 4 * C), dict(num_heads=H), dtype, gradients=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("C", "E", "legacy"), [(12, 192, False), (24, 384, False), (24, 384, True), (40, 640, False)])
+def test_fold_and_pixel_embed_at_full_size_over_many_seeds(C, E, legacy, dtype):
+    for seed in range(10):
+        torch.manual_seed(seed)
+        check("fold", fold_tensors(3, 196, 16, C, E, legacy), {}, dtype, gradients=False)
+        check("pixel_embed", *embed_case(3, 3, 224, 224, C, (16, 16), 4, (16, 16), legacy), dtype, gradients=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
+def test_tf32_where_pytorch_allows_it(operation):
+    tensors, others = (
+        embed_case(2, 3, 64, 64, 24, (16, 16), 4, (16, 16), False) if operation == "pixel_embed"
+        else (inner_tensors(99, 16, 24, 96), dict(num_heads=4)) if operation == "inner"
+        else (fold_tensors(2, 33, 16, 24, 384, False), {})
+    )  # fmt: skip
+    given = {k: None if v is None else v.float().cuda() for k, v in tensors.items()}
+    old = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    try:
+        fused = getattr(kernels.OPERATIONS[operation], operation)(**given, **others)
+        same = getattr(reference, operation)(**given, **others)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = old
+    exact = getattr(reference, operation)(
+        **{k: None if v is None else v.float().double() for k, v in tensors.items()}, **others
+    )
+    error, own = ((x.double().cpu() - exact).abs().max().item() for x in (fused, same))
+    assert error <= 2 * own + 4 * 2**-11 * exact.abs().max().item()  # products of tf32 carry 10 bits of fraction
+
+
+@pytest.mark.gpu
+def test_addresses_past_two_to_the_31():
+    S, C, P = 16, 40, 2**31 // 640 + 37
+    if torch.cuda.get_device_properties(0).total_memory < 16 * 2**30:
+        pytest.skip("needs 16 GiB of GPU memory")
+    weights = {k: None if v is None else v.bfloat16().cuda() for k, v in inner_tensors(1, S, C, 160).items() if k != "pixel"}
+    pixel = torch.zeros(P, S, C, device="cuda", dtype=torch.bfloat16)
+    tail = torch.randn(50, S, C, device="cuda", dtype=torch.bfloat16)
+    pixel[-50:] = tail
+    inner = kernels.OPERATIONS["inner"].inner
+    assert torch.equal(inner(pixel, **weights, num_heads=4)[-48:], inner(tail, **weights, num_heads=4)[-48:])
+
+
+# ---- bad input ----
+
+
+def test_what_an_operation_does_not_take_is_named():
+    inner, fold, embed = (kernels.OPERATIONS[name] for name in ("inner", "fold", "pixel_embed"))
+    good = {k: None if v is None else v.float().to(DEVICE) for k, v in inner_tensors(3, 16, 24, 96).items()}
+    with pytest.raises(TypeError, match=r"inner: pixel is torch\.float64; accepted: torch\.bfloat16"):
+        inner.inner(**{**good, "pixel": good["pixel"].double()}, num_heads=4)
+    with pytest.raises(TypeError, match=r"inner: v_weight is torch\.float16, pixel is torch\.float32"):
+        inner.inner(**{**good, "v_weight": good["v_weight"].half()}, num_heads=4)
+    with pytest.raises(ValueError, match=r"inner: fc1_weight has shape \(96, 20\); expected \(96, 24\)"):
+        inner.inner(**{**good, "fc1_weight": good["fc1_weight"][:, :20]}, num_heads=4)
+    with pytest.raises(ValueError, match=r"inner: 5 heads do not divide C=24"):
+        inner.inner(**good, num_heads=5)
+    good = {k: None if v is None else v.float().to(DEVICE) for k, v in fold_tensors(2, 3, 16, 12, 24, False).items()}
+    with pytest.raises(ValueError, match="fold: pixel has 6 patches, patch has 2 images with 2 each"):
+        fold.fold(**{**good, "patch": good["patch"][:, 1:]})
+    with pytest.raises(ValueError, match=r"fold: norm1_weight has 20 values; accepted: S·C=192, or C=12"):
+        fold.fold(**{**good, "norm1_weight": good["norm1_weight"][:20]})
+    with pytest.raises(ValueError, match=r"pixel_embed: weight has shape \(24, 3, 5, 5\); expected \(24, 3, 7, 7\)"):
+        embed.pixel_embed(
+            torch.zeros(1, 3, 16, 16, device=DEVICE), torch.zeros(24, 3, 5, 5, device=DEVICE), None, None, (16, 16), 4, (16, 16)
+        )
+    if DEVICE == "cuda":
+        good = {k: v if v is None else v.float() for k, v in inner_tensors(3, 16, 24, 96).items()}
+        good["pixel"] = good["pixel"].cuda()
+        with pytest.raises(ValueError, match="inner: norm1_weight is on 'cpu', pixel on 'cuda:0'"):
+            inner.inner(**good, num_heads=4)
