@@ -1,0 +1,385 @@
+"""The static cost report: the tool itself on toy kernels, then what it has to say about the kernels that are shipped.
+
+Whatever compiles runs in a process of its own, once a session: a process with Triton's interpreter cannot compile.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+pytest.importorskip("triton")
+
+from benchmarks import static_cost
+from tnt_fast import kernels
+
+ROOT = Path(__file__).parent.parent
+
+TOYS = """
+import sys
+from types import SimpleNamespace
+
+import triton
+import triton.language as tl
+
+from benchmarks import static_cost
+from tnt_fast import kernels
+from tnt_fast.kernels.tile import Launch
+
+
+@triton.jit
+def chain(x_ptr, y_ptr, n, scale, STEPS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr):
+    for i in range(tl.program_id(0), n, tl.num_programs(0)):
+        x = tl.load(x_ptr + i * BLOCK + tl.arange(0, BLOCK))
+        for _ in tl.static_range(STEPS):
+            x = x * x + scale
+        if FAST:
+            x = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+        tl.store(y_ptr + i * BLOCK + tl.arange(0, BLOCK), x)
+
+
+@triton.jit
+def straight(x_ptr, y_ptr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    for _ in tl.static_range(STEPS):
+        x = x * x + 1.5
+    tl.store(y_ptr + tl.arange(0, BLOCK), x)
+
+
+@triton.jit
+def greedy(x_ptr, y_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, x * tl.max(x, 0)[None, :] + tl.sum(x, 1)[:, None])
+
+
+@triton.jit
+def products(x_ptr, w_ptr, y_ptr, n, G: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
+    k = tl.arange(0, K)
+    if G == 1:
+        w = tl.load(w_ptr + k[:, None] * K + k[None, :])
+        at = tl.arange(0, M)[:, None] * K + k[None, :]
+    else:
+        w = tl.load(w_ptr + (tl.arange(0, G) * K * K)[:, None, None] + k[None, :, None] * K + k[None, None, :])
+        at = (tl.arange(0, G) * M * K)[:, None, None] + tl.arange(0, M)[None, :, None] * K + k[None, None, :]
+    for i in range(tl.program_id(0), n, tl.num_programs(0)):
+        x = tl.load(x_ptr + i * G * M * K + at)
+        h = tl.dot(x, w).to(x.dtype)
+        tl.store(y_ptr + i * G * M * K + at, tl.dot(h, w).to(x.dtype))
+
+
+@triton.jit
+def broken(x_ptr, WRONG: tl.constexpr):
+    tl.static_assert(not WRONG, "broken on purpose")
+    tl.store(x_ptr, 0.0)
+
+
+FP32 = {"x_ptr": "fp32", "y_ptr": "fp32"}
+BF16 = {"x_ptr": "bf16", "w_ptr": "bf16", "y_ptr": "bf16"}
+
+
+def chained(steps, patches=2):
+    constants = {"STEPS": steps, "BLOCK": 128, "FAST": True}
+    return Launch(chain, FP32, ("n",), constants, num_warps=4, num_stages=1, patches=patches, floats=("scale",))
+
+
+def multiplied(groups, rows, warps):
+    return Launch(products, BF16, ("n",), {"G": groups, "M": rows, "K": 32}, warps, num_stages=1, patches=groups)
+
+
+def ship(name, *launches):
+    kernels.OPERATIONS[name] = SimpleNamespace(launches=lambda: [("s", "bf16", launch) for launch in launches])
+
+
+kernels.OPERATIONS.clear()
+ship("chain", chained(64), chained(128))
+ship("turns", chained(128)._replace(turns=10))
+ship("straight", Launch(straight, FP32, (), {"STEPS": 64, "BLOCK": 128}, 4, 1, 1))
+ship("greedy", Launch(greedy, FP32, (), {"ROWS": 64, "COLUMNS": 128}, 1, 1, 1))
+ship("products", multiplied(1, 64, 4), multiplied(1, 64, 2), multiplied(4, 16, 4))
+ship("broken", Launch(broken, {"x_ptr": "fp32"}, (), {"WRONG": True}, 1, 1, 1))
+ship("misdescribed", Launch(broken, {}, (), {"WRONG": False}, 1, 1, 1))
+sys.exit(static_cost.main(sys.argv[1:]))
+"""
+
+
+def _run_once(tmp_path_factory, name, script, *arguments):
+    """Run a script in a new folder, once for all workers of pytest-xdist: (the folder, how the script ended).
+
+    Jit functions need a source file, and must not be made for Triton's interpreter.
+    """
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            (folder / "script.py").write_text(script)
+            command = [sys.executable, "script.py", *arguments]
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+            ending = {"status": done.returncode, "out": done.stdout, "err": done.stderr}
+            (folder / "ending.json").write_text(json.dumps(ending))
+    return folder, json.loads((folder / "ending.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory):
+    """The report on the toy kernels: the folder with its files, and how it ended."""
+    targets = [f"--target={name}" for name in ("sm_89", "sm_90", "gfx942")]
+    folder, ending = _run_once(tmp_path_factory, "toys", TOYS, *targets, "--json", "rows.json", "--sass", "sass")
+    assert (folder / "rows.json").exists(), ending["err"]
+    return folder, ending
+
+
+@pytest.fixture(scope="session")
+def toy_rows(toys):
+    """Rows of one toy kernel on one target."""
+    table = json.loads((toys[0] / "rows.json").read_text())
+
+    def get(kernel, target="sm_90"):
+        return [row for row in table if row["kernel"] == kernel and row["target"] == target]
+
+    return get
+
+
+@pytest.mark.parametrize("target", ["sm_89", "sm_90", "gfx942"])
+def test_main_loop_is_counted(toy_rows, target):
+    once, twice = toy_rows("chain", target)
+    # At most one element a thread: 64 more multiply-adds for each of 4 warps, over 2 patches.
+    assert twice["instructions_by_kind"]["float"] - once["instructions_by_kind"]["float"] == 64 * 4 / 2
+    (tenfold,) = toy_rows("turns", target)
+    outside = tenfold["warp_instructions_per_patch"] - 10 * twice["warp_instructions_per_patch"]
+    assert 0 < outside < twice["warp_instructions_per_patch"]
+    assert once["instructions_by_kind"]["global"] == 2 * 4 / 2
+    assert once["instructions_by_kind"]["special"] == (0 if target == "gfx942" else 4 / 2)  # no PTX for AMD
+    assert sum(once["instructions_by_kind"].values()) == pytest.approx(once["warp_instructions_per_patch"], abs=1)
+    assert once["other_loops"] == once["matrix_instructions"] == once["stack_bytes"] == 0
+
+
+def test_kernel_without_a_loop_is_counted_whole(toy_rows):
+    (row,) = toy_rows("straight")
+    assert 64 * 4 <= row["instructions_by_kind"]["float"] <= 66 * 4
+    assert row["instructions_by_kind"]["global"] == 2 * 4
+
+
+def test_time_is_the_issue_bound_of_an_h200(toy_rows):
+    row = toy_rows("chain")[0]
+    expected = row["warp_instructions_per_patch"] * 256 * 196 * 12 / (132 * 4 * 1.98e9) * 1e6
+    assert row["us_12_layers_batch_256"] == pytest.approx(expected, abs=0.1)
+    assert toy_rows("chain", "sm_89")[0]["us_12_layers_batch_256"] is None
+
+
+@pytest.mark.parametrize("target", ["sm_89", "sm_90"])
+def test_spills_are_seen(toy_rows, target):
+    (row,) = toy_rows("greedy", target)
+    assert row["stack_bytes"] > 0
+    assert row["instructions_by_kind"]["spill"] > 0
+
+
+def test_risky_form_is_seen(toy_rows):
+    assert [row["risky"] for row in toy_rows("products")] == [True, False, False]
+    assert not any(row["risky"] for row in toy_rows("products", "sm_89") + toy_rows("products", "gfx942"))
+    assert all(row["matrix_instructions"] > 0 for row in toy_rows("products") + toy_rows("products", "gfx942"))
+
+
+def test_amd_registers(toy_rows):
+    for row in toy_rows("products", "gfx942"):
+        assert row["registers"] >= row["accumulator_registers"] >= 0
+        assert row["scalar_registers"] > 0
+
+
+def test_what_does_not_compile_is_named_and_fails_the_report(toys, toy_rows):
+    _, ending = toys
+    assert ending["status"] == 1
+    (row,) = toy_rows("broken")
+    assert "broken on purpose" in row["error"]
+    assert "broken does not compile (s bf16 sm_89, s bf16 sm_90, s bf16 gfx942): CompileTimeAssertion" in ending["err"]
+    (row,) = toy_rows("misdescribed")
+    assert "disagree about the arguments ['x_ptr']" in row["error"]
+
+
+def test_report(toys, toy_rows):
+    folder, ending = toys
+    lines = ending["out"].splitlines()
+    assert lines[0].split()[:5] == ["kernel", "function", "variant", "dtype", "target"]
+    assert len({len(line) for line in lines[: lines.index("")]}) == 1
+    assert "1.98 GHz" in ending["out"]
+    assert "RISKY" in ending["out"]
+    keys = {"kernel", "variant", "dtype", "target", "num_warps", "patches", "registers", "stack_bytes", "shared_bytes"}
+    keys |= {"warp_instructions_per_patch", "matrix_instructions", "risky", "occupancy_warps", "us_12_layers_batch_256"}
+    assert all(keys <= set(toy_rows("chain", target)[0]) for target in ("sm_89", "sm_90", "gfx942"))
+    assert [path.name for path in folder.iterdir() if path.name.endswith(".tmp")] == []
+    assert "FFMA" in (folder / "sass" / "chain-s-bf16-chain-0-sm_90.sass").read_text()
+    assert "v_fma" in (folder / "sass" / "chain-s-bf16-chain-0-gfx942.amdgcn").read_text()
+
+
+@pytest.mark.parametrize(
+    ("launch", "expected"),
+    [
+        (dict(target="sm_90", num_warps=4, registers=128, shared_bytes=0), (4, 16)),  # 4096 a warp, 16 of them
+        (dict(target="sm_90", num_warps=4, registers=129, shared_bytes=0), (3, 12)),  # 4352 a warp: 3 in each partition
+        (dict(target="sm_90", num_warps=8, registers=173, shared_bytes=0), (1, 8)),  # 2 in each partition
+        (dict(target="sm_90", num_warps=4, registers=32, shared_bytes=49152), (4, 16)),  # 233472 // (49152 + 1024)
+        (dict(target="sm_90", num_warps=4, registers=32, shared_bytes=227 * 1024), (1, 4)),
+        (dict(target="sm_90", num_warps=4, registers=32, shared_bytes=227 * 1024 + 1), (0, 0)),
+        (dict(target="sm_90", num_warps=1, registers=16, shared_bytes=0), (32, 32)),
+        (dict(target="sm_80", num_warps=4, registers=32, shared_bytes=163 * 1024), (1, 4)),
+        (dict(target="sm_80", num_warps=8, registers=32, shared_bytes=0), (8, 64)),
+        (dict(target="sm_89", num_warps=8, registers=32, shared_bytes=0), (6, 48)),
+        (dict(target="sm_89", num_warps=1, registers=16, shared_bytes=0), (24, 24)),
+        (dict(target="sm_89", num_warps=4, registers=32, shared_bytes=100 * 1024), (0, 0)),
+        (dict(target="sm_100", num_warps=4, registers=32, shared_bytes=0, tensor_columns=256), (2, 8)),
+        (dict(target="sm_100", num_warps=4, registers=32, shared_bytes=0, tensor_columns=784), (0, 0)),
+        (dict(target="gfx942", num_warps=4, registers=284, shared_bytes=0), (1, 4)),  # 288 of 512: one in each SIMD
+        (dict(target="gfx942", num_warps=4, registers=64, shared_bytes=16384), (4, 16)),
+    ],
+)
+def test_occupancy(launch, expected):
+    assert static_cost.occupancy(**launch) == expected
+
+
+def _sass(*lines):
+    """Lines as nvdisasm writes them; a name alone is a label."""
+    return "\n".join(line if line.endswith(":") else f"        /*0000*/                   {line} ;" for line in lines)
+
+
+def test_blocks_behind_the_code_are_not_taken_for_the_loop():
+    before = ["LDC R1", "@P0 BRA `(.L_x_9)", "FADD R1", "FADD R1", "FADD R1", "FADD R1", "FADD R1"]
+    loop = [".L_x_1:", "FFMA R1", "@!P6 BRA `(.L_x_2)", ".L_x_3:", "FMUL R2", "BRA.U UP0, `(.L_x_1)", "EXIT"]
+    behind = [".L_x_2:", "SYNCS R1", "@!P6 BRA `(.L_x_2)", "BRA `(.L_x_3)", ".L_x_9:", "MOV R1", "BRA `(.L_x_1)"]
+    padding = [".L_x_4:", "BRA `(.L_x_4)", *["NOP"] * 30]
+    code = static_cost.read_code(_sass(*before, *loop, *behind, *padding), "cuda")
+    assert code.loop == Counter({"FFMA": 1, "FMUL": 1, "BRA": 3, "BRA.U": 1, "SYNCS": 1})
+    assert code.rest == Counter({"FADD": 5, "BRA": 2, "LDC": 1, "MOV": 1, "EXIT": 1})
+    assert (code.loops_in_loop, code.loops_in_rest) == (0, 0)
+
+
+def test_other_loops_are_reported():
+    before = [".L_x_0:", *["FADD R1"] * 9, "@P0 BRA `(.L_x_0)"]
+    turn = [".L_x_1:", "MOV R1", ".L_x_2:", *["FFMA R1"] * 10, "@P0 BRA `(.L_x_2)", "@P1 BRA `(.L_x_1)", "EXIT"]
+    code = static_cost.read_code(_sass(*before, *turn), "cuda")
+    assert (code.loops_in_loop, code.loops_in_rest) == (1, 1)
+    assert code.loop == Counter({"FFMA": 10, "MOV": 1, "BRA": 2})
+
+
+def test_a_loop_entered_in_its_middle_is_counted_whole():
+    text = "\n".join(
+        ["\ts_branch .LBB0_2", ".LBB0_1:", "\tv_add_f32_e32 v0, v1, v2", "\ts_cbranch_scc0 .LBB0_3", ".LBB0_2: ; in Loop"]
+        + ["\tv_fma_f32 v0, v1, v2, v3", "\ts_branch .LBB0_1", ".LBB0_3:", "\ts_endpgm"]
+    )
+    code = static_cost.read_code(text, "hip")
+    assert code.loop == Counter(["v_add_f32_e32", "s_cbranch_scc0", "v_fma_f32", "s_branch"])
+    assert code.rest == Counter(["s_branch", "s_endpgm"])
+    assert code.loops_in_loop == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "accepted"),
+    [
+        ("--target", "sm_70", "sm_80, sm_89, sm_90, sm_100, gfx942"),
+        ("--dtype", "fp64", "bf16, fp16, fp32"),
+        ("--variant", "xl", "ti, s, s_legacy, b"),
+        ("--kernel", "attention", ", ".join(kernels.OPERATIONS) or "none"),
+        ("--jobs", "0", "at least 1"),
+        ("--json", "no/such/folder/rows.json", "make it first"),
+    ],
+)
+def test_bad_values_are_answered_with_what_is_accepted(capsys, option, value, accepted):
+    with pytest.raises(SystemExit) as stop:
+        static_cost.main([option, value])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert value in message
+    assert accepted in message
+
+
+def test_interpreter_mode_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        static_cost.main([])
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_without_kernels(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernels, "OPERATIONS", {})
+    assert static_cost.main(["--json", str(tmp_path / "rows.json")]) == 0
+    assert capsys.readouterr().out == "This version of tnt_fast has no kernels.\n"
+    assert json.loads((tmp_path / "rows.json").read_text()) == []
+
+
+# From here on: what is shipped. To stay near a minute on two cores, only sm_90 gets every variant, in half precision; float32
+# and the other targets get TNT-S. `python -m benchmarks.static_cost` compiles all of it, and fails if one does not.
+
+SHIPPED = """
+import json
+from pathlib import Path
+
+from benchmarks.static_cost import TARGETS, rows
+
+table = rows(dtypes=["bf16", "fp16"], targets=["sm_90"])
+table += rows(variants=["s"], dtypes=["bf16"], targets=[name for name in TARGETS if name != "sm_90"])
+table += rows(variants=["s"], dtypes=["fp32"], targets=["sm_90"])
+Path("rows.json").write_text(json.dumps(table))
+"""
+
+
+@pytest.fixture(scope="session")
+def shipped(tmp_path_factory):
+    """Rows of the shipped launches."""
+    folder, ending = _run_once(tmp_path_factory, "shipped", SHIPPED)
+    assert ending["status"] == 0, ending["err"]
+    return json.loads((folder / "rows.json").read_text())
+
+
+@pytest.mark.parametrize("kernel", kernels.OPERATIONS)
+class TestShipped:
+    @pytest.fixture
+    def launches(self, shipped, kernel):
+        """This kernel's rows, narrowed to those with the given values; never none."""
+
+        def get(**wanted):
+            found = [row for row in shipped if row["kernel"] == kernel and all(row[k] in v for k, v in wanted.items())]
+            assert found
+            return found
+
+        return get
+
+    @staticmethod
+    def _where(rows, *numbers):
+        names = ("function", "variant", "dtype", "target", *numbers)
+        return [" ".join(str(row[name]) for name in names) for row in rows]
+
+    def test_compiles_for_every_target(self, launches):
+        assert {row["target"] for row in launches()} == set(static_cost.TARGETS)
+        assert self._where([row for row in launches() if row["error"]], "error") == []
+
+    def test_fits_on_every_target(self, launches):
+        misfits = [row for row in launches(error=[None]) if row["occupancy_programs"] == 0]
+        assert self._where(misfits, "registers", "shared_bytes", "tensor_columns") == []
+
+    def test_half_precision_does_not_spill_on_sm_90(self, launches):
+        rows = launches(target=["sm_90"], dtype=["bf16", "fp16"], error=[None])
+        assert self._where([row for row in rows if row["stack_bytes"]], "stack_bytes") == []
+
+    def test_no_wgmma_with_its_left_operand_in_registers(self, launches):
+        assert self._where([row for row in launches(target=["sm_90"], error=[None]) if row["risky"]]) == []
+
+
+@pytest.mark.skipif("inner" not in kernels.OPERATIONS, reason="this version has no inner kernel")
+@pytest.mark.parametrize(("variant", "registers", "instructions"), [("s", 168, 1300), ("b", 255, 2100)])
+def test_cost_of_the_inner_forward(shipped, variant, registers, instructions):
+    """The lines that are held: issue-bound time grows with the instructions, and above 168 registers less than 3 warps fit in
+    each quarter of an SM."""
+    wanted = dict(kernel="inner", variant=variant, dtype="bf16", target="sm_90", error=None)
+    found = [row for row in shipped if all(row[k] == v for k, v in wanted.items()) and "fwd" in row["function"]]
+    assert found
+    for row in found:
+        assert row["registers"] <= registers
+        assert row["warp_instructions_per_patch"] <= instructions
