@@ -34,14 +34,19 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-# On a machine with a GPU; without .venv it uses $(PYTHON) with what is installed there.
+# On a machine with a GPU: its name, the kernels' tests, compute-sanitizer where it exists, times. Without .venv it uses $(PYTHON)
+# with what is installed there.
 gpu: PY = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 gpu:
 	mkdir -p $(OUT)
-	$(PY) -m tnt_fast.cli info | tee $(OUT)/machine.txt
 	$(PY) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make gpu: torch sees no GPU on this machine")'
-	$(PY) -m pytest -m gpu -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml; status=$$?; [ $$status = 0 ] || [ $$status = 5 ]
-	$(PY) -m pytest benchmarks --benchmark-only -p no:cacheprovider --benchmark-json $(OUT)/benchmarks.json
+	$(PY) -m tnt_fast.cli info | tee $(OUT)/machine.txt
+	$(PY) -m pytest tests/test_kernels.py -q -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml
+	if command -v compute-sanitizer > $(OUT)/sanitizer.txt; then for tool in memcheck racecheck; do \
+	    timeout 100 compute-sanitizer --tool $$tool --error-exitcode 9 $(PY) -m benchmarks.kernels --call >> $(OUT)/sanitizer.txt 2>&1 \
+	    || { tail -20 $(OUT)/sanitizer.txt; exit 1; }; done; else echo "no compute-sanitizer here" | tee $(OUT)/sanitizer.txt; fi
+	$(PY) -m benchmarks.kernels --json $(OUT)/kernels.json
+	$(PY) -m pytest benchmarks --benchmark-only -q -p no:cacheprovider --benchmark-json $(OUT)/benchmarks.json
 
 # timm's own tests come with its source distribution; without a network the tests that use them show as skipped.
 $(TIMM_SOURCE): $(READY)
