@@ -28,6 +28,10 @@ def unsupported() -> list[str]:
         reasons.append("Triton is not installed; the kernels need it (Linux: pip install triton)")
     if not torch.cuda.is_available():
         reasons.append("torch sees no GPU (torch.cuda.is_available() is False); the kernels run on a CUDA or ROCm device")
+    elif torch.version.hip is None and not torch.compiler.is_compiling():  # which cannot trace the question
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            reasons.append(f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}; the kernels need 8.0")
     return reasons
 
 

@@ -62,7 +62,11 @@ def under_autocast(*activations: Tensor) -> tuple[Tensor, ...]:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 products are computed: as PyTorch's ``torch.backends.cuda.matmul`` says."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not INTERPRETED else "ieee"
+    if dtype != torch.float32 or INTERPRETED:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul  # asked for allow_tf32 where fp32_precision was set, newer versions raise
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
 def is_fast(dtype: torch.dtype) -> bool:

@@ -189,6 +189,17 @@ def test_a_machine_without_a_gpu_names_every_reason(monkeypatch):
         tiny(backend="fused")(torch.randn(1, 3, 32, 32))
 
 
+def test_a_gpu_that_is_too_old_is_a_reason(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "Tesla T4 has compute capability 7.5; the kernels need 8.0" in kernels.unsupported()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert kernels.unsupported() == []
+
+
 def test_auto_warns_once_per_set_of_reasons(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     monkeypatch.setattr(dispatch, "_warned", set())

@@ -6,10 +6,13 @@ On a GPU the compiled kernels run, without one Triton's interpreter runs them (i
 bfloat16 needs a GPU). Memory that a kernel does not write is NaN.
 """
 
+import copy
+
 import pytest
 import timm
 import torch
 from helpers import perturb
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
@@ -248,14 +251,16 @@ def test_nan_and_infinity_stay_in_their_patch(S, bad):
     assert torch.equal(out, clean)
 
 
+@DTYPES
+@pytest.mark.parametrize(("C", "E"), [(12, 192), (24, 384), (40, 640)], ids=["ti", "s", "b"])
 @pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
-def test_the_same_bits_twice(operation):
+def test_the_same_bits_twice(operation, C, E, dtype):
     tensors, others = (
-        embed_case(2, 3, 32, 48, 24, (16, 16), 4, (16, 16), False) if operation == "pixel_embed"
-        else (inner_tensors(13, 16, 24, 96), dict(num_heads=4)) if operation == "inner"
-        else (fold_tensors(2, 7, 16, 24, 48, False), {})
+        embed_case(2, 3, 32, 48, C, (16, 16), 4, (16, 16), False) if operation == "pixel_embed"
+        else (inner_tensors(13, 16, C, 4 * C), dict(num_heads=2)) if operation == "inner"
+        else (fold_tensors(2, 7, 16, C, E, False), {})
     )  # fmt: skip
-    given = {k: None if v is None else v.half().to(DEVICE) for k, v in tensors.items()}
+    given = {k: None if v is None else v.to(DEVICE, dtype) for k, v in tensors.items()}
     function = getattr(kernels.OPERATIONS[operation], operation)
     assert torch.equal(function(**given, **others), function(**given, **others))
 
@@ -290,6 +295,39 @@ def test_whole_models(variant, dtype):
             outputs.append(model(image.to(DEVICE)))
     exact.backend = "reference"
     rule(variant, *outputs, exact.double()(image.double()).detach(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, bf16], ids=str)
+def test_autocast_with_float32_weights(dtype):
+    model = perturb(timm.create_model("tnt_fast_ti_patch16_224", depth=2, img_size=32, num_classes=7)).to(DEVICE)
+    image = torch.randn(2, 3, 32, 32, device=DEVICE)
+    exact = reference_output = None
+    for backend in ("reference", "fused"):
+        model.backend = backend
+        with torch.autocast(DEVICE, dtype):
+            out = model(image)
+            assert out.dtype == dtype
+        if backend == "reference":
+            reference_output = out.detach()
+    out.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    model.backend = "reference"
+    exact = copy.deepcopy(model).double().cpu()(image.double().cpu()).detach()
+    rule("autocast", out.detach(), reference_output, exact, dtype)
+
+
+def test_fused_operations_count_as_many_flops_as_the_reference():
+    model = timm.create_model("tnt_fast_ti_patch16_224", depth=2, img_size=32).eval().to(DEVICE)
+    counts = []
+    for backend in ("reference", "fused"):
+        model.backend = backend
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.randn(2, 3, 32, 32, device=DEVICE))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    assert {str(op) for op in counter.get_flop_counts()["Global"]} >= {
+        f"tnt_fast.{n}" for n in ("pixel_embed", "inner", "fold")
+    }
 
 
 def test_fused_is_fused(monkeypatch):
@@ -339,6 +377,27 @@ def test_a_fused_model_trains_compiles_and_exports(legacy):
     program = torch.export.export(fused.eval(), (image.detach(),))
     assert any("tnt_fast.inner" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(image.detach()), expected)
+
+
+def test_float32_products_follow_pytorchs_settings(monkeypatch):
+    from tnt_fast.kernels import operation
+
+    monkeypatch.setattr(operation, "INTERPRETED", False)
+    assert operation.precision(torch.float32) == "ieee"
+    matmul = torch.backends.cuda.matmul
+    try:
+        matmul.allow_tf32 = True
+        assert operation.precision(torch.float32) == "tf32"
+        assert operation.precision(torch.float16) == "ieee"
+        matmul.allow_tf32 = False
+        if hasattr(matmul, "fp32_precision"):
+            matmul.fp32_precision = "tf32"
+            assert operation.precision(torch.float32) == "tf32"
+    finally:
+        if hasattr(matmul, "fp32_precision"):
+            matmul.fp32_precision = "none"
+        matmul.allow_tf32 = False
+    assert operation.precision(torch.float32) == "ieee"
 
 
 # ---- what only a GPU can show ----
@@ -400,6 +459,21 @@ def test_addresses_past_two_to_the_31():
 
 
 # ---- bad input ----
+
+
+@pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
+def test_a_tensor_on_the_cpu_is_refused_outside_the_interpreter(operation, monkeypatch):
+    monkeypatch.setattr("tnt_fast.kernels.operation.INTERPRETED", False)
+    tensors, others = (
+        embed_case(1, 3, 16, 16, 24, (16, 16), 4, (16, 16), False) if operation == "pixel_embed"
+        else (inner_tensors(1, 16, 24, 96), dict(num_heads=4)) if operation == "inner"
+        else (fold_tensors(1, 1, 16, 24, 48, False), {})
+    )  # fmt: skip
+    given = {k: None if v is None else v.float() for k, v in tensors.items()}
+    with pytest.raises(
+        ValueError, match=rf"{operation}: \w+ is on device 'cpu'; the kernel takes CUDA tensors .*TRITON_INTERPRET=1"
+    ):
+        getattr(kernels.OPERATIONS[operation], operation)(**given, **others)
 
 
 def test_what_an_operation_does_not_take_is_named():
