@@ -1,5 +1,9 @@
 """The parts of the benchmarks that need no GPU: their arguments and their guard."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +11,8 @@ pytest.importorskip("triton")
 
 from benchmarks import kernels as timed
 from tnt_fast import kernels, reference
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
@@ -32,3 +38,10 @@ def test_without_a_gpu_nothing_is_timed(monkeypatch):
     monkeypatch.setattr("sys.argv", ["kernels"])
     with pytest.raises(SystemExit, match="torch sees no GPU"):
         timed.main()
+
+
+def test_the_suites_run():
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-disable", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "3 passed" in done.stdout
