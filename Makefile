@@ -41,7 +41,7 @@ gpu:
 	mkdir -p $(OUT)
 	$(PY) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make gpu: torch sees no GPU on this machine")'
 	$(PY) -m tnt_fast.cli info | tee $(OUT)/machine.txt
-	$(PY) -m pytest tests/test_kernels.py tests/test_approximations.py -q -n 8 -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml
+	$(PY) -m pytest tests/test_kernels.py tests/test_approximations.py tests/test_backward.py -q -n 8 -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml
 	if command -v compute-sanitizer > $(OUT)/sanitizer.txt; then for tool in memcheck racecheck; do \
 	    timeout 100 compute-sanitizer --tool $$tool --error-exitcode 9 $(PY) -m benchmarks.kernels --call >> $(OUT)/sanitizer.txt 2>&1 \
 	    || { [ $$? = 124 ] && echo "$$tool: stopped after 100 s" >> $(OUT)/sanitizer.txt; } \

@@ -12,6 +12,18 @@ result written once, the weights from the L2 cache once per program. Statistics 
 A program takes BLOCK rows (patches) and all E outputs, so that LN_E sees whole rows: E lies in N_E chunks of BLOCK_E. Rows go
 through the matrix units 32 at a time: Hopper then takes the synchronous mma instruction, which the compilers known to mix up
 registers of the asynchronous one cannot break; the weights are loaded once for all of them.
+
+Backward, from the inputs alone (nothing else is saved), with g the gradient of y[:, 1:] and x̂ a normalised row:
+
+    h = LN(pixel),  z = h · Wᵀ + bias                  recomputed
+    dz = LN_E's backward of g (or g),  dbias = Σ dz    LN's backward: dx = rstd · (γg − mean(γg) − x̂ · mean(γg · x̂)),
+    dW = dzᵀ · h,  dh = dz · W                                        dγ = Σ g · x̂,  dβ = Σ g
+    dpixel = LN's backward of dh
+
+The patch's gradient is that of y. Both LayerNorms, the legacy one per pixel, are one over the rows of a matrix: one kernel
+normalises, one goes backward, and the three products, large and square, are the BLAS library's. Bytes moved at most: pixel and
+dh read twice, z, dz and h as often, each written once. Sums over rows are kept in float32 by a program over all its turns and
+reduced in one launch: no atomics, the same input gives the same bits.
 """
 
 from collections.abc import Iterable
@@ -23,7 +35,17 @@ import triton.language as tl
 from torch import Tensor
 
 from tnt_fast import reference
-from tnt_fast.kernels.operation import DTYPES, check_shape, check_tensors, precision, register, start, under_autocast
+from tnt_fast.kernels.operation import (
+    DTYPES,
+    check_shape,
+    check_tensors,
+    precision,
+    programs,
+    recomputed,
+    register,
+    start,
+    under_autocast,
+)
 from tnt_fast.kernels.tile import Launch
 
 # dtype: (rows per program, K chunk, warps, stages). Chosen by static cost for sm_90 on 2026-11-22, not yet timed on a GPU.
@@ -33,6 +55,9 @@ CONFIGS = {
     "fp32": (32, 32, 8, 1),
 }
 ROWS = 32
+# backward's LayerNorms: (values a turn, values a thread, programs a multiprocessor). Not yet timed, either.
+NORM_CONFIG = (2048, 16, 8)
+NORM_WIDTH = 16384  # widest row of which a program holds several copies in registers
 
 
 @triton.jit
@@ -151,6 +176,88 @@ def _fold_fwd_kernel(
             tl.store(y_ptr + ((token - 1) * E)[:, None] + out[None, :], cls.to(DT), mask=mask)
 
 
+@triton.jit
+def _normalised(x_ptr, row, live, shift, eps, W: tl.constexpr, W_PAD: tl.constexpr):
+    """Rows of W values plus ``shift``, normalised: x̂ [BLOCK, W_PAD], zero past their ends, and 1 / deviation [BLOCK].
+
+    Both are zero in rows that are not live, and then so is all that the backward makes of them.
+    """
+    col = tl.arange(0, W_PAD)
+    mask = live[:, None] & (col < W)[None, :]
+    x = tl.load(x_ptr + row[:, None] * W + col[None, :], mask=mask, other=0.0).to(tl.float32) + shift[None, :]
+    x = tl.where((col < W)[None, :], x - (tl.sum(x, 1) * (1.0 / W))[:, None], 0.0)
+    if x_ptr.dtype.element_ty == tl.float32:  # a large mean's rounding is seen: what it left is taken off, too
+        x = tl.where((col < W)[None, :], x - (tl.sum(x, 1) * (1.0 / W))[:, None], 0.0)
+    rstd = tl.where(live, tl.rsqrt(tl.sum(x * x, 1) * (1.0 / W) + eps), 0.0)
+    return x * rstd[:, None], rstd
+
+
+@triton.jit
+def _fold_norm_kernel(
+    x_ptr, y_ptr, weight_ptr, bias_ptr, n_rows, eps, W: tl.constexpr, W_PAD: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """y = LN(x), rows of W values."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    col = tl.arange(0, W_PAD)
+    gamma = tl.load(weight_ptr + col, mask=col < W, other=0.0).to(tl.float32)
+    beta = tl.load(bias_ptr + col, mask=col < W, other=0.0).to(tl.float32)
+    x, _ = _normalised(x_ptr, row, row < n_rows, tl.zeros((W_PAD,), tl.float32), eps, W, W_PAD)  # [BLOCK, W_PAD]
+    y = x * gamma[None, :] + beta[None, :]
+    mask = (row < n_rows)[:, None] & (col < W)[None, :]
+    tl.store(y_ptr + row[:, None] * W + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _fold_norm_bwd_kernel(
+    x_ptr, shift_ptr, weight_ptr, gradient_ptr, dx_ptr, sums_ptr,
+    n_rows, n_group, stride_group, stride_row, eps,
+    W: tl.constexpr, W_PAD: tl.constexpr, BLOCK: tl.constexpr, HAS_SHIFT: tl.constexpr, GROUPED: tl.constexpr,
+    HAS_DX: tl.constexpr, HAS_SUMS: tl.constexpr,
+):  # fmt: skip
+    """Backward of LN(x + shift): dx, and a program's sums over its rows of g · x̂, g and dx.
+
+    These are the gradients of weight, bias and shift. GROUPED: the rows of the incoming gradient lie in groups of
+    ``n_group``, the patches of an image.
+    """
+    col = tl.arange(0, W_PAD)
+    gamma = tl.load(weight_ptr + col, mask=col < W, other=0.0).to(tl.float32)
+    shift = tl.zeros((W_PAD,), tl.float32)
+    if HAS_SHIFT:
+        shift = tl.load(shift_ptr + col, mask=col < W, other=0.0).to(tl.float32)
+    # whole tiles are summed, and their rows only at the end: no reduction between the warps in a turn
+    d_weight = tl.zeros((BLOCK, W_PAD), tl.float32)
+    d_bias = tl.zeros((BLOCK, W_PAD), tl.float32)
+    d_shift = tl.zeros((BLOCK, W_PAD), tl.float32)
+    turns = (n_rows + BLOCK - 1) // BLOCK
+    for turn in range(tl.program_id(0), turns, tl.num_programs(0)):
+        row = tl.cast(turn, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        live = row < n_rows
+        mask = live[:, None] & (col < W)[None, :]
+        x, rstd = _normalised(x_ptr, row, live, shift, eps, W, W_PAD)  # [BLOCK, W_PAD], [BLOCK]
+        if GROUPED:
+            patch = row.to(tl.int32)
+            source = (patch // n_group).to(tl.int64) * stride_group + (patch % n_group).to(tl.int64) * stride_row
+        else:
+            source = row * stride_row
+        g = tl.load(gradient_ptr + source[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK, W_PAD]
+        if HAS_SUMS:
+            d_weight += g * x
+            d_bias += g
+        if HAS_DX or HAS_SHIFT:
+            g = g * gamma[None, :]
+            along = tl.sum(g * x, 1) * (1.0 / W)
+            dx = (g - (tl.sum(g, 1) * (1.0 / W))[:, None] - x * along[:, None]) * rstd[:, None]
+            if HAS_SHIFT and HAS_SUMS:
+                d_shift += dx
+            if HAS_DX:
+                tl.store(dx_ptr + row[:, None] * W + col[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if HAS_SUMS:
+        sums = sums_ptr + tl.program_id(0).to(tl.int64) * (3 * W) + col
+        tl.store(sums, tl.sum(d_weight, 0), mask=col < W)
+        tl.store(sums + W, tl.sum(d_bias, 0), mask=col < W)
+        tl.store(sums + 2 * W, tl.sum(d_shift, 0), mask=col < W)  # zero without a shift
+
+
 def unsupported(sizes: dict[str, Any]) -> list[str]:
     """Reasons against sizes as ``TNT.sizes()`` gives them; an empty list if the kernel takes them."""
     reasons = []
@@ -177,12 +284,36 @@ def _specialise(S: int, C: int, E: int, legacy: bool, has_bias: bool, has_norm2:
     return Launch(_fold_fwd_kernel, pointers, integers, constants, warps, stages, block, floats=("eps",), turns=turns)
 
 
+def _specialise_norm(W: int, dtype: str) -> Launch:
+    values, each, _ = NORM_CONFIG
+    pad = triton.next_power_of_2(W)
+    block = max(1, values // pad)
+    constants = dict(W=W, W_PAD=pad, BLOCK=block)
+    pointers = {name: dtype for name in ("x_ptr", "y_ptr", "weight_ptr", "bias_ptr")}
+    warps = min(16, max(1, block * pad // (32 * each)))
+    return Launch(_fold_norm_kernel, pointers, ("n_rows",), constants, warps, 1, block, floats=("eps",))
+
+
+def _specialise_norm_bwd(W: int, has_shift: bool, grouped: bool, has_dx: bool, has_sums: bool, dtype: str) -> Launch:
+    norm = _specialise_norm(W, dtype)
+    constants = norm.constants | dict(HAS_SHIFT=has_shift, GROUPED=grouped, HAS_DX=has_dx, HAS_SUMS=has_sums)
+    pointers = {name: dtype for name in ("x_ptr", "shift_ptr", "weight_ptr", "gradient_ptr", "dx_ptr")} | {"sums_ptr": "fp32"}
+    integers = ("n_rows", "n_group", "stride_group", "stride_row")
+    return norm._replace(kernel=_fold_norm_bwd_kernel, pointers=pointers, integers=integers, constants=constants)
+
+
 def launches() -> Iterable[tuple[str, str, Launch]]:
     """(variant, dtype, specialisation) of the named variants; the blocks' fold, of which the stem's differs by its bias."""
     for variant, (C, E, legacy) in {"ti": (12, 192, False), "s": (24, 384, False), "s_legacy": (24, 384, True),
                                     "b": (40, 640, False)}.items():  # fmt: skip
         for dtype in CONFIGS:
             yield variant, dtype, _specialise(16, C, E, legacy, legacy, not legacy, dtype, "ieee")
+            width, rows = (C, 16) if legacy else (16 * C, 1)  # the first norm's, rows a patch
+            backward = [_specialise_norm(width, dtype), _specialise_norm_bwd(width, False, False, True, True, dtype)]
+            for launch in backward:
+                yield variant, dtype, launch._replace(patches=launch.patches / rows)
+            if not legacy:
+                yield variant, dtype, _specialise_norm_bwd(E, False, True, True, True, dtype)
 
 
 def _fold(
@@ -248,7 +379,113 @@ def _multiply_adds(pixel, patch, *args) -> int:
     return pixel[0] * pixel[1] * pixel[2] * patch[2]
 
 
-_operation = register("fold", _fold, _empty, reference.fold, _multiply_adds)
+def _fold_backward(
+    gradient: Tensor,
+    pixel: Tensor,
+    patch: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    norm2_weight: Tensor | None,
+    norm2_bias: Tensor | None,
+    eps: float,
+    needed: list[int],
+) -> list[Tensor]:
+    """By the kernels, but for rows of more than NORM_WIDTH values (S·C, or E), which PyTorch takes."""
+    _, S, C = pixel.shape
+    batch, tokens, E = patch.shape
+    if max(S * C, E) > NORM_WIDTH:
+        arguments = (pixel, patch, norm1_weight, norm1_bias, proj_weight, proj_bias, norm2_weight, norm2_bias, eps)
+        return recomputed(reference.fold, gradient, arguments, needed)
+    rows, wanted = pixel.shape[0], set(needed)
+    tensors = (pixel, patch, norm1_weight, norm1_bias, proj_weight, proj_bias, norm2_weight, norm2_bias)
+    found: dict[int, Tensor] = {}
+    if 1 in wanted:
+        found[1] = torch.empty(patch.shape, dtype=patch.dtype, device=patch.device).copy_(gradient)
+    if rows == 0:
+        found |= {i: torch.zeros_like(tensors[i], memory_format=torch.contiguous_format) for i in wanted - {1}}
+    elif wanted - {1}:
+        # autocast has chosen the dtypes in the forward; in a backward that runs under it, it must not do so again
+        with torch.autocast(pixel.device.type, enabled=False):
+            found |= _matrix_gradients(
+                gradient[:, 1:], pixel.contiguous(), norm1_weight, norm1_bias, proj_weight.to(pixel.dtype), proj_bias,
+                norm2_weight, eps, wanted,
+            )  # fmt: skip
+    return [found[i].to(tensors[i].dtype).contiguous() for i in needed]
+
+
+def _matrix_gradients(
+    gradient: Tensor,
+    pixel: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm2_weight: Tensor | None,
+    eps: float,
+    wanted: set[int],
+) -> dict[int, Tensor]:
+    """Gradients of all but the patch, by the position of the argument; ``gradient``: (B, N, E) of any strides, only read."""
+    rows, E = pixel.shape[0], weight.shape[0]
+    width = norm1_weight.shape[0]  # S·C, or legacy C: then a matrix of more, shorter rows
+    found: dict[int, Tensor] = {}
+    h = None
+    if 4 in wanted or norm2_weight is not None:
+        h = _norm(pixel.view(-1, width), norm1_weight, norm1_bias, eps).view(rows, -1)
+    if norm2_weight is None:
+        dz = gradient.reshape(rows, E).to(pixel.dtype)
+        if 5 in wanted:
+            found[5] = dz.sum(0, dtype=torch.float32)
+    else:
+        z = torch.mm(h, weight.t())
+        dz, found[6], found[7], found[5] = _norm_backward(
+            gradient, z, bias, norm2_weight, eps, bool(wanted & {0, 2, 3, 4}), bool(wanted & {5, 6, 7})
+        )
+        del z
+    if 4 in wanted:
+        found[4] = torch.mm(dz.t(), h)
+    del h
+    if wanted & {0, 2, 3}:
+        dh = torch.mm(dz, weight).view(1, -1, width)
+        found[0], found[2], found[3], _ = _norm_backward(
+            dh, pixel.view(-1, width), None, norm1_weight, eps, 0 in wanted, bool(wanted & {2, 3})
+        )
+        if 0 in wanted:
+            found[0] = found[0].view(pixel.shape)
+    return found
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm of the rows of a contiguous matrix."""
+    spec = _specialise_norm(x.shape[1], DTYPES[x.dtype])
+    y = torch.empty_like(x)
+    grid = -(-x.shape[0] // spec.constants["BLOCK"])
+    start(spec, grid, x, y, weight.contiguous(), bias.contiguous(), x.shape[0], eps)
+    return y
+
+
+def _norm_backward(
+    gradient: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, eps: float, has_dx: bool, has_sums: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight, bias and shift of LN(x + shift), where asked for; ``gradient``: (groups, rows each, W)."""
+    rows, W = x.shape
+    spec = _specialise_norm_bwd(W, shift is not None, gradient.shape[0] > 1, has_dx, has_sums, DTYPES[x.dtype])
+    grid = programs(x.device, -(-rows // spec.constants["BLOCK"]), NORM_CONFIG[2])
+    gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+    dx = torch.empty_like(x) if has_dx else None
+    sums = torch.empty((grid, 3, W), dtype=torch.float32, device=x.device) if has_sums else None
+    start(
+        spec, grid, x, x if shift is None else shift.contiguous(), weight.contiguous(), gradient, dx if has_dx else x,
+        sums if has_sums else x, rows, gradient.shape[1], *gradient.stride()[:2], eps,
+    )  # fmt: skip
+    if not has_sums:
+        return dx, None, None, None
+    d_weight, d_bias, d_shift = (x.to(weight.dtype, copy=True) for x in sums.sum(0))  # results may not share memory
+    return dx, d_weight, d_bias, d_shift
+
+
+_operation = register("fold", _fold, _empty, _multiply_adds, _fold_backward, like_gradient=1)
 
 
 def fold(

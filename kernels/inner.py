@@ -19,6 +19,11 @@ instructions few:
 - GELU in bfloat16 runs on pairs of float16, which have three bits more than the rounding to bfloat16 leaves.
 - Columns of padding past three quarters of C_PAD are cut off the products where that helps (TRIM: TNT-B).
 
+Backward: two launches that start again from the pixels. The first computes the attention once more and does the MLP's half, the
+second updates its result by the attention's half. Every program keeps the sums of its weights' gradients in float32 registers
+and writes them once; they are added in one reduction, so the same input gives the same bits. The sums belong to the weights
+with LayerNorm folded in; ``_unfold`` takes LayerNorm's scale and shift out of them again.
+
 The products are synchronous mma instructions everywhere: two warps get them by themselves, four by compiling Hopper's code as
 Ampere's (Launch.mma_arch). The asynchronous ones with a left operand in registers, which the compiler would choose, are
 known to come out wrong (triton issues 9433, 11781), and are no fewer instructions here.
@@ -40,11 +45,12 @@ from tnt_fast.kernels.operation import (
     is_fast,
     precision,
     programs,
+    recomputed,
     register,
     start,
     under_autocast,
 )
-from tnt_fast.kernels.tile import Launch, exp2, gelu, reciprocal
+from tnt_fast.kernels.tile import Launch, exp2, gelu, reciprocal, tanh
 
 # (C_PAD, half precision): (rows of a turn, warps, hidden channels at once, stages, programs a multiprocessor, mma_arch).
 # Chosen by static cost for sm_90 on 2026-11-22, not yet timed on a GPU. TNT-Ti, S and B have C_PAD 16, 32 and 64.
@@ -57,6 +63,24 @@ CONFIGS = {
     (32, False): (16, 4, 16, 1, 4, None),
     (64, False): (16, 4, 16, 1, 2, None),
     (128, False): (16, 4, 16, 1, 1, None),
+}
+
+# The same of the two halves of the backward; TNT has no C_PAD of 128 but at a stride of 8, which PyTorch does.
+MLP_CONFIGS = {
+    (16, True): (32, 2, 16, 1, 5, None),
+    (32, True): (32, 2, 32, 1, 4, None),
+    (64, True): (64, 4, 32, 1, 2, "sm80"),
+    (16, False): (16, 2, 16, 1, 4, None),
+    (32, False): (16, 4, 16, 1, 2, "sm80"),
+    (64, False): (16, 4, 16, 1, 1, "sm80"),
+}
+ATTENTION_CONFIGS = {
+    (16, True): (32, 2, 0, 1, 5, None),
+    (32, True): (32, 2, 0, 1, 4, None),
+    (64, True): (64, 4, 0, 2, 2, "sm80"),
+    (16, False): (16, 2, 0, 1, 4, None),
+    (32, False): (16, 4, 0, 1, 2, "sm80"),
+    (64, False): (16, 4, 0, 1, 1, "sm80"),
 }
 
 
@@ -358,6 +382,393 @@ def _inner_fwd_kernel(
         tl.store(y_ptr + first + offset, tl.where(real[None, :], x, 0.0).to(DTYPE), mask=live)
 
 
+@triton.jit
+def _centred_weight(weight_ptr, gamma_ptr, beta_ptr, bias_ptr, out, used, HAS_BIAS: tl.constexpr, UNIT: tl.constexpr,
+                    C: tl.constexpr, C_PAD: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """_folded with the mean over the channels taken off: the same product with a normalised tile, whose channels sum to 0.
+
+    The product of a gradient with its transpose then comes out without its mean, as LayerNorm's backward wants it.
+    """
+    ch = tl.arange(0, C_PAD)
+    w, shift = _rows(weight_ptr, gamma_ptr, beta_ptr, ch, out, used, C)
+    if HAS_BIAS:
+        shift += tl.load(bias_ptr + out, mask=used, other=0.0).to(tl.float32)
+    w = tl.where((ch < C)[:, None], w - (tl.sum(w, 0) * (1.0 / C))[None, :], 0.0)
+    return (tl.where((ch == C)[:, None], shift[None, :], w) * UNIT).to(DTYPE)
+
+
+@triton.jit
+def _head_weights(head: tl.constexpr, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
+                  proj_weight_ptr, HAS_BIAS: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, HEADS: tl.constexpr,
+                  D: tl.constexpr, D_PAD: tl.constexpr, HG: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Queries' (over √D), keys' and values' weights of HG heads, [C_PAD, W], and the projection's, [W, C_PAD]."""
+    ch = tl.arange(0, C_PAD)
+    lane = tl.arange(0, HG * D_PAD)
+    out = (head + lane // D_PAD) * D + lane % D_PAD  # the channel of the weights that lane stands for
+    used = (lane % D_PAD < D) & (head + lane // D_PAD < HEADS)
+    wq = _centred_weight(
+        qk_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_bias_ptr, out, used, HAS_BIAS, 1.0 / D**0.5, C, C_PAD, DTYPE
+    )
+    wk = _centred_weight(
+        qk_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_bias_ptr, C + out, used, HAS_BIAS, 1.0, C, C_PAD, DTYPE
+    )
+    wv = _centred_weight(v_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, v_bias_ptr, out, used, HAS_BIAS, 1.0, C, C_PAD, DTYPE)
+    at = ch[None, :] * C + out[:, None]
+    wp = tl.load(proj_weight_ptr + at, mask=(ch < C)[None, :] & used[:, None], other=0.0).to(DTYPE)
+    return wq, wk, wv, wp
+
+
+@triton.jit
+def _heads(h, wq, wk, wv, own, ones, S: tl.constexpr, T: tl.constexpr, G: tl.constexpr, HG: tl.constexpr, W: tl.constexpr,
+           FAST: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Attention of HG heads: q [G, T, W], k and v [G, HG·T, W] stacked, P before its normalisation [G, T, HG·T] in float32,
+    the output and the reciprocal of P's sums [G, T, W] in float32."""
+    DTYPE: tl.constexpr = h.dtype
+    q = tl.reshape(tl.dot(h, wq, input_precision=PRECISION).to(DTYPE), (G, T, W))
+    k = tl.reshape(tl.dot(h, wk, input_precision=PRECISION).to(DTYPE), (G, 1, T, W))
+    v = tl.reshape(tl.dot(h, wv, input_precision=PRECISION).to(DTYPE), (G, 1, T, W))
+    k = tl.reshape(tl.where(own, k, 0.0).to(DTYPE), (G, HG * T, W))
+    v = tl.reshape(tl.where(own, v, 0.0).to(DTYPE), (G, HG * T, W))
+    s = tl.reshape(tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION), (G, T, HG, T))
+    if T > S:
+        s = tl.where((tl.arange(0, T) < S)[None, None, None, :], s, float("-inf"))
+    top = tl.max(s, 3)
+    if FAST:  # one instruction; but rounds in proportion to the scores
+        s = s * 1.4426950408889634 - (top * 1.4426950408889634)[:, :, :, None]
+    else:
+        s = (s - top[:, :, :, None]) * 1.4426950408889634
+    p = tl.reshape(exp2(s, FAST), (G, T, HG * T))
+    rounded = p.to(DTYPE)
+    inverse = reciprocal(tl.dot(rounded, ones, input_precision=PRECISION), FAST)
+    o = tl.dot(rounded, v, input_precision=PRECISION) * inverse
+    return q, k, v, p, o, inverse
+
+
+@triton.jit
+def _own(G: tl.constexpr, T: tl.constexpr, HG: tl.constexpr, D_PAD: tl.constexpr, DTYPE: tl.constexpr):
+    """Which channels are a head's own, [1, HG, 1, W]; and as ones below one another for every row, [G, HG·T, W]."""
+    W: tl.constexpr = HG * D_PAD
+    own = (tl.arange(0, W)[None, :] // D_PAD == tl.arange(0, HG)[:, None])[None, :, None, :]
+    if HG == 1:
+        return own, tl.full((G, T, W), 1.0, DTYPE)  # a constant needs no registers
+    else:
+        ones = tl.broadcast_to(tl.where(own, 1.0, 0.0), (G, HG, T, W))
+        return own, tl.reshape(ones, (G, HG * T, W)).to(DTYPE)
+
+
+@triton.jit
+def _standardise(centred, real, eps, C: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl.constexpr):
+    """UNIT·(x − mean) -> (x − mean)/σ with the constant one in channel C, and 1/σ of every row."""
+    ch = tl.arange(0, centred.shape[1])
+    var = tl.sum(centred * centred, 1) * (1.0 / (C * UNIT * UNIT))
+    inverse = tl.rsqrt(var + eps)
+    return tl.where((ch == C)[None, :], 1.0, centred * (inverse * (1.0 / UNIT))[:, None]).to(DTYPE), inverse
+
+
+@triton.jit
+def _norm_gradient(dh, h, inverse, real, C: tl.constexpr):
+    """LayerNorm's backward; dh, the gradient of its result before scale and shift, has no mean already."""
+    dh = tl.where(real[None, :], dh, 0.0)
+    along = tl.sum(dh * h.to(tl.float32), 1) * (1.0 / C)
+    return (dh - h.to(tl.float32) * along[:, None]) * inverse[:, None]
+
+
+@triton.jit
+def _gelu_gradient(x, da, FAST: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.constexpr):
+    """GELU(x), and its derivative times da; with PAIRS GELU(8x)/4 and twice the derivative at 8x times da.
+
+    The polynomial of tile.gelu and its derivative. Pairs of float16 as in _gelu, but for the product with da, which may be
+    too small for them; 1 − t² is multiplied by x first, so that where it is 0 a large x does not overflow.
+    """
+    if PAIRS:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 h, q, t, n, e, u, g, c0, c1, c2, d1, d2, one, top, low;
+            .reg .b16 lo, hi;
+            .reg .f32 a, b;
+            mov.b32 c0, 0x46614661;   // 8 * 0.7975079, twice
+            mov.b32 c1, 0x4CBD4CBD;   // 8 * 64 * 0.0370056
+            mov.b32 c2, 0xC9C2C9C2;   // 8 * 64 * 64 * -0.0003515
+            mov.b32 d1, 0x531B531B;   // 3 * 8 * 64 * 0.0370056
+            mov.b32 d2, 0xD333D333;   // 5 * 8 * 64 * 64 * -0.0003515
+            mov.b32 one, 0x3C003C00;
+            mov.b32 top, 0x77FF77FF;  // 32752, twice: 2 * h stays finite
+            mov.b32 low, 0xF7FFF7FF;
+            cvt.rn.f16x2.f32 h, $3, $2;
+            min.NaN.f16x2 h, h, top;
+            max.NaN.f16x2 h, h, low;
+            mul.sat.f16x2 q, h, h;
+            fma.rn.f16x2 t, q, c2, c1;
+            fma.rn.f16x2 t, t, q, c0;
+            mul.f16x2 t, t, h;
+            tanh.approx.f16x2 t, t;
+            fma.rn.f16x2 g, h, t, h;
+            neg.f16x2 n, t;
+            fma.rn.f16x2 e, n, t, one;
+            mul.f16x2 e, e, h;
+            fma.rn.f16x2 u, q, d2, d1;
+            fma.rn.f16x2 u, u, q, c0;
+            add.f16x2 t, t, one;
+            fma.rn.f16x2 u, e, u, t;
+            mov.b32 {lo, hi}, g;
+            cvt.f32.f16 a, lo;
+            cvt.f32.f16 b, hi;
+            cvt.rn.bf16x2.f32 $0, b, a;
+            mov.b32 {lo, hi}, u;
+            cvt.f32.f16 a, lo;
+            cvt.f32.f16 b, hi;
+            mul.f32 a, a, $4;
+            mul.f32 b, b, $5;
+            cvt.rn.bf16x2.f32 $1, b, a;
+            }""",
+            "=r,=r,f,f,f,f",
+            [x, da],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    elif FAST:
+        x2 = tl.minimum(x * x, 36.0)
+        t = tanh(x * (0.7975079 + x2 * (0.0370056 - 0.0003515 * x2)))
+        half = 0.5 * x
+        slope = 0.5 * t + 0.5 + (half - half * t * t) * (0.7975079 + x2 * (0.1110168 - 0.0017575 * x2))
+        return (half * t + half).to(DTYPE), (da * slope).to(DTYPE)
+    else:
+        phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        slope = phi + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
+        return (x * phi).to(DTYPE), (da * slope).to(DTYPE)
+
+
+@triton.jit
+def _inner_bwd_mlp_kernel(
+    x_ptr, dy_ptr, dx_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
+    proj_weight_ptr, proj_bias_ptr, norm2_weight_ptr, norm2_bias_ptr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr,
+    attn_scale_ptr, mlp_scale_ptr, sums_ptr, n_patches, eps,
+    C: tl.constexpr, C_PAD: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HG: tl.constexpr,
+    S: tl.constexpr, T: tl.constexpr, MLP: tl.constexpr, SLICE: tl.constexpr, G: tl.constexpr,
+    HAS_QKV_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """dx = gradient of what comes before the MLP; the sums a program: fc1, fc2 [2, C_PAD, HIDDEN], fc2's bias [C_PAD].
+
+    All sums have the channels as their rows: Triton gives every warp rows of its own, and would do fewer rows several times.
+    """
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    BY_PRODUCT: tl.constexpr = tl.float32 != DTYPE  # float32 products are slow
+    PAIRS: tl.constexpr = FAST and tl.bfloat16 == DTYPE
+    IN: tl.constexpr = 0.125 if PAIRS else 1.0  # what _gelu_gradient wants of fc1 and fc2; the sums make up for it
+    OUT: tl.constexpr = 4.0 if PAIRS else 1.0
+    M: tl.constexpr = G * T
+    W: tl.constexpr = HG * D_PAD
+    ch = tl.arange(0, C_PAD)
+    real = ch < C
+
+    heads = ()
+    for head in tl.static_range(0, HEADS, HG):
+        heads = heads + (
+            _head_weights(
+                head, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
+                proj_weight_ptr, HAS_QKV_BIAS, C, C_PAD, HEADS, D, D_PAD, HG, DTYPE,
+            ),
+        )  # fmt: skip
+    proj_bias = tl.load(proj_bias_ptr + ch, mask=real, other=0.0).to(tl.float32)
+    w1, w2, g1, g2 = (), (), (), ()
+    for base in tl.static_range(0, MLP, SLICE):
+        hid = base + tl.arange(0, SLICE)
+        used = hid < MLP
+        fc1 = _centred_weight(
+            fc1_weight_ptr, norm2_weight_ptr, norm2_bias_ptr, fc1_bias_ptr, hid, used, True, IN, C, C_PAD, DTYPE
+        )
+        at = ch[:, None] * MLP + hid[None, :]
+        fc2 = tl.load(fc2_weight_ptr + at, mask=real[:, None] & used[None, :], other=0.0).to(tl.float32)
+        w1 = w1 + (fc1,)
+        w2 = w2 + ((fc2 * OUT).to(DTYPE),)  # [C_PAD, SLICE]
+        g1 = g1 + (tl.zeros((C_PAD, SLICE), tl.float32),)
+        g2 = g2 + (tl.zeros((C_PAD, SLICE), tl.float32),)
+    gb = tl.zeros((C_PAD, 16), tl.float32)
+    diagonal = (ch[:, None] == ch[None, :]) & real[:, None]
+    identity = tl.where(diagonal, 1.0, 0.0).to(DTYPE)
+    negative = tl.where(diagonal, -1.0, 0.0).to(DTYPE)  # one matrix used twice would be kept in registers
+    centring = tl.where(real[:, None] & real[None, :], tl.where(diagonal, C - 1.0, -1.0), 0.0).to(DTYPE)
+    own, ones = _own(G, T, HG, D_PAD, DTYPE)
+
+    row = tl.arange(0, M)
+    patch, token = row // T, row % T
+    offset = (row if T == S else patch * S + token)[:, None] * C + ch[None, :]
+    for turn in range(tl.program_id(0), tl.cdiv(n_patches, G), tl.num_programs(0)):
+        first = tl.cast(turn, tl.int64) * (G * S * C)
+        live = (row < tl.minimum(n_patches - turn * G, G) * T)[:, None] & real[None, :]
+        if T > S:
+            live = live & (token < S)[:, None]
+        tokens = tl.load(x_ptr + first + offset, mask=live, other=0.0)  # [M, C_PAD]
+        dy = tl.load(dy_ptr + first + offset, mask=live, other=0.0)
+        if BY_PRODUCT:
+            centred = tl.where(real[None, :], tl.dot(tokens, centring), 0.0)
+            h, _ = _standardise(centred, real, eps, C, C, DTYPE)
+            x = tl.dot(tokens, identity)
+        else:
+            x = tokens.to(tl.float32)
+            h, _ = _standardise(_centre(x, real, C), real, eps, C, 1, DTYPE)
+        total = tl.zeros((M, C_PAD), tl.float32) if HAS_SCALE else x
+        total += proj_bias[None, :]
+        for i in tl.static_range(len(heads)):
+            wq, wk, wv, wp = heads[i]
+            _, _, _, _, o, _ = _heads(h, wq, wk, wv, own, ones, S, T, G, HG, W, FAST, PRECISION)
+            total = tl.dot(tl.reshape(o.to(DTYPE), (M, W)), wp, total, input_precision=PRECISION)
+        mine = turn * G + patch
+        if HAS_SCALE:
+            x += total * tl.load(attn_scale_ptr + mine, mask=mine < n_patches, other=0.0)[:, None]
+            scale = tl.load(mlp_scale_ptr + mine, mask=mine < n_patches, other=0.0)
+            dz = (dy.to(tl.float32) * scale[:, None]).to(DTYPE)
+        else:
+            x = total
+            dz = dy
+
+        h, inverse = _standardise(_centre(x, real, C), real, eps, C, 1, DTYPE)
+        dh = tl.zeros((M, C_PAD), tl.float32)
+        new1, new2 = (), ()
+        for i in tl.static_range(len(w1)):
+            hidden = tl.dot(h, w1[i], input_precision=PRECISION)  # [M, SLICE]
+            dhidden = tl.dot(dz, w2[i], input_precision=PRECISION)
+            hidden, dhidden = _gelu_gradient(hidden, dhidden, FAST, PAIRS, DTYPE)
+            dh = tl.dot(dhidden, tl.trans(w1[i]), dh, input_precision=PRECISION)
+            if NEED_WEIGHTS:
+                new1 = new1 + (tl.dot(tl.trans(h), dhidden, g1[i], input_precision=PRECISION),)
+                new2 = new2 + (tl.dot(tl.trans(dz), hidden, g2[i], input_precision=PRECISION),)
+        if NEED_WEIGHTS:
+            g1, g2 = new1, new2
+            gb = tl.dot(tl.trans(dz), tl.full((M, 16), 1.0, DTYPE), gb, input_precision=PRECISION)
+        dx = _norm_gradient(dh, h, inverse, real, C)
+        dx -= tl.dot(dy, negative) if BY_PRODUCT else -dy
+        tl.store(dx_ptr + first + offset, dx.to(DTYPE), mask=live)
+
+    if NEED_WEIGHTS:
+        HIDDEN: tl.constexpr = len(w1) * SLICE
+        sums = sums_ptr + tl.cast(tl.program_id(0), tl.int64) * ((2 * HIDDEN + 1) * C_PAD)
+        hid = tl.arange(0, SLICE)
+        for i in tl.static_range(len(w1)):
+            at = ch[:, None] * HIDDEN + (i * SLICE + hid)[None, :]
+            tl.store(sums + at, g1[i] * IN)
+            tl.store(sums + C_PAD * HIDDEN + at, g2[i] * OUT)
+        gb = tl.sum(tl.where((tl.arange(0, 16) == 0)[None, :], gb, 0.0), 1)  # its columns are alike
+        tl.store(sums + 2 * HIDDEN * C_PAD + ch, gb)
+
+
+@triton.jit
+def _inner_bwd_attention_kernel(
+    x_ptr, dx_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
+    proj_weight_ptr, attn_scale_ptr, sums_ptr, n_patches, eps,
+    C: tl.constexpr, C_PAD: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HG: tl.constexpr,
+    S: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
+    HAS_QKV_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """dx, in place: from the gradient of what comes behind the attention to that of its input.
+
+    The sums a program: q, k, v and projection [4, C_PAD, LANES], the projection's bias [C_PAD].
+    """
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    BY_PRODUCT: tl.constexpr = tl.float32 != DTYPE
+    M: tl.constexpr = G * T
+    W: tl.constexpr = HG * D_PAD
+    ch = tl.arange(0, C_PAD)
+    real = ch < C
+
+    heads, gq, gk, gv, gp = (), (), (), (), ()
+    for head in tl.static_range(0, HEADS, HG):
+        heads = heads + (
+            _head_weights(
+                head, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
+                proj_weight_ptr, HAS_QKV_BIAS, C, C_PAD, HEADS, D, D_PAD, HG, DTYPE,
+            ),
+        )  # fmt: skip
+        gq = gq + (tl.zeros((C_PAD, W), tl.float32),)
+        gk = gk + (tl.zeros((C_PAD, W), tl.float32),)
+        gv = gv + (tl.zeros((C_PAD, W), tl.float32),)
+        gp = gp + (tl.zeros((C_PAD, W), tl.float32),)
+    gb = tl.zeros((C_PAD, 16), tl.float32)
+    diagonal = (ch[:, None] == ch[None, :]) & real[:, None]
+    identity = tl.where(diagonal, 1.0, 0.0).to(DTYPE)
+    centring = tl.where(real[:, None] & real[None, :], tl.where(diagonal, C - 1.0, -1.0), 0.0).to(DTYPE)
+    own, ones = _own(G, T, HG, D_PAD, DTYPE)
+
+    row = tl.arange(0, M)
+    patch, token = row // T, row % T
+    offset = (row if T == S else patch * S + token)[:, None] * C + ch[None, :]
+    for turn in range(tl.program_id(0), tl.cdiv(n_patches, G), tl.num_programs(0)):
+        first = tl.cast(turn, tl.int64) * (G * S * C)
+        live = (row < tl.minimum(n_patches - turn * G, G) * T)[:, None] & real[None, :]
+        if T > S:
+            live = live & (token < S)[:, None]
+        tokens = tl.load(x_ptr + first + offset, mask=live, other=0.0)  # [M, C_PAD]
+        dy = tl.load(dx_ptr + first + offset, mask=live, other=0.0)
+        if BY_PRODUCT:
+            centred = tl.where(real[None, :], tl.dot(tokens, centring), 0.0)
+            h, inverse = _standardise(centred, real, eps, C, C, DTYPE)
+        else:
+            h, inverse = _standardise(_centre(tokens.to(tl.float32), real, C), real, eps, C, 1, DTYPE)
+        if HAS_SCALE:
+            mine = turn * G + patch
+            scale = tl.load(attn_scale_ptr + mine, mask=mine < n_patches, other=0.0)
+            dz = (dy.to(tl.float32) * scale[:, None]).to(DTYPE)
+        else:
+            dz = dy
+
+        dh = tl.zeros((M, C_PAD), tl.float32)
+        newq, newk, newv, newp = (), (), (), ()
+        for i in tl.static_range(len(heads)):
+            wq, wk, wv, wp = heads[i]
+            q, k, v, p, o, sums = _heads(h, wq, wk, wv, own, ones, S, T, G, HG, W, FAST, PRECISION)
+            do = tl.reshape(tl.dot(dz, tl.trans(wp), input_precision=PRECISION), (G, T, W))
+            do = do * sums  # P's normalisation, which P itself then needs nowhere
+            # dP minus its mean over P
+            if BY_PRODUCT:  # the mean is the sum of do·o over a head's channels: by a product, as all sums here
+                ds = tl.dot((do * o * -1.0).to(DTYPE), tl.permute(ones, (0, 2, 1)), input_precision=PRECISION)
+                do = do.to(DTYPE)
+                ds = tl.dot(do, tl.permute(v, (0, 2, 1)), ds, input_precision=PRECISION)  # [G, T, HG·T]
+                ds = (ds * p).to(DTYPE)
+            else:  # without the rounding of two large terms that cancel
+                ds = tl.reshape(tl.dot(do, tl.permute(v, (0, 2, 1)), input_precision=PRECISION), (G, T, HG, T))
+                p4 = tl.reshape(p, (G, T, HG, T))
+                mean = tl.sum(p4 * ds, 3) / tl.sum(p4, 3)
+                ds = tl.reshape(p4 * (ds - mean[:, :, :, None]), (G, T, HG * T))
+            dq = tl.reshape(tl.dot(ds, k, input_precision=PRECISION).to(DTYPE), (M, W))
+            dk = tl.dot(tl.permute(ds, (0, 2, 1)), q, input_precision=PRECISION)  # [G, HG·T, W]
+            dv = tl.dot(tl.permute(p.to(DTYPE), (0, 2, 1)), do, input_precision=PRECISION)
+            dk = tl.sum(tl.where(own, tl.reshape(dk, (G, HG, T, W)), 0.0), 1)
+            dv = tl.sum(tl.where(own, tl.reshape(dv, (G, HG, T, W)), 0.0), 1)
+            dk = tl.reshape(dk.to(DTYPE), (M, W))
+            dv = tl.reshape(dv.to(DTYPE), (M, W))
+            dh = tl.dot(dq, tl.trans(wq), dh, input_precision=PRECISION)
+            dh = tl.dot(dk, tl.trans(wk), dh, input_precision=PRECISION)
+            dh = tl.dot(dv, tl.trans(wv), dh, input_precision=PRECISION)
+            if NEED_WEIGHTS:
+                o = tl.reshape(o.to(DTYPE), (M, W))
+                newq = newq + (tl.dot(tl.trans(h), dq, gq[i], input_precision=PRECISION),)
+                newk = newk + (tl.dot(tl.trans(h), dk, gk[i], input_precision=PRECISION),)
+                newv = newv + (tl.dot(tl.trans(h), dv, gv[i], input_precision=PRECISION),)
+                newp = newp + (tl.dot(tl.trans(dz), o, gp[i], input_precision=PRECISION),)
+        if NEED_WEIGHTS:
+            gq, gk, gv, gp = newq, newk, newv, newp
+            gb = tl.dot(tl.trans(dz), tl.full((M, 16), 1.0, DTYPE), gb, input_precision=PRECISION)
+        dx = _norm_gradient(dh, h, inverse, real, C)
+        dx += tl.dot(dy, identity) if BY_PRODUCT else dy
+        tl.store(dx_ptr + first + offset, dx.to(DTYPE), mask=live)
+
+    if NEED_WEIGHTS:
+        LANES: tl.constexpr = len(heads) * W
+        mine = sums_ptr + tl.cast(tl.program_id(0), tl.int64) * ((4 * LANES + 1) * C_PAD)
+        lane = tl.arange(0, W)
+        for i in tl.static_range(len(heads)):
+            at = ch[:, None] * LANES + (i * W + lane)[None, :]
+            tl.store(mine + at, gq[i])
+            tl.store(mine + C_PAD * LANES + at, gk[i])
+            tl.store(mine + 2 * C_PAD * LANES + at, gv[i])
+            tl.store(mine + 3 * C_PAD * LANES + at, gp[i])
+        gb = tl.sum(tl.where((tl.arange(0, 16) == 0)[None, :], gb, 0.0), 1)  # its columns are alike
+        tl.store(mine + 4 * C_PAD * LANES + ch, gb)
+
+
 def unsupported(sizes: dict[str, Any]) -> list[str]:
     """Reasons against sizes as ``TNT.sizes()`` gives them; an empty list if the kernel takes them."""
     reasons = []
@@ -397,6 +808,34 @@ def _specialise(
     )  # fmt: skip
 
 
+def _specialise_backward(spec: Launch, weights: bool) -> tuple[Launch, Launch]:
+    """The two launches of the backward that belongs to a forward."""
+    dtype = spec.pointers["x_ptr"]
+    common = {k: v for k, v in spec.constants.items() if k not in ("RESIDENT", "SLICE", "MLP")} | {"NEED_WEIGHTS": weights}
+    halves = []
+    for kernel, configs in ((_inner_bwd_mlp_kernel, MLP_CONFIGS), (_inner_bwd_attention_kernel, ATTENTION_CONFIGS)):
+        rows, warps, hidden, stages, _, mma_arch = configs[common["C_PAD"], dtype != "fp32"]
+        constants = common | {"G": max(1, rows // common["T"])}
+        if kernel is _inner_bwd_mlp_kernel:
+            constants |= {"MLP": spec.constants["MLP"], "SLICE": hidden}
+        pointers = {name: dtype for name in kernel.arg_names if name.endswith("_ptr")}
+        pointers |= {name: "fp32" for name in ("attn_scale_ptr", "mlp_scale_ptr", "sums_ptr") if name in pointers}
+        halves.append(
+            Launch(kernel, pointers, ("n_patches",), constants, warps, stages, constants["G"], ("eps",), mma_arch=mma_arch)
+        )
+    return tuple(halves)
+
+
+def _unfold(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of norm.weight, norm.bias, weight and bias, float32, where out = linear(LN x).
+
+    ``sums`` (C + 1, outputs): the normalised x before scale and shift, and a one behind it, times the gradient of out.
+    """
+    gamma, beta, weight = norm_weight.float(), norm_bias.float(), weight.float()
+    product, bias = sums[:-1].T, sums[-1]  # (outputs, C), (outputs,)
+    return (product * weight).sum(0), bias @ weight, product * gamma + bias[:, None] * beta, bias
+
+
 def _per_sm(spec: Launch) -> int:
     return CONFIGS[spec.constants["C_PAD"], spec.pointers["x_ptr"] != "fp32"][4]
 
@@ -405,7 +844,11 @@ def launches() -> Iterable[tuple[str, str, Launch]]:
     """(variant, dtype, specialisation) of the named variants; S-legacy has the inner transformer of S."""
     for variant, (C, H) in {"ti": (12, 2), "s": (24, 4), "b": (40, 4)}.items():
         for dtype in ("bf16", "fp16", "fp32"):
-            yield variant, dtype, _specialise(16, C, H, 4 * C, False, False, dtype, "ieee", dtype != "fp32")
+            forward = _specialise(16, C, H, 4 * C, False, False, dtype, "ieee", dtype != "fp32")
+            yield variant, dtype, forward
+            if C <= 31 or dtype != "fp32":  # as _inner_backward has it
+                for half in _specialise_backward(forward, True):
+                    yield variant, dtype, half
 
 
 def _inner(
@@ -483,7 +926,95 @@ def _multiply_adds(pixel, norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight
     return P * S * (4 * C * C + 2 * C * fc1_weight[0] + 2 * S * C)
 
 
-_operation = register("inner", _inner, _empty, reference.inner, _multiply_adds)
+def _inner_backward(
+    gradient: Tensor,
+    pixel: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    qk_weight: Tensor,
+    qk_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    num_heads: int,
+    eps: float,
+    attn_scale: Tensor | None,
+    mlp_scale: Tensor | None,
+    needed: list[int],
+) -> list[Tensor]:
+    """Two launches: the MLP's half with the attention computed again, then the attention's half.
+
+    PyTorch does it where the gradient of a scale is asked for, and for sizes whose sums overflow the registers: more than 63
+    channels a pixel (31 in float32), 256 hidden channels or 16 pixels a patch.
+    """
+    arguments = (
+        pixel, norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias, norm2_weight,
+        norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, num_heads, eps, attn_scale, mlp_scale,
+    )  # fmt: skip
+    (P, S, C), M = pixel.shape, fc1_weight.shape[0]
+    too_wide = (31 if pixel.dtype == torch.float32 else 63) < C or M > 256 or S > 16
+    if C > 31 and pixel.is_cuda:  # 112 KiB of shared memory: not on sm_86 and sm_89
+        properties = torch.cuda.get_device_properties(pixel.device)
+        too_wide = too_wide or getattr(properties, "shared_memory_per_block_optin", 1 << 17) < 114688
+    if too_wide or 17 in needed or 18 in needed or pixel.numel() == 0:
+        return recomputed(reference.inner, gradient, arguments, needed)
+    weights = any(i > 0 for i in needed)
+    has_scale = attn_scale is not None or mlp_scale is not None
+    if has_scale:
+        one = torch.ones(P, dtype=torch.float32, device=pixel.device)
+        attn_scale, mlp_scale = (one if scale is None else scale.float() for scale in (attn_scale, mlp_scale))
+    pixel = pixel.contiguous()
+    gradient = gradient.to(pixel.dtype).contiguous()
+    forward = _specialise(
+        S, C, num_heads, M, qk_bias is not None, has_scale, DTYPES[pixel.dtype], precision(pixel.dtype), is_fast(pixel.dtype)
+    )  # fmt: skip
+    mlp, attention = _specialise_backward(forward, weights)
+    c_pad, d_pad = (forward.constants[name] for name in ("C_PAD", "D_PAD"))
+    group = forward.constants["HG"]
+    lanes = -(-num_heads // group) * group * d_pad
+    hidden = -(-M // mlp.constants["SLICE"]) * mlp.constants["SLICE"]
+    dx = torch.empty_like(pixel)
+    absent = norm1_weight  # never read
+    given = [absent if w is None else w.contiguous() for w in (*arguments[1:15], attn_scale, mlp_scale)]
+
+    def run(spec: Launch, configs: dict[Any, Any], size: int, *tensors: Tensor) -> Tensor | None:
+        per_sm = configs[c_pad, pixel.dtype != torch.float32][4]
+        grid = programs(pixel.device, -(-P // spec.patches), per_sm)
+        sums = torch.empty(grid if weights else 1, size, dtype=torch.float32, device=pixel.device)
+        start(spec, grid, *tensors, sums, P, eps)
+        return sums.sum(0) if weights else None
+
+    found_mlp = run(mlp, MLP_CONFIGS, (2 * hidden + 1) * c_pad, pixel, gradient, dx, *given[:13], *given[14:])
+    found = run(attention, ATTENTION_CONFIGS, (4 * lanes + 1) * c_pad, pixel, dx, *given[:7], given[14])
+    if not weights:
+        return [dx]
+
+    gradients: dict[int, Tensor] = {0: dx}
+    fc1, fc2, fc2_bias_sum = found_mlp.split((c_pad * hidden, hidden * c_pad, c_pad))
+    parts = _unfold(norm2_weight, norm2_bias, fc1_weight, fc1.view(c_pad, hidden)[: C + 1, :M])
+    gradients |= dict(zip((9, 10, 11, 12), parts, strict=True))
+    gradients |= {13: fc2.view(c_pad, hidden)[:C, :M], 14: fc2_bias_sum[:C]}
+
+    size = c_pad * lanes
+    qkv, proj, proj_bias_sum = found.split((3 * size, size, c_pad))
+    qkv = qkv.view(3, c_pad, -1, d_pad)[:, : C + 1, :num_heads, : C // num_heads]  # without padding
+    qkv = qkv.permute(1, 0, 2, 3).reshape(C + 1, 3, C)
+    qkv = torch.cat((qkv[:, 0] * (C // num_heads) ** -0.5, qkv[:, 1], qkv[:, 2]), 1)
+    norm_weight, norm_bias, weight, bias = _unfold(norm1_weight, norm1_bias, torch.cat((qk_weight, v_weight)), qkv)
+    gradients |= {1: norm_weight, 2: norm_bias, 3: weight[: 2 * C], 4: bias[: 2 * C], 5: weight[2 * C :], 6: bias[2 * C :]}
+    proj = proj.view(c_pad, -1, d_pad)[:C, :num_heads, : C // num_heads].reshape(C, C)
+    gradients |= {7: proj, 8: proj_bias_sum[:C]}
+    return [dx if i == 0 else torch.empty_like(arguments[i]).copy_(gradients[i]) for i in needed]
+
+
+_operation = register("inner", _inner, _empty, _multiply_adds, _inner_backward)
 
 
 def inner(

@@ -1,10 +1,11 @@
 """What every fused operation shares on the host: checks, registration with PyTorch, launching.
 
 An operation is registered as ``torch.ops.tnt_fast.NAME`` by ``torch.library.custom_op``, so that ``torch.compile``,
-``torch.export`` and FlopCounterMode see one node. Its backward recomputes through the operation's reference: correct, not fast.
+``torch.export`` and FlopCounterMode see one node. Its backward is another one, ``NAME_backward``, which starts again from the
+inputs: nothing else is kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,44 +100,71 @@ def register(
     name: str,
     function: Callable[..., Tensor],
     empty: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
     count: Callable[..., int],
+    gradients: Callable[..., list[Tensor]],
+    like_gradient: int | None = None,
 ) -> Callable[..., Tensor]:
-    """Register ``function`` as ``torch.ops.tnt_fast.NAME``.
+    """Register ``function`` as ``torch.ops.tnt_fast.NAME``, and its gradients as ``NAME_backward``.
 
     Args:
         function: checks, allocates and launches; annotated with the types that torch.library understands; tensors first.
         empty: same arguments; a tensor like the result, for tracing.
-        reference: same arguments, plain PyTorch; recomputed, it gives the gradients.
         count: multiply-adds from the shapes of the tensors and the values of the other arguments.
+        gradients: ``gradients(gradient, *arguments of function, needed)``, annotated alike: the gradients of the arguments
+            whose positions ``needed: list[int]`` names, in that order, each new, contiguous, in its argument's dtype.
+        like_gradient: position of an argument whose values ``gradients`` does not read, of the gradient's shape: it is not
+            kept for the backward, the gradient stands in for it.
     """
     operation = torch.library.custom_op(f"tnt_fast::{name}", function, mutates_args=())
-
     operation.register_fake(empty)
+    backward_operation = torch.library.custom_op(f"tnt_fast::{name}_backward", gradients, mutates_args=())
+
+    @backward_operation.register_fake
+    def _(gradient, *arguments):
+        *tensors, needed = arguments
+        return [torch.empty(tensors[i].shape, dtype=tensors[i].dtype, device=tensors[i].device) for i in needed]
 
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+        kept = [x if isinstance(x, Tensor) and i != like_gradient else None for i, x in enumerate(inputs)]
+        ctx.save_for_backward(*kept)
         ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
 
     def backward(ctx, gradient):
-        tensors = ctx.saved_tensors
         needed = [i for i, wanted in enumerate(ctx.needs_input_grad) if wanted]
-        dtypes = {x.dtype for x in tensors if x is not None}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # mixed under autocast
-        with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
-            inputs = [None if x is None else x.detach().to(dtype).requires_grad_(i in needed) for i, x in enumerate(tensors)]
-            result = reference(*(other if x is None else x for x, other in zip(inputs, ctx.others, strict=True)))
-            found = torch.autograd.grad(result, [inputs[i] for i in needed], gradient.to(dtype))
-        gradients: list[Tensor | None] = [None] * len(tensors)
+        arguments = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        if like_gradient is not None:
+            arguments[like_gradient] = gradient
+        found = backward_operation(gradient, *arguments, needed)
+        result: list[Tensor | None] = [None] * len(arguments)
         for i, g in zip(needed, found, strict=True):
-            gradients[i] = g.to(tensors[i].dtype)
-        return tuple(gradients)
+            result[i] = g
+        return tuple(result)
 
     operation.register_autograd(backward, setup_context=setup_context)
-    packet = getattr(torch.ops.tnt_fast, name)
 
-    @register_flop_formula(packet)
+    @register_flop_formula(getattr(torch.ops.tnt_fast, name))
     def _(*args, out_shape=None, **kwargs):
         return 2 * count(*args)
 
+    @register_flop_formula(getattr(torch.ops.tnt_fast, f"{name}_backward"))
+    def _(gradient, *args, out_shape=None, **kwargs):
+        return 6 * count(*args[:-1])  # the forward again, and a product for each side of every product
+
     return operation
+
+
+def recomputed(reference: Callable[..., Tensor], gradient: Tensor, arguments: Sequence[Any], needed: list[int]) -> list[Tensor]:
+    """Gradients by PyTorch, through the reference: for what a kernel does not take."""
+    tensors = [x if isinstance(x, Tensor) else None for x in arguments]
+    dtypes = {x.dtype for x in tensors if x is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # mixed under autocast
+    inputs = [None if x is None else x.to(dtype) for x in tensors]
+
+    def of_needed(*given: Tensor) -> Tensor:
+        full = list(inputs)
+        for i, x in zip(needed, given, strict=True):
+            full[i] = x
+        return reference(*(other if x is None else x for x, other in zip(full, arguments, strict=True)))
+
+    _, pull = torch.func.vjp(of_needed, *(inputs[i] for i in needed))
+    return [g.to(tensors[i].dtype, copy=True).contiguous() for i, g in zip(needed, pull(gradient.to(dtype)), strict=True)]

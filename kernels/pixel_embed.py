@@ -10,6 +10,16 @@ image once (a token's 7×7 window overlaps its neighbours' in the L1 cache), the
 
 A program takes BLOCK tokens a turn as an implicit matrix product of K = 7·8 (a row of the window padded by one) per channel;
 the weights are loaded once. 32 rows keep Hopper on the synchronous mma instruction (see fold.py).
+
+Backward, with g the gradient of y, from the inputs alone:
+
+    dpixel_pos[c, s] = Σ_patch g[patch, s, c],  dbias[c] = Σ_s dpixel_pos[c, s]        sums by PyTorch, in float32
+    dweight[c, channel, ky, kx] = Σ_token window[token, channel, ky, kx] · g[token, c]  the forward's product, turned round
+    dimage[b, channel, iy, ix] = Σ over the windows on it of Σ_c weight[c, channel, ky, kx] · g[token, c]
+
+A program sums dweight in float32 over all its turns and stores it once; one reduction adds the programs. The image's gradient,
+which training does not ask for, is gathered: each of its pixels looks up the windows that cover it. No atomics: the same input
+gives the same bits. Bytes moved: image and g once each for the weight, g and the weights from the caches for the image.
 """
 
 from collections.abc import Iterable
@@ -20,7 +30,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnt_fast import reference
 from tnt_fast.kernels.operation import (
     DTYPES,
     check_shape,
@@ -39,7 +48,36 @@ CONFIGS = {
     "fp16": (32, 2, 8),
     "fp32": (16, 4, 4),
 }
+# The weight's gradient, likewise; in fp32 the products are no matrix instructions.
+WEIGHT_CONFIGS = {
+    "bf16": (32, 4, 2),
+    "fp16": (32, 4, 2),
+    "fp32": (16, 4, 4),
+}
+IMAGE_BLOCK = 32  # pixels of the image a program, for the image's gradient
 WINDOW = 7
+
+
+@triton.jit
+def _window(
+    token, k, n_tokens, n_patches, columns, height, width, stride_b, stride_h, stride_w, S: tl.constexpr, S_W: tl.constexpr,
+    PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, STRIDE: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    LEGACY: tl.constexpr,
+):  # fmt: skip
+    """Where the value k = 8·ky + kx of a token's window lies in a channel of the image, and whether it counts."""
+    patch, s = (token // S).to(tl.int32), (token % S).to(tl.int32)
+    image, n = patch // n_patches, patch % n_patches
+    y0, x0 = s // S_W * STRIDE - 3, s % S_W * STRIDE - 3  # window's corner within the patch
+    top, left = n // columns * STEP_H + y0, n % columns * STEP_W + x0  # and within the image
+    ky, kx = k // 8, k % 8
+    corner = image.to(tl.int64) * stride_b + top.to(tl.int64) * stride_h + left.to(tl.int64) * stride_w
+    at = corner + (ky.to(tl.int64) * stride_h + kx.to(tl.int64) * stride_w)  # one addition for each value of a tile
+    # as unsigned numbers, those below zero are past every size
+    if LEGACY:
+        inside = ((top + ky).to(tl.uint32) < height) & ((left + kx).to(tl.uint32) < width)
+    else:
+        inside = ((y0 + ky).to(tl.uint32) < PATCH_H) & ((x0 + kx).to(tl.uint32) < PATCH_W)
+    return at, inside & ((ky < 7) & (kx < 7)) & (token < n_tokens)
 
 
 @triton.jit
@@ -95,6 +133,97 @@ def _pixel_embed_fwd_kernel(
         tl.store(y_ptr + token[:, None] * C + ch[None, :], acc.to(DT), mask=live[:, None] & (ch < C)[None, :])
 
 
+@triton.jit
+def _pixel_embed_weight_bwd_kernel(
+    image_ptr, gradient_ptr, sums_ptr,
+    n_tokens, n_patches, columns, height, width, stride_b, stride_c, stride_h, stride_w,
+    CHANNELS: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, S: tl.constexpr, S_W: tl.constexpr, PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr, STRIDE: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, LEGACY: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program's sums of the weight's gradient over its tokens, for GROUP of the image's channels: [CHANNELS, 64, C] each."""
+    GROUPS: tl.constexpr = (CHANNELS + GROUP - 1) // GROUP
+    DT: tl.constexpr = gradient_ptr.dtype.element_ty
+    workers = tl.num_programs(0) // GROUPS
+    worker = tl.program_id(0) // GROUPS
+    first = tl.program_id(0) % GROUPS * GROUP
+    k = tl.arange(0, 64)
+    ch = tl.arange(0, C_PAD)
+    sums = ()
+    for _ in tl.static_range(GROUP):
+        sums = sums + (tl.zeros((64, C_PAD), tl.float32),)
+    turns = (n_tokens + BLOCK - 1) // BLOCK
+    for turn in range(worker, turns, workers):
+        token = tl.cast(turn, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        at, inside = _window(
+            token[:, None], k[None, :], n_tokens, n_patches, columns, height, width, stride_b, stride_h, stride_w,
+            S, S_W, PATCH_H, PATCH_W, STRIDE, STEP_H, STEP_W, LEGACY,
+        )  # fmt: skip
+        mask = (token < n_tokens)[:, None] & (ch < C)[None, :]
+        g = tl.load(gradient_ptr + token[:, None] * C + ch[None, :], mask=mask, other=0.0)  # [BLOCK, C_PAD]
+        new = ()
+        for c in tl.static_range(GROUP):
+            channel = image_ptr + (first + c).to(tl.int64) * stride_c
+            x = tl.load(channel + at, mask=inside & (first + c < CHANNELS), other=0.0).to(DT)  # [BLOCK, 64]
+            new = new + (tl.dot(tl.trans(x), g, sums[c], input_precision=PRECISION),)
+        sums = new
+    for c in tl.static_range(GROUP):
+        to = sums_ptr + ((worker * CHANNELS + first + c) * 64 + k).to(tl.int64)[:, None] * C + ch[None, :]
+        tl.store(to, sums[c], mask=(ch < C)[None, :] & (first + c < CHANNELS))
+
+
+@triton.jit
+def _pixel_embed_image_bwd_kernel(
+    weight_ptr, gradient_ptr, image_ptr,
+    n_pixels, rows, columns, height, width,
+    CHANNELS: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, S_H: tl.constexpr, S_W: tl.constexpr, PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr, STRIDE: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, LEGACY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of BLOCK pixels of the image, all channels; weight: [CHANNELS, 7, 7, C], image: contiguous.
+
+    Were the tokens of all patches on one grid, every STRIDE pixels, then ceil(7 / STRIDE) of its rows have windows over an
+    image row; and as patches overlap, a row of the grid is a row of up to S_H / (STEP_H / STRIDE), rounded up, of them.
+    """
+    DT: tl.constexpr = image_ptr.dtype.element_ty
+    NEAR: tl.constexpr = (7 + STRIDE - 1) // STRIDE
+    OVER_H: tl.constexpr = (S_H * STRIDE + STEP_H - 1) // STEP_H
+    OVER_W: tl.constexpr = (S_W * STRIDE + STEP_W - 1) // STEP_W
+    pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = pixel < n_pixels
+    ix = (pixel % width).to(tl.int32)
+    iy = (pixel // width % height).to(tl.int32)
+    image = pixel // width // height
+    ch = tl.arange(0, C_PAD)
+    sums = ()
+    for _ in tl.static_range(CHANNELS):
+        sums = sums + (tl.zeros((BLOCK,), tl.float32),)
+    for i in range(NEAR * OVER_H * NEAR * OVER_W):
+        grid_y = (iy + 3) // STRIDE - i // (OVER_H * NEAR * OVER_W)  # may fall below 0: then so does sy
+        grid_x = (ix + 3) // STRIDE - i // OVER_W % NEAR
+        ky, kx = iy + 3 - grid_y * STRIDE, ix + 3 - grid_x * STRIDE
+        py = grid_y * STRIDE // STEP_H - i // (NEAR * OVER_W) % OVER_H
+        px = grid_x * STRIDE // STEP_W - i % OVER_W
+        sy, sx = grid_y - py * (STEP_H // STRIDE), grid_x - px * (STEP_W // STRIDE)
+        counts = live & (ky < 7) & (kx < 7) & (grid_y >= 0) & (grid_x >= 0) & (py >= 0) & (py < rows) & (px >= 0)
+        counts = counts & (px < columns) & (sy < S_H) & (sx < S_W)
+        if not LEGACY:  # the window sees its own patch only
+            y, x = iy - py * STEP_H, ix - px * STEP_W
+            counts = counts & (y >= 0) & (y < PATCH_H) & (x >= 0) & (x < PATCH_W)
+        mask = counts[:, None] & (ch < C)[None, :]
+        token = ((image * rows + py) * columns + px) * (S_H * S_W) + sy * S_W + sx
+        g = tl.load(gradient_ptr + token[:, None] * C + ch[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK, C_PAD]
+        new = ()
+        for c in tl.static_range(CHANNELS):
+            tap = (c * 49 + ky * 7 + kx)[:, None] * C + ch[None, :]
+            w = tl.load(weight_ptr + tap, mask=mask, other=0.0).to(DT).to(tl.float32)  # [BLOCK, C_PAD]
+            new = new + (sums[c] + tl.sum(g * w, 1),)
+        sums = new
+    for c in tl.static_range(CHANNELS):
+        to = image_ptr + ((image * CHANNELS + c) * height + iy) * width + ix
+        tl.store(to, sums[c].to(DT), mask=live)
+
+
 def unsupported(sizes: dict[str, Any]) -> list[str]:
     """Reasons against sizes as ``TNT.sizes()`` gives them; an empty list if the kernel takes them."""
     reasons = []
@@ -123,11 +252,43 @@ def _specialise(
     return Launch(_pixel_embed_fwd_kernel, pointers, integers, constants, warps, 1, block / (rows * columns))
 
 
+def _specialise_weight_bwd(forward: Launch, dtype: str) -> Launch:
+    block, warps, _ = WEIGHT_CONFIGS[dtype]
+    constants = {name: value for name, value in forward.constants.items() if name not in ("HAS_BIAS", "HAS_POS")}
+    # channels a program: what fits into registers, 96 of each thread
+    group = max(1, min(constants["CHANNELS"], 192 // constants["C_PAD"]))
+    constants |= dict(BLOCK=block, GROUP=group)
+    pointers = {"image_ptr": dtype, "gradient_ptr": dtype, "sums_ptr": "fp32"}
+    # 64 rows on 4 warps: Hopper would take the asynchronous matrix instruction with its left operand in registers
+    return forward._replace(
+        kernel=_pixel_embed_weight_bwd_kernel, pointers=pointers, constants=constants, num_warps=warps,
+        patches=block / constants["S"] * group / constants["CHANNELS"], mma_arch="sm80",
+    )  # fmt: skip
+
+
+def _specialise_image_bwd(forward: Launch, dtype: str) -> Launch:
+    constants = {
+        name: value for name, value in forward.constants.items() if name not in ("HAS_BIAS", "HAS_POS", "S", "PRECISION")
+    }
+    constants |= dict(S_H=forward.constants["S"] // constants["S_W"], BLOCK=IMAGE_BLOCK)
+    pointers = {"weight_ptr": dtype, "gradient_ptr": dtype, "image_ptr": dtype}
+    integers = ("n_pixels", "rows", "columns", "height", "width")
+    near = -(-WINDOW // constants["STRIDE"])
+    over = -(-constants["PATCH_H"] // constants["STEP_H"]) * -(-constants["PATCH_W"] // constants["STEP_W"])
+    return forward._replace(
+        kernel=_pixel_embed_image_bwd_kernel, pointers=pointers, integers=integers, constants=constants, num_warps=2,
+        patches=IMAGE_BLOCK / (constants["STEP_H"] * constants["STEP_W"]), turns=near * near * over,
+    )  # fmt: skip
+
+
 def launches() -> Iterable[tuple[str, str, Launch]]:
     """(variant, dtype, specialisation) of the named variants."""
     for variant, (C, legacy) in {"ti": (12, False), "s": (24, False), "s_legacy": (24, True), "b": (40, False)}.items():
         for dtype in CONFIGS:
-            yield variant, dtype, _specialise(3, C, [16, 16], 4, [16, 16], legacy, True, True, dtype, "ieee")
+            forward = _specialise(3, C, [16, 16], 4, [16, 16], legacy, True, True, dtype, "ieee")
+            yield variant, dtype, forward
+            yield variant, dtype, _specialise_weight_bwd(forward, dtype)
+            yield variant, dtype, _specialise_image_bwd(forward, dtype)
 
 
 def _grid(height: int, width: int, patch_size: list[int], patch_stride: list[int]) -> tuple[int, int]:
@@ -153,7 +314,9 @@ def _pixel_embed(
     (B, channels, height, width), C = image.shape, weight.shape[0]
     check_shape("pixel_embed", "weight", weight, C, channels, WINDOW, WINDOW)
     check_shape("pixel_embed", "bias", bias, C)
-    for size, step in zip(patch_size, patch_stride, strict=True):
+    for side, size, step in zip((height, width), patch_size, patch_stride, strict=True):
+        if side < size or (side - size) % step:
+            raise ValueError(f"pixel_embed: {side} pixels of the image are not covered by patches of {size} every {step}")
         if size % stride or step % stride:
             raise ValueError(
                 f"pixel_embed: stride {stride} does not divide patch_size {patch_size} and patch_stride {patch_stride}"
@@ -191,7 +354,57 @@ def _multiply_adds(image, weight, bias, pixel_pos, patch_size, stride, patch_str
     return tokens * weight[0] * weight[1] * weight[2] * weight[3]
 
 
-_operation = register("pixel_embed", _pixel_embed, _empty, reference.pixel_embed, _multiply_adds)
+def _pixel_embed_backward(
+    gradient: Tensor,
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pixel_pos: Tensor | None,
+    patch_size: list[int],
+    stride: int,
+    patch_stride: list[int],
+    legacy: bool,
+    needed: list[int],
+) -> list[Tensor]:
+    """All by the kernels and one sum by PyTorch; nothing falls back to the reference."""
+    tensors = (image, weight, bias, pixel_pos)
+    found: dict[int, Tensor] = {}
+    if gradient.numel() == 0:
+        found = {i: torch.zeros(tensors[i].shape, device=image.device) for i in needed}
+    else:
+        gradient = gradient.contiguous()
+        (B, channels, height, width), C = image.shape, weight.shape[0]
+        rows, columns = _grid(height, width, patch_size, patch_stride)
+        dtype = DTYPES[image.dtype]
+        forward = _specialise(
+            channels, C, patch_size, stride, patch_stride, legacy, False, False, dtype, precision(image.dtype)
+        )
+        if 2 in needed or 3 in needed:
+            position = gradient.sum(0, dtype=torch.float32)  # [S, C]
+            if 2 in needed:
+                found[2] = position.sum(0)
+            if 3 in needed:
+                found[3] = position.t().reshape(pixel_pos.shape)
+        if 1 in needed:
+            spec = _specialise_weight_bwd(forward, dtype)
+            tokens = gradient.shape[0] * gradient.shape[1]
+            groups = -(-channels // spec.constants["GROUP"])
+            workers = programs(image.device, -(-tokens // spec.constants["BLOCK"]), WEIGHT_CONFIGS[dtype][2])
+            sums = torch.empty((workers, channels, 8, 8, C), dtype=torch.float32, device=image.device)
+            start(
+                spec, workers * groups, image, gradient, sums, tokens, rows * columns, columns, height, width, *image.stride()
+            )
+            found[1] = sums.sum(0)[:, :WINDOW, :WINDOW].permute(3, 0, 1, 2)
+        if 0 in needed:
+            spec = _specialise_image_bwd(forward, dtype)
+            found[0] = torch.empty(image.shape, dtype=image.dtype, device=image.device)
+            pixels = B * height * width
+            taps = weight.permute(1, 2, 3, 0).contiguous()  # a token's channels side by side, as in the gradient
+            start(spec, -(-pixels // IMAGE_BLOCK), taps, gradient, found[0], pixels, rows, columns, height, width)
+    return [found[i].to(tensors[i].dtype).contiguous() for i in needed]
+
+
+_operation = register("pixel_embed", _pixel_embed, _empty, _multiply_adds, _pixel_embed_backward)
 
 
 def pixel_embed(

@@ -53,6 +53,11 @@ def reciprocal(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def tanh(x):
+    return _asm(x, "tanh.approx.f32 $0, $1;")
+
+
+@triton.jit
 def gelu(x, FAST: tl.constexpr):
     """x·Φ(x), Φ the normal distribution's cumulative function."""
     if FAST:

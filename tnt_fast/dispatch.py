@@ -83,6 +83,8 @@ def _machine_reasons(image: Tensor | None, backend: str) -> list[str]:
     missing = [name for name in REQUIRED if name not in kernels.OPERATIONS]
     reasons = [f"this version has no fused kernel for {', '.join(missing)}"] if missing else []
     reasons.extend(kernels.unsupported())
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        reasons.append("a torch.func transform is active, and the kernels' gradients are torch.autograd's; use 'reference'")
     if kernels.INTERPRETED and backend == "auto":
         reasons.append("Triton interprets the kernels here (TRITON_INTERPRET=1), slowly; only backend='fused' does that")
     if image is not None and not image.is_cuda and not kernels.INTERPRETED:
@@ -113,7 +115,7 @@ def _dtype_reasons(dtypes: set[torch.dtype], image: Tensor | None) -> list[str]:
     names = ", ".join(sorted([str(dtype) for dtype in dtypes]))
     if len(dtypes) > 1:
         return [f"the parameters have mixed dtypes ({names}); cast them with model.to(dtype)"]
-    if isinstance(image, Tensor) and image.dtype not in dtypes and not torch.is_autocast_enabled(image.device.type):
+    if isinstance(image, Tensor) and dtypes and image.dtype not in dtypes and not torch.is_autocast_enabled(image.device.type):
         return [f"the image is {image.dtype}, the parameters are {names}; cast one of them"]
     return []
 
@@ -170,9 +172,10 @@ def _check_modules(prefix: str, owner: nn.Module, expected: tuple, reasons: list
         if "forward" in module.__dict__:
             reasons.append(f"{prefix}{path}.forward was replaced on the instance; the kernels would pass it over")
         for name, weight in module._parameters.items():
-            if weight is not None:
+            kind = type(weight).__name__
+            if weight is not None and kind != "DTensor":  # FSDP's, which is a plain parameter by the time its block runs
                 dtypes.add(weight.dtype)
-                if type(weight) is not nn.Parameter and type(weight).__name__ != "FakeTensor":  # torch.export's stand-in
+                if type(weight) not in (nn.Parameter, Tensor) and kind != "FakeTensor":  # torch.export's stand-in
                     reasons.append(f"{prefix}{path}.{name} is a {type(weight).__name__}; the kernels take plain parameters")
     for first, second in (("norm_in", "norm_mlp_in"), ("norm1_proj", "norm2_proj")):
         if first in eps and second in eps and eps[first] != eps[second]:
