@@ -6,6 +6,7 @@ inputs: nothing else is kept.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -85,15 +86,12 @@ def programs(device: torch.device, turns: int, per_sm: int) -> int:
 def start(spec: Launch, grid: int, *arguments: Any) -> None:
     """Launch a specialisation on the current device's stream; ``arguments`` are its pointers, integers and floats in order."""
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    names = {name: value for name, value in spec.constants.items()}
     options = {} if INTERPRETED else {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    if device.type == "cuda":
-        if spec.mma_arch and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9:
-            options["arch"] = spec.mma_arch
-        with torch.cuda.device(device):
-            spec.kernel[(grid,)](*arguments, **names, **options)
-    else:
-        spec.kernel[(grid,)](*arguments, **names, **options)
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    if spec.mma_arch and nvidia and torch.cuda.get_device_capability(device)[0] >= 9:
+        options["arch"] = spec.mma_arch
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        spec.kernel[(grid,)](*arguments, **spec.constants, **options)
 
 
 def register(

@@ -12,7 +12,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -596,8 +596,3 @@ def summary(run: Run) -> str:
         f"held-out accuracy after epoch {final['epoch']}: {final['val_accuracy']:.2%} of {len(run.val_set)} images\n"
         f"training took {sum(row['seconds'] for row in run.history):.0f} s; checkpoint: {run.last}"
     )
-
-
-def config_fields() -> dict[str, Any]:
-    """The fields of Config by name."""
-    return {f.name: f for f in fields(Config)}
