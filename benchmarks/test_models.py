@@ -1,46 +1,259 @@
-"""Throughput of whole models: TNT against timm's TNT and DeiT of the same size, with multiply-adds beside.
+"""Whole models: TNT against timm's TNT and DeiT of the same size; eager, compiled, in CUDA graphs; inference and train step.
 
-A TNT that does not match timm's output is not timed. On a machine without a GPU the rows are small and on the CPU.
+The groups that tell most come first; ``--minutes`` bounds the time on a GPU. On a CPU: small batches of the reference.
+A train step is forward, loss, backward and AdamW, in bf16 and fp16 by autocast, fp16 with loss scaling. Its guard, as that of
+inference, looks at two images, of which it compares the output and the gradients of their loss, each parameter's over its own
+largest. A CUDA graph's time includes copying the images into it.
 """
+
+import contextlib
+from collections.abc import Iterable
+from functools import lru_cache, partial
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import tnt_fast
-from tnt_fast import flops
+from benchmarks import measure
+from benchmarks.measure import DEVICE, DTYPES, GPU, Case, Provider
+from tnt_fast import flops, kernels
+from tnt_fast.tnt import Block, PixelEmbed
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH = 64 if DEVICE == "cuda" else 2
-BACKEND = "fused" if DEVICE == "cuda" else "reference"
+pytestmark = pytest.mark.benchmark(timer=measure.clock)
+
+_S = dict(embed_dim=384, inner_dim=24, num_heads_inner=4, num_heads_outer=6)
+TNTS = {
+    "tnt_ti": dict(embed_dim=192, inner_dim=12, num_heads_inner=2, num_heads_outer=3),
+    "tnt_s": _S,
+    "tnt_b": dict(embed_dim=640, inner_dim=40, num_heads_inner=4, num_heads_outer=10),
+    "tnt_s_legacy": dict(_S, legacy=True),
+    "tnt_s_inner4": dict(_S, inner_blocks=(0, 3, 7, 11)),  # paper, Table 5; timm has no such model
+}
+DEITS = {"deit_ti": "deit_tiny_patch16_224", "deit_s": "deit_small_patch16_224", "deit_b": "deit_base_patch16_224"}
+SETS = 3  # of images, in turns
 
 
-def _model(name: str, provider: str, image: torch.Tensor) -> torch.nn.Module:
-    model = timm.create_model(name).eval().to(DEVICE)
-    if provider == "timm":
-        return model
-    ours = tnt_fast.from_timm(model, backend=BACKEND)
-    with torch.inference_mode():
-        torch.testing.assert_close(ours(image), model(image), rtol=1e-3, atol=1e-3)
-    return ours
+def bare(family: str, device: str) -> nn.Module:
+    """A TNT of ours on the reference path, or timm's DeiT."""
+    with torch.device(device):
+        return timm.create_model(DEITS[family]) if family in DEITS else tnt_fast.TNT(**TNTS[family], backend="reference")
 
 
-@pytest.mark.parametrize(
-    ("name", "provider"),
-    [("tnt_s_patch16_224", f"tnt_fast-{BACKEND}"), ("tnt_s_patch16_224", "timm"), ("deit_small_patch16_224", "timm")],
-)
-def test_inference(benchmark, name, provider):
-    image = torch.randn(BATCH, 3, 224, 224, device=DEVICE)
-    model = _model(name, provider, image)
+@lru_cache(maxsize=4)
+def weights(family: str) -> nn.Module:
+    """The model in float32 on the CPU, perturbed: nothing is 0 or 1."""
+    torch.manual_seed(0)
+    model = bare(family, "cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn_like(p)
+    return model.eval()
 
-    @torch.inference_mode()
-    def forward():
-        model(image)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
 
-    benchmark.pedantic(forward, rounds=5, warmup_rounds=1)
-    gmacs = flops.multiply_adds(model, (3, 224, 224)) / 1e9
-    benchmark.extra_info.update(batch=BATCH, device=DEVICE, dtype="float32", gmacs=round(gmacs, 3))
-    if benchmark.stats:
-        benchmark.extra_info["img_s"] = round(BATCH / benchmark.stats["median"], 2)
+def copy_of(family: str, own: bool, **others) -> nn.Module:
+    """A copy of the weights; ``own`` False: in timm's model."""
+    if family in DEITS:
+        model = timm.create_model(DEITS[family])
+    else:
+        model = (tnt_fast.TNT if own else timm.models.tnt.TNT)(**TNTS[family], **others)
+    model.load_state_dict(weights(family).state_dict())
+    return model.eval()
+
+
+@lru_cache
+def gmacs(family: str) -> float:
+    return round(flops.multiply_adds(bare(family, "meta"), (3, 224, 224)) / 1e9, 3)
+
+
+def fuse(model: nn.Module, operations: Iterable[str]) -> nn.Module:
+    """Send some operations of a model on the reference path through their kernels: the steps of the waterfall."""
+    if "pixel_embed" in operations:
+        model.pixel_embed.forward = lambda x, pos, fused=False: PixelEmbed.forward(model.pixel_embed, x, pos, True)
+    if "fold" in operations:
+        model._stem = lambda pixel, fused=False: tnt_fast.TNT._stem(model, pixel, True)
+    for block in model.blocks:
+        for name in {"inner", "fold", "outer"} & set(operations):
+            method = getattr(Block, name)
+            setattr(block, name, lambda *given, block=block, method=method: method(block, *given[:-1], True))
+    return model
+
+
+def steps() -> list[str]:
+    """The providers of the waterfall: one more operation fused in each."""
+    names = [name for name in ("pixel_embed", "inner", "fold", "outer") if name in kernels.OPERATIONS]
+    return ["+".join(["eager", *names[:i]]) for i in range(len(names) + 1)]
+
+
+def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, dtype: str):
+    with torch.autocast(DEVICE, DTYPES[dtype], enabled=dtype != "fp32" and images.dtype != torch.float64):
+        out = model(images)
+    each = F.cross_entropy(out if out.dtype == torch.float64 else out.float(), labels, reduction="none")
+    return out, (each * weight).sum()
+
+
+def outputs(call: nn.Module, raw: nn.Module, images, labels, mode: str, dtype: str, count: int) -> dict[str, torch.Tensor]:
+    """What the guard compares, of the first ``count`` images: the output and, of a train step, the gradients by name."""
+    if mode != "train":
+        with torch.no_grad():
+            return {"output": call(images)[:count]}
+    weight = torch.zeros(len(images), device=DEVICE, dtype=torch.float64 if images.dtype == torch.float64 else torch.float32)
+    weight[:count] = 1 / count
+    out, loss = loss_of(call, images, labels, weight, dtype)
+    loss.backward()
+    gradients = {name: p.grad for name, p in raw.named_parameters()}
+    raw.zero_grad(set_to_none=True)
+    return {"output": out[:count].detach(), **gradients}
+
+
+def rule(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], own: dict[str, torch.Tensor]):
+    """The rows of the guard. All gradients are one, each over its own largest, so that a small one counts as much."""
+    names = [name for name in exact if name != "output"]
+    rows = {"output": tuple(each["output"] for each in (found, exact, own))}
+    if names:
+        largest = {name: exact[name].abs().max().clamp_min(1e-30) for name in names}
+        parts = ([(each[name].double() / largest[name]).flatten() for name in names] for each in (found, exact))
+        of_own = torch.cat([(own[name] / largest[name].to(own[name])).flatten() for name in names])
+        rows["gradients"] = (*map(torch.cat, parts), of_own)
+    return rows
+
+
+def random_images(batch: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    sets = [torch.randn(batch, 3, 224, 224, device=DEVICE, generator=generator).to(dtype) for _ in range(SETS)]
+    return sets, torch.randint(1000, (batch,), device=DEVICE, generator=generator)
+
+
+@lru_cache(maxsize=4)
+def expected(family: str, mode: str, dtype: str, batch: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The results in float64, and those of the same model, eager, in the same dtype; of at most two images."""
+    mode = mode if mode == "train" else "inference"
+    kind = torch.float32 if mode == "train" else DTYPES[dtype]
+    (images, *_), labels = random_images(batch, kind)
+    count = min(batch, 2)
+    images, labels = images[:count], labels[:count]
+    own_model = copy_of(family, True, **({} if family in DEITS else {"backend": "reference"})).to(DEVICE, kind)
+    own = outputs(own_model, own_model, images, labels, mode, dtype, count)
+    exact_model = own_model.double()  # of the rounded weights
+    return outputs(exact_model, exact_model, images.double(), labels, mode, dtype, count), own
+
+
+def _graph(model: nn.Module, image: torch.Tensor):
+    """A function that copies an image into a captured graph and replays it."""
+    static = image.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(3):
+            model(static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        out = model(static)
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        static.copy_(images)
+        graph.replay()
+        return out
+
+    return call
+
+
+def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, group: str) -> Case:
+    """``provider``: timm, fused or reference, then -eager or -compiled; or eager+OPERATION+..., a step of the waterfall."""
+
+    def build() -> Provider:
+        kind = torch.float32 if mode == "train" else DTYPES[dtype]
+        path = provider.split("-")[0]
+        others = {} if family in DEITS or path == "timm" else {"backend": "fused" if path == "fused" else "reference"}
+        raw = fuse(copy_of(family, path != "timm", **others).to(DEVICE, kind), path.split("+")[1:])
+        call = torch.compile(raw, dynamic=False) if provider.endswith("-compiled") else raw
+        sets, labels = random_images(batch, kind)
+        own_bytes = sum(x.numel() * x.element_size() for x in (*raw.parameters(), *raw.buffers()))
+        if mode == "latency_graph":
+            call = _graph(call, sets[0])
+        if mode == "train":
+            optimizer = torch.optim.AdamW(raw.parameters(), lr=1e-5, fused=True)
+            own_bytes *= 3
+            weight = torch.full((batch,), 1 / batch, device=DEVICE)
+
+            scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == "fp16")
+
+            def run(i: int) -> None:
+                scaler.scale(loss_of(call, sets[i % SETS], labels, weight, dtype)[1]).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+
+        else:
+
+            def run(i: int) -> None:
+                with torch.no_grad():
+                    call(sets[i % SETS])
+
+        def check():
+            found = outputs(call, raw, sets[0], labels, mode, dtype, min(batch, 2))
+            return rule(found, *expected(family, mode, dtype, batch))
+
+        return Provider(run, check, own_bytes, peak=mode != "latency_graph")
+
+    info = dict(suite="models", model=family, mode=mode, dtype=dtype, batch=batch, provider=provider)
+    return Case(f"{family}/{mode}/{dtype}/{batch}/{provider}", group, build, info)
+
+
+def group_cases(size: str, mode: str, dtype: str, batch: int, own: str, ways=("eager", "compiled"), more=False) -> list[Case]:
+    """TNT of ours (``own``: the path) and of timm, and DeiT, of one size; ``more``: the legacy TNT and one of Table 5, too."""
+    group = f"{size}/{mode}/{dtype}/{batch}" + ("" if len(ways) > 1 else f"/{ways[0]}")
+    case = partial(model_case, mode=mode, dtype=dtype, batch=batch, group=group)
+    models = [(f"tnt_{size}", own), (f"tnt_{size}", "timm"), (f"deit_{size}", "timm")]
+    found = [case(family, f"{path}-{way}") for family, path in models for way in ways]
+    if more:
+        models = [("tnt_s_legacy", own), ("tnt_s_legacy", "timm"), ("tnt_s_inner4", own)]
+        found += [case(family, f"{path}-eager") for family, path in models]
+    return found
+
+
+def waterfall(size: str) -> list[Case]:
+    group = f"waterfall/{size}/inference/bf16/256"
+    return [model_case(f"tnt_{size}", provider, "inference", "bf16", 256, group) for provider in steps()]
+
+
+def gpu_cases() -> list[Case]:
+    """What tells most first; then everything eager; compiled last, since compiling takes most of the time."""
+    cases = partial(group_cases, own="fused")
+    found = [*cases("s", "inference", "bf16", 256, more=True), *waterfall("s"), *cases("s", "train", "bf16", 256)]
+    found += [*cases("b", "inference", "bf16", 256), *cases("s", "latency_graph", "bf16", 1), *waterfall("b")]
+    sizes, dtypes, batches = ("s", "b", "ti"), ("bf16", "fp16", "fp32"), (256, 1, 8, 64, 1024)
+    plan = [(size, mode, "bf16", batch) for batch in batches for mode in ("inference", "train") for size in sizes]
+    plan += [(size, "latency_graph", "bf16", batch) for size in sizes for batch in (1, 8, 64)]
+    plan += [(size, "inference", dtype, batch) for dtype in dtypes[1:] for batch in batches for size in sizes]
+    plan += [(size, "train", dtype, 256) for dtype in dtypes[1:] for size in sizes]
+    known = {case.group for case in found}
+    for ways in (("eager",), ("compiled",)):
+        for one in plan:
+            if "/".join(map(str, one)) not in known:
+                found += cases(*one, ways=ways)
+    return found
+
+
+def cpu_cases() -> list[Case]:
+    cases = partial(group_cases, own="reference", ways=("eager",))
+    found = [*cases("s", "inference", "fp32", 1, more=True), *cases("b", "inference", "fp32", 1)]
+    return [*found, *cases("ti", "inference", "fp32", 1), *cases("s", "inference", "fp32", 8), *cases("s", "train", "fp32", 2)]
+
+
+LEFT_OUT = "fused, compiled and CUDA-graph rows, the waterfall, bf16 and fp16, batches up to 1024, memory, energy"
+
+
+@measure.rows(gpu_cases() if GPU else cpu_cases(), LEFT_OUT)
+def test_model(take, case):
+    info = case.info
+    with torch.enable_grad() if info["mode"] == "train" else contextlib.nullcontext():
+        done = take(case)
+    if not done["benchmark"].disabled:
+        work = 2e9 * gmacs(info["model"]) * info["batch"] * (3 if info["mode"] == "train" else 1)
+        rates = measure.rates(done["seconds"], info["dtype"], work)
+        img_s = round(info["batch"] / done["seconds"], 2)
+        done["benchmark"].extra_info.update(img_s=img_s, gmacs=gmacs(info["model"]), **rates)

@@ -1,18 +1,52 @@
-"""The parts of the benchmarks that need no GPU: their arguments and their guard."""
+"""The benchmarks: their guard, their files, the report and the counts. What needs a GPU is only collected here."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 pytest.importorskip("triton")
+pytest.importorskip("pytest_benchmark")
 
+import benchmarks.test_flops as flops_suite
+import benchmarks.test_models as models_suite
+import benchmarks.test_operations as operations_suite
+import benchmarks.test_scaling as scaling_suite
+from benchmarks import compare, measure, report
 from benchmarks import kernels as timed
-from tnt_fast import kernels, reference
+from tnt_fast import cli, flops, kernels, reference
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(options: tuple[str, ...], before: str = "") -> list[str]:
+    """pytest on the suites in a process of its own, after the code ``before``."""
+    run = f"import sys, pytest\n{before}\nsys.exit(pytest.main(sys.argv[1:]))"
+    return [sys.executable, "-c", run, "-q", "-p", "no:cacheprovider", *options]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INTERPRET", "PYTEST"))} | more
+
+
+def suites(*options: str, before: str = "", **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(options, before), cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=500
+    )
+
+
+def ids(path: Path) -> list[str]:
+    return [row["extra_info"]["id"] for row in json.loads(path.read_text())["benchmarks"]]
+
+
+# ---- the guard ----
 
 
 @pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
@@ -27,21 +61,315 @@ def test_a_right_kernel_passes_the_guard_and_a_wrong_one_does_not(operation):
     assert error > bound
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the wrong kernel is run in Triton's interpreter")
+def test_a_kernel_made_wrong_gets_no_time_and_the_run_fails(tmp_path):
+    wrong = (
+        "from tnt_fast import kernels; m = kernels.OPERATIONS['fold']; right = m.fold; m.fold = lambda *a, **k: -right(*a, **k)"
+    )
+    options = ["benchmarks/test_operations.py", "--benchmark-only", "-k", "fold and forward", "--benchmark-json"]
+    done = suites(*options, str(tmp_path / "wrong.json"), before=wrong, TRITON_INTERPRET="1")
+    assert done.returncode == 1, done.stdout[-3000:]
+    assert "fold/s/forward/fp32/1/fused: not timed: result is off by" in done.stdout
+    assert ids(tmp_path / "wrong.json") == ["fold/s/forward/fp32/1/eager"]
+    assert "not timed" in json.loads((tmp_path / "wrong.json").read_text())["left_out"]["fold/s/forward/fp32/1/fused"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="rows of a machine without a GPU")
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_a_gradient_made_wrong_is_refused_and_a_right_one_timed(mode, monkeypatch):
+    chosen = [case for case in operations_suite.operation_cases(False) if case.group.startswith(f"fold/s/{mode}")]
+    found = measure.measure(chosen, rounds=1)
+    assert [len(row["times"]) for row in found.values()] == [1, 1]
+
+    module = kernels.OPERATIONS["fold"]
+    right = module.fold
+
+    def wrong(pixel, patch, weight, *others, **more):  # the gradient of one weight is turned, the result is not
+        return right(pixel, patch, 2 * weight.detach() - weight, *others, **more)
+
+    monkeypatch.setattr(module, "fold", wrong)
+    found = measure.measure(chosen, rounds=1)
+    fused = found[f"fold/s/{mode}/fp32/1/fused"]
+    if mode == "forward":
+        assert len(fused["times"]) == 1
+    else:
+        assert isinstance(fused, measure.Refused)
+        assert "not timed: gradient 2 is off by" in str(fused)
+
+
+def test_a_train_step_with_one_small_gradient_turned_is_refused():
+    exact = {"output": torch.ones(2), "large": torch.full((5,), 1e3), "small": torch.tensor([1e-6, 2e-6])}
+    exact = {name: x.double() for name, x in exact.items()}
+    own = {name: x.float() * (1 + 1e-6) for name, x in exact.items()}
+    measure.guard(measure.Provider(print, lambda: models_suite.rule(own, exact, own)))
+    turned = own | {"small": -own["small"]}
+    with pytest.raises(measure.Refused, match="gradients is off by 2"):
+        measure.guard(measure.Provider(print, lambda: models_suite.rule(turned, exact, own)))
+
+
+def _case(name: str, run) -> measure.Case:
+    x = torch.ones(3)
+    return measure.Case(name, "group", lambda: measure.Provider(run, lambda: {"result": (x, x.double(), x)}))
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.00 GiB. GPU 0 has 2 GiB. More"), "allocate 5.00 GiB"),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."), "99 bytes"),
+    ],
+)
+def test_too_little_memory_leaves_the_row_out_and_the_others_in(error, line):
+    def fail(i):
+        raise error
+
+    found = measure.measure([_case("small", lambda i: None), _case("large", fail)], rounds=4)
+    assert len(found["small"]["times"]) == 4
+    assert isinstance(found["large"], measure.Skipped)
+    assert line in str(found["large"])
+
+
+def test_a_provider_that_raises_leaves_the_others_in():
+    def fail(i):
+        if i:
+            raise RuntimeError("shapes differ")
+
+    found = measure.measure([_case("right", lambda i: None), _case("broken", fail)], rounds=3)
+    assert len(found["right"]["times"]) == 3
+    assert isinstance(found["broken"], measure.Broken)
+    assert "shapes differ" in str(found["broken"])
+    assert "fail(i)" in str(found["broken"]) or "in fail" in str(found["broken"])  # its traceback
+
+
+def test_xformers_without_operators_is_one_line(monkeypatch):
+    def fail(q, k, v):
+        raise NotImplementedError("No operator found for this\nquery: many\nlines")
+
+    monkeypatch.setattr(operations_suite, "_xformers", fail)
+    with pytest.raises(measure.Skipped) as caught:
+        operations_suite.attention_case("s", "xformers", batch=1, dtype="fp32").build()
+    assert str(caught.value) == "xformers does not run this here: No operator found for this"
+
+
+def test_without_a_gpu_nothing_is_called(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["kernels", "--call"])
+    with pytest.raises(SystemExit, match="torch sees no GPU"):
+        timed.main()
+
+
+# ---- counts ----
+
+
 def test_bytes_are_activations_read_and_written_once():
     pixel, patch = torch.zeros(196, 16, 24, dtype=torch.float16), torch.zeros(1, 197, 384, dtype=torch.float16)
     assert timed.bytes_moved("inner", (pixel, torch.zeros(5)), pixel) == 2 * 196 * 16 * 24 * 2
     assert timed.bytes_moved("fold", (pixel, patch, torch.zeros(5)), patch) == (196 * 16 * 24 + 2 * 197 * 384) * 2
 
 
-def test_without_a_gpu_nothing_is_timed(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["kernels"])
-    with pytest.raises(SystemExit, match="torch sees no GPU"):
-        timed.main()
+@pytest.mark.parametrize(
+    ("family", "gmacs", "with_norms"),
+    [
+        ("tnt_s", 5.217, None), ("tnt_b", 14.049, None), ("tnt_s_inner4", 4.793, None),
+        ("deit_s", 4.599, 4.608), ("deit_b", 17.564, 17.583),
+    ],
+)  # fmt: skip
+def test_multiply_adds_to_four_digits(family, gmacs, with_norms):
+    found = flops_suite.count(family, "eager")
+    assert round(found["macs"] / 1e9, 3) == gmacs
+    assert found["macs"] == flops_suite.closed_form(family)
+    assert with_norms in (None, round(found["macs_with_norms"] / 1e9, 3))
+
+
+def test_the_steps_of_the_waterfall_move_fewer_bytes_for_the_same_work():
+    found = [flops_suite.count("tnt_s", path) for path in models_suite.steps()]
+    assert {step["macs"] for step in found} == {flops_suite.closed_form("tnt_s")}
+    moved = [step["bytes"] for step in found]
+    assert moved == sorted(moved, reverse=True)
+    assert len(set(moved)) == len(moved) == 1 + len(kernels.OPERATIONS)
+
+
+def test_the_fitted_exponent():
+    assert measure.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+# ---- the suites and their files ----
 
 
 def test_the_suites_run():
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-disable", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    chosen = "tnt_ti or (inner and forward) or train or pixels"
+    done = suites("benchmarks", "--benchmark-disable", "-k", f"({chosen}) and not legacy")
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "3 passed" in done.stdout
+    assert "passed" in done.stdout
+    if not torch.cuda.is_available():
+        listed = suites("benchmarks", "--benchmark-only", "-k", "[gpu]")
+        assert listed.stdout.count("torch sees no GPU; left out:") == 4, listed.stdout[-3000:]
+
+
+def test_every_row_of_a_gpu_has_a_name_of_its_own():
+    found = [*models_suite.gpu_cases(), *operations_suite.operation_cases(True), *operations_suite.attention_cases(True)]
+    found += scaling_suite.scaling_cases(True)
+    assert len({case.id for case in found}) == len(found)
+    for mode in ("inference", "train"):
+        for size in ("ti", "s", "b"):
+            for batch in (1, 8, 64, 256, 1024):
+                for way in ("eager", "compiled"):
+                    wanted = {f"tnt_{size}/{mode}/bf16/{batch}/{path}-{way}" for path in ("fused", "timm")}
+                    assert wanted | {f"deit_{size}/{mode}/bf16/{batch}/timm-{way}"} <= {case.id for case in found}
+
+
+def test_an_interrupt_leaves_a_valid_file_and_the_next_run_goes_on(tmp_path):
+    before = """
+import os, signal
+from benchmarks import measure
+right = measure.measure
+def measured(chosen, rounds=None):
+    if chosen[0].group.startswith("outer"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return right(chosen, rounds)
+measure.measure = measured
+"""
+    file, rest = tmp_path / "found.json", tmp_path / "rest.json"
+    options = ["benchmarks/test_operations.py", "--benchmark-only", "-k", "(fold or outer) and forward and eager"]
+    done = suites(*options, "--benchmark-json", str(file), before=before)
+    assert done.returncode == 2, done.stdout[-3000:]
+    assert ids(file) == ["fold/s/forward/fp32/1/eager"]
+    assert list(report.read([file])) == [measure.device_name()]
+    done = suites(*options, "--benchmark-json", str(rest), "--skip-measured", str(file))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert ids(rest) == ["outer/s/forward/fp32/1/eager"]
+    both = report.read([file, rest])[measure.device_name()]
+    assert {row["id"] for row in report.rows(both, "operations")} == {*ids(file), *ids(rest)}
+
+
+def test_a_killed_run_leaves_its_groups(tmp_path):
+    file = tmp_path / "found.json"
+    options = ("benchmarks/test_operations.py", "--benchmark-only", "-k", "forward and eager", "--benchmark-json", str(file))
+    running = subprocess.Popen(command(options), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    while not file.exists() and running.poll() is None:
+        time.sleep(0.05)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
+    assert ids(file)
+    assert list(report.read([file])) == [measure.device_name()]
+
+
+def test_an_old_torch_and_a_wrong_file_are_one_line(tmp_path):
+    done = suites("benchmarks", "--co", before="import torch; torch.__version__ = '2.7.1'")
+    assert done.returncode == 2
+    assert "the benchmarks need torch 2.8 or newer, this is 2.7.1" in done.stdout + done.stderr
+    done = suites("benchmarks/test_flops.py", "--skip-measured", str(tmp_path / "none.json"))
+    assert done.returncode == 4
+    assert "no result of --benchmark-json" in done.stdout + done.stderr
+
+
+def _gpu_result(factor: float = 1.0) -> dict:
+    """A result as a GPU would leave it, with made-up numbers."""
+
+    def row(suite: str, name: str, seconds: float, **info) -> dict:
+        seconds *= factor
+        stats = {"median": seconds, "q1": seconds * 0.99, "q3": seconds * 1.01, "data": [seconds]}
+        return {"fullname": name, "extra_info": {"suite": suite, "id": name, **info}, "stats": stats}
+
+    def model(family: str, provider: str, seconds: float) -> dict:
+        parts = dict(model=family, mode="inference", dtype="bf16", batch=256, provider=provider, gmacs=5.2)
+        parts |= dict(img_s=256 / seconds, peak_mib=100.0, percent_of_roof=40.0, p99_ms=1.0)
+        return row("models", f"{family}/inference/bf16/256/{provider}", seconds, **parts)
+
+    steps = [("eager", 8e-3), ("eager+pixel_embed", 7e-3), ("eager+pixel_embed+inner", 5e-3)]
+    operation = dict(operation="inner", variant="s", mode="forward", provider="fused", dtype="bf16", batch=256)
+    operation |= dict(flop_per_byte=80.0, tflop_s=100.0, percent_of_roof=50.0)
+    benches = [model("tnt_s", "fused-eager", 5e-3), model("tnt_s", "fused-compiled", 4e-3), model("tnt_s", "timm-eager", 8e-3)]
+    benches += [model("tnt_s", "timm-compiled", 6e-3), model("deit_s", "timm-compiled", 5e-3)]
+    benches += [model("tnt_s", provider, seconds) for provider, seconds in steps]
+    benches.append(row("operations", "inner", 1e-3, **operation))
+    machine = {"device": "Some GPU", "kind": "cuda", "threads": 8, "versions": {"torch": "2.11"}, "commit": "abc", "note": None}
+    machine["command"] = "pytest benchmarks"
+    roofs = {"bf16": {"bytes_per_s": 4e12, "flop_per_s": 8e14}}
+    return {"datetime": "2026-01-01T00:00", "machine_info": machine, "roofs": roofs, "left_out": {}, "benchmarks": benches}
+
+
+def test_the_report_of_a_gpu(tmp_path):
+    (tmp_path / "gpu.json").write_text(json.dumps(_gpu_result()))
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    results.mkdir()
+    for path in (readme, results / "README.md"):
+        path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    options = [str(tmp_path / "gpu.json"), "--readme", str(readme), "--results", str(results)]
+    assert report.main(options) == 0
+    entry = json.loads((results / "summary.json").read_text())["Some GPU"]["tnt_s/inference/bf16/256"]
+    assert entry["provider"] == "fused-compiled"
+    assert (entry["vs_timm_eager"], entry["vs_timm_compiled"], entry["vs_deit_compiled"]) == (2.0, 1.5, 1.25)
+    text, every = readme.read_text(), (results / "README.md").read_text()
+    for found in (text, every):
+        assert found.startswith("before\n")
+        assert found.endswith("\nafter\n")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert lines[0][1:] == [
+        "tnt_fast, eager", "tnt_fast, compiled", "timm TNT, eager", "timm TNT, compiled", "DeiT, compiled",
+    ]  # fmt: skip
+    assert lines[2] == [
+        "S, inference, bf16, batch 256", "51,200 (100)", "64,000 (100)", "32,000 (100)", "42,667 (100)", "51,200 (100)",
+    ]  # fmt: skip
+    assert "not measured yet" not in text
+    assert "| `tnt_s/inference/bf16/256/eager+pixel_embed` |" in every
+    assert "| models, inference, bf16, waterfall | 5 | 8 |" in every
+    drawn = {path.stem for path in (results / "pictures" / "some-gpu").glob("*.svg")}
+    assert drawn == {"throughput", "waterfall", "memory", "roofline"}
+
+
+def test_the_report_refuses_what_is_no_result(tmp_path, capsys):
+    (tmp_path / "empty.json").write_text("")
+    assert report.main([str(tmp_path / "empty.json")]) == 2
+    assert "is no JSON" in capsys.readouterr().err
+    (tmp_path / "empty.json").write_text("[]")
+    assert report.main([str(tmp_path / "empty.json")]) == 2
+    assert "no result" in capsys.readouterr().err
+
+
+def test_compare_says_what_became_slower(tmp_path, capsys):
+    files = [tmp_path / f"{name}.json" for name in ("old", "same", "slow")]
+    for file, factor in zip(files, (1, 1.01, 1.2), strict=True):
+        file.write_text(json.dumps(_gpu_result(factor)))
+    old, same, slow = map(str, files)
+    assert compare.main([old, same]) == 0
+    assert "slower: 0" in capsys.readouterr().out
+    assert compare.main([old, slow]) == 1
+    out = capsys.readouterr().out
+    assert "slower: 9" in out
+    assert "+20.0%  tnt_s/inference/bf16/256/fused-eager" in out
+    assert compare.main([slow, old]) == 0
+    assert "faster: 9" in capsys.readouterr().out
+    assert compare.main([old, str(tmp_path / "none.json")]) == 2
+
+
+# ---- tnt-fast bench ----
+
+
+def test_the_command_prints_a_table(monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **more: create(name, **{"depth": 1, **more}))
+    assert cli.main(["bench", "--device", "cpu", "--batch-size", "1", "--seconds", "0.01"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["model", "img/s"]
+    assert [line.split("  ")[0] for line in lines[2:5]] == ["TNT, tnt_fast (reference)", "TNT, timm", "ViT, timm"]
+    assert lines[5].startswith("medians of 3 rounds")
+    assert lines[6].startswith("not fused: ")
+    folded, inner, outer = 196 * 16 * 24 * 384, 196 * flops.standard_block(16, 24), flops.standard_block(197, 384)
+    macs = 196 * 16 * 24 * 147 + 2 * folded + inner + outer + 384 * 1000
+    assert lines[2].split()[-1] == lines[3].split()[-1] == f"{macs / 1e9:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "q"], "accepted: ti, s, b"),
+        (["--dtype", "int8"], "accepted: float32"),
+        (["--batch-size", "0"], "at least 1"),
+    ],
+)
+def test_the_command_names_bad_input(options, message, capsys):
+    pytest.importorskip("tqdm")
+    assert cli.main(["bench", "--device", "cpu", *options]) == 2
+    assert message in capsys.readouterr().err

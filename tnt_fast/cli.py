@@ -1,4 +1,4 @@
-"""The command ``tnt-fast``: train, classify, info."""
+"""The command ``tnt-fast``: train, classify, bench, info."""
 
 import argparse
 import ast
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tnt-fast", description="Transformer in Transformer: train, classify, look.")
     parser.add_argument("--version", action="version", version=f"tnt_fast {tnt_fast.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="train | classify | info")
+    commands = parser.add_subparsers(required=True, metavar="train | classify | bench | info")
 
     train = commands.add_parser("train", help="train on a folder of images, or on handwritten digits")
     train.set_defaults(command=_train)
@@ -67,12 +67,22 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument("--json", action="store_true", help="print one JSON list")
     classify.add_argument("--page", type=Path, help="write a picture of the images and their predictions (.png, .svg, .pdf)")
 
+    bench = commands.add_parser("bench", help="time TNT against ViT on this machine, in about a minute")
+    bench.set_defaults(command=_bench)
+    bench.add_argument("--size", default="s", help="ti | s | b (default s)")
+    bench.add_argument("--device", help="such as cpu, cuda:0 (default: the GPU if there is one)")
+    bench.add_argument("--dtype", help="float32 | bfloat16 | float16 (default: bfloat16 on a GPU, else float32)")
+    bench.add_argument("--batch-size", type=int, help="images a call (default: 256 on a GPU, else 4)")
+    bench.add_argument("--seconds", type=float, default=30.0, help="time to measure (default 30)")
+    bench.add_argument("--compile", action="store_true", help="through torch.compile, which takes a minute more")
+    bench.add_argument("--json", action="store_true", help="print one JSON list")
+
     info = commands.add_parser("info", help="versions, device, and the path that a forward takes")
     info.set_defaults(command=_info)
     info.add_argument("--model", action="append", help="a variant; again for more (default: all)")
     info.add_argument("--json", action="store_true", help="print one JSON object")
 
-    for command in (train, classify, info):
+    for command in (train, classify, bench, info):
         command.add_argument("--traceback", action="store_true", help="show Python's traceback of an error")
     return parser
 
@@ -201,6 +211,42 @@ def _classify(args: argparse.Namespace) -> int:
 
         print(f"picture: {visualize.prediction_page(rows, args.page)}", file=sys.stderr)
     return 1 if any("error" in row for row in rows) else 0
+
+
+# ---- bench ----
+
+
+def _bench(args: argparse.Namespace) -> int:
+    try:
+        import tqdm  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'the benchmark needs more packages ({error}): pip install "tnt_fast[bench]"') from error
+    from tnt_fast import bench
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError(f"--device {device!r}: torch sees no GPU; take --device cpu")
+    dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    batch = (256 if on_gpu else 4) if args.batch_size is None else args.batch_size
+    for name, value, accepted in (("--size", args.size, bench.PAIRS), ("--dtype", dtype, bench.DTYPES)):
+        if value not in accepted:
+            raise ValueError(f"{name} {value!r} is unknown; accepted: {', '.join(accepted)}")
+    if batch < 1 or not args.seconds > 0:
+        raise ValueError(f"--batch-size {batch} must be at least 1, and --seconds {args.seconds} above 0")
+    rows = bench.bench(args.size, device, dtype, batch, args.seconds, args.compile)
+    if args.json:
+        json.dump(rows, sys.stdout, indent=1)
+        print()
+        return 0
+    where = torch.cuda.get_device_name(device) if on_gpu else f"the CPU, {torch.get_num_threads()} threads"
+    how = "compiled" if args.compile else "eager"
+    print(f"inference, {dtype}, batch {batch}, {how}, on {where}; torch {torch.__version__}, timm {timm.__version__}")
+    print(bench.table(rows))
+    print(f"medians of {rows[0]['rounds']} rounds in turns; random weights")
+    for reason in rows[0]["why_not_fused"]:
+        print(f"not fused: {reason}")
+    return 0
 
 
 # ---- info ----

@@ -1,0 +1,372 @@
+"""What all suites share: cases and providers, the guard, interleaved times, memory, energy, the machine and its roofs.
+
+A suite is a list of cases. Cases of one group are built together and take turns round by round, so that a machine that slows
+down slows all of them down; before that each one is checked against the reference in float64. A case that cannot run or is
+wrong leaves the others of its group in. Times are fed to pytest-benchmark through ``clock``: they get its file format.
+"""
+
+import ctypes
+import gc
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tnt_fast
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROUNDS, SECONDS = (5, 100), 3.0 if GPU else 1.5  # rounds of a group: as many as fit in so many seconds, at least and at most
+
+
+class Refused(Exception):
+    """The result breaks the rule: no time."""
+
+
+class Skipped(Exception):
+    """The row cannot be taken on this machine; the message is one line."""
+
+
+class Broken(Exception):
+    """The provider raised; the message is its traceback."""
+
+
+@dataclass
+class Provider:
+    """One way to compute something.
+
+    run: takes the number of the round, to rotate its inputs. check: what to hold against the rule, by name: result, exact
+    (float64), and the result of the reference in the same dtype. own_bytes: of weights and optimizer state.
+    """
+
+    run: Callable[[int], Any]
+    check: Callable[[], dict[str, tuple[Tensor, Tensor, Tensor]]]
+    own_bytes: int = 0
+    peak: bool = True
+
+
+@dataclass
+class Case:
+    """A row: ``id`` names it, ``group`` whom it takes turns with; ``build`` may raise Skipped; ``info`` goes into the file."""
+
+    id: str
+    group: str
+    build: Callable[[], Provider]
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def rows(found: list[Case], gpu_rows: str) -> pytest.MarkDecorator:
+    """Parametrise a test by cases; without a GPU one more row says which rows that leaves out."""
+    listed = [pytest.param(case, id=case.id) for case in found]
+    if not GPU:
+        reason = f"torch sees no GPU; left out: {gpu_rows}"
+        listed.append(pytest.param(None, id="gpu", marks=pytest.mark.skip(reason=reason)))
+    return pytest.mark.parametrize("case", listed)
+
+
+# ---- the guard ----
+
+
+def error_and_bound(result: Tensor, exact: Tensor, own: Tensor) -> tuple[float, float]:
+    """Largest error against float64, and what the rule allows: 2 × the reference's in the same dtype + 4 · eps · max."""
+    allowed = 2 * (own.double() - exact).abs().max() + 4 * torch.finfo(own.dtype).eps * exact.abs().max()
+    return (result.double() - exact).abs().max().item(), allowed.item()
+
+
+def guard(provider: Provider) -> None:
+    """Raise Refused unless every result keeps the rule."""
+    for name, (result, exact, own) in provider.check().items():
+        if result.shape != exact.shape:
+            raise Refused(f"not timed: {name} has shape {tuple(result.shape)}, the reference {tuple(exact.shape)}")
+        error, bound = error_and_bound(result, exact, own)
+        if not error <= bound:
+            raise Refused(f"not timed: {name} is off by {error:.3g}, allowed is {bound:.3g}")
+
+
+# ---- time ----
+
+_now = 0.0
+
+
+def clock() -> float:
+    """The time as pytest-benchmark sees it: it passes only in ``replay``."""
+    return _now
+
+
+def replay(seconds: Iterable[float]) -> Callable[[], None]:
+    """A function whose calls take, on ``clock``, as long as was measured before."""
+    left = iter(seconds)
+
+    def call() -> None:
+        global _now
+        _now += next(left)
+
+    return call
+
+
+@lru_cache
+def _scratch() -> Tensor:
+    return torch.empty(1 << 28, dtype=torch.int8, device=DEVICE)
+
+
+def once(function: Callable[[int], Any], i: int) -> float:
+    """Seconds of one call. On a GPU by events, behind a write that empties the L2 cache and lets the CPU run ahead."""
+    if not GPU:
+        start = time.perf_counter()
+        function(i)
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _scratch().zero_()
+    start.record()
+    function(i)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def interleaved(
+    functions: dict[str, Callable[[int], Any]], rounds: int | None = None, failed: dict[str, Exception] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each function, in turns, after a warm-up.
+
+    Args:
+        rounds: None: as many as fit. failed: takes the error of a function that raises, whose turns end; None: it is raised.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+
+    def turns(count: int, first: int = 0) -> None:
+        for i in range(first, first + count):
+            for name in list(times):
+                try:
+                    times[name].append(once(functions[name], i))
+                except Exception as error:
+                    if failed is None:
+                        raise
+                    failed[name] = reason(error)
+                    del times[name]
+
+    warm = 3 if GPU else 1
+    turns(warm)
+    if rounds is None:
+        spent = sum(found[-1] for found in times.values())
+        rounds = min(max(round(SECONDS / max(spent, 1e-9)), ROUNDS[0]), ROUNDS[1])
+    turns(rounds, warm)
+    return {name: found[warm:] for name, found in times.items()}
+
+
+def percentile(values: list[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
+
+
+def exponent(sizes: Iterable[float], costs: Iterable[float]) -> float:
+    """p of the best fit cost ~ size^p, by least squares of the logarithms."""
+    return statistics.linear_regression([math.log(s) for s in sizes], [math.log(c) for c in costs]).slope
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """The one line of an error that says how many bytes were wanted; None if it is another error."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError | RuntimeError) or not any(part in text for part in OUT_OF_MEMORY):
+        return None
+    if isinstance(error, torch.OutOfMemoryError):  # PyTorch names the bytes, what is free, and then advice
+        text = ". ".join(text.split(". ")[:3])
+    return "too little memory: " + text.splitlines()[0]
+
+
+def reason(error: Exception) -> Exception:
+    """Why a row has no time: Refused, Skipped or Broken, without the frames that keep its tensors alive."""
+    if isinstance(error, Refused | Skipped):
+        return type(error)(*error.args)
+    line = out_of_memory(error)
+    return Skipped(line) if line else Broken("".join(traceback.format_exception(error)))
+
+
+def measure(chosen: list[Case], rounds: int | None = None) -> dict[str, dict | Exception]:
+    """Build, check and time the cases of one group. By id: {"times": seconds, more numbers}, or why there is no time."""
+    torch._dynamo.reset()  # or the code that earlier groups compiled counts towards the limit of this one
+    found: dict[str, dict | Exception] = {}
+    ready: dict[str, Provider] = {}
+    extra: dict[str, dict[str, float]] = {}
+    before = clocks()
+    for case in chosen:
+        if GPU:
+            gc.collect()
+            torch.cuda.empty_cache()
+        try:
+            provider = case.build()
+            guard(provider)
+            extra[case.id] = peak(provider)
+            ready[case.id] = provider
+        except Exception as error:
+            found[case.id] = reason(error)
+        provider = None
+    times = interleaved({name: provider.run for name, provider in ready.items()}, rounds, found)
+    state = {"clocks_before": before, "clocks_after": clocks(), "load": [round(x, 2) for x in os.getloadavg()]}
+    for name, taken in times.items():
+        energy = {} if rounds else joules(ready[name].run, taken)
+        found[name] = {"times": taken, **extra[name], **energy, **state}
+    return found
+
+
+# ---- memory and energy ----
+
+
+def peak(provider: Provider) -> dict[str, float]:
+    """MiB of a call above what was allocated before it, and of the provider's own weights; nothing without a GPU."""
+    provider.run(0)
+    if not GPU or not provider.peak:
+        return {}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    provider.run(1)
+    torch.cuda.synchronize()
+    return {"peak_mib": round((torch.cuda.max_memory_allocated() - before + provider.own_bytes) / 2**20, 1)}
+
+
+@lru_cache
+def _nvml() -> tuple[Any, Any] | None:
+    """NVIDIA's management library and the handle of the current device, or None where that is not to be had."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        handle = ctypes.c_void_p()
+        uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}".encode()
+        ok = library.nvmlInit_v2() == 0 and library.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)) == 0
+    except (OSError, AttributeError, RuntimeError):
+        return None
+    return (library, handle) if ok else None
+
+
+def _millijoules() -> int | None:
+    value = ctypes.c_ulonglong()
+    if not GPU or _nvml() is None:
+        return None
+    library, handle = _nvml()
+    return value.value if library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(value)) == 0 else None
+
+
+def joules(function: Callable[[int], Any], times: list[float], seconds: float = 0.4) -> dict[str, float]:
+    """Energy of one call, from the counter of the board over about so many seconds; nothing where there is none."""
+    start = _millijoules()
+    if start is None:
+        return {}
+    calls = max(1, round(seconds / statistics.median(times)))
+    for i in range(calls):
+        function(i)
+    torch.cuda.synchronize()
+    used = _millijoules() - start
+    return {"joules": round(used / 1e3 / calls, 4)} if used else {}
+
+
+# ---- the machine ----
+
+
+def nvidia_smi(asked: str) -> str | None:
+    """The line that nvidia-smi answers for the first GPU; None where it does not."""
+    if not GPU or torch.version.hip:
+        return None
+    command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return (done.stdout.splitlines() or [None])[0]
+
+
+CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu"
+
+
+def clocks() -> str | None:
+    """MHz of the GPU's processors and memory, °C, W, percent of load."""
+    return nvidia_smi(CLOCKS)
+
+
+def device_name() -> str:
+    if GPU:
+        return torch.cuda.get_device_name()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout, with "-dirty" where files differ from it; None without git or a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
+    except OSError:
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """What a row depends on: device, versions, commit."""
+    versions = {package: _version(package) for package in ("torch", "triton", "timm", "xformers")}
+    return {
+        "device": device_name(),
+        "kind": DEVICE,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "tnt_fast": tnt_fast.__version__, **versions},
+        "commit": _commit(),
+        "load": [round(x, 2) for x in os.getloadavg()],
+        "note": os.environ.get("BENCHMARK_NOTE"),
+    }
+
+
+@lru_cache
+def roofs(dtype: str) -> dict[str, float]:
+    """Bytes per second of a large copy (read and written) and FLOP per second of a large matrix product: the best of some."""
+    kind, size = DTYPES[dtype], 8192 if GPU else 1536
+    source = torch.randn(1 << (29 if GPU else 25), device=DEVICE, dtype=kind)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=kind) for _ in range(2))
+    times = interleaved({"copy": lambda i: target.copy_(source), "product": lambda i: a @ b}, 20 if GPU else 8)
+    return {
+        "bytes_per_s": 2 * source.numel() * source.element_size() / min(times["copy"]),
+        "flop_per_s": 2 * size**3 / min(times["product"]),
+    }
+
+
+def rates(seconds: float, dtype: str, flop: float, moved: float | None = None) -> dict[str, Any]:
+    """TFLOP/s and GB/s of a call, and the percent of the nearer roof."""
+    roof = roofs(dtype)
+    parts = {"product": flop / seconds / roof["flop_per_s"]}
+    found: dict[str, Any] = {"tflop_s": round(flop / seconds / 1e12, 3)}
+    if moved is not None:
+        parts["copy"] = moved / seconds / roof["bytes_per_s"]
+        found |= {"gb_s": round(moved / seconds / 1e9, 2), "flop_per_byte": round(flop / moved, 2)}
+    bound = max(parts, key=parts.get)
+    return found | {"percent_of_roof": round(100 * parts[bound], 1), "roof": bound}
+
+
+def issue_seconds(instructions: float) -> float | None:
+    """Seconds in which the GPU issues so many warp instructions, if each of its 4 × SMs slots issues one a clock."""
+    megahertz = nvidia_smi("clocks.max.sm")
+    if megahertz is None or not megahertz.strip().isdigit():
+        return None
+    return instructions / (4 * torch.cuda.get_device_properties(0).multi_processor_count * int(megahertz) * 1e6)

@@ -1,0 +1,180 @@
+"""The four operations, forward and backward, of the fused kernels, of eager PyTorch and torch.compile; inner attention alone.
+
+"backward" is the call that gives gradients: forward and backward. Each row has GB/s (activations read and written once) and
+TFLOP/s, and the percent of the nearer roof, measured in the same run. "eager" is tnt_fast.reference, equal to timm's code.
+A fused forward has beside that the percent of its issue bound: what its static cost says it needs at least.
+"""
+
+import importlib
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import kernels as arguments
+from benchmarks import measure
+from benchmarks.measure import DEVICE, DTYPES, GPU, Case, Provider, Skipped
+from tnt_fast import kernels, reference
+
+pytestmark = pytest.mark.benchmark(timer=measure.clock)
+OPERATIONS = ("pixel_embed", "inner", "fold", "outer")
+WHERE = {True: dict(batch=256, dtype="bf16"), False: dict(batch=1, dtype="fp32")}  # on a GPU, or not
+SETS = 3  # of inputs, in turns
+
+
+def call(operation: str, function, given: tuple, others: dict, mode: str, upstream: Tensor) -> dict[str, Tensor]:
+    """The result of an operation, and of "backward" the gradient of every tensor but the image, as in training."""
+    if mode == "forward":
+        with torch.no_grad():
+            return {"result": function(*given, **others)}
+    first = 1 if operation == "pixel_embed" else 0
+    leaves = {i: x.detach().requires_grad_() for i, x in enumerate(given) if x is not None and i >= first}
+    out = function(*(leaves.get(i, x) for i, x in enumerate(given)), **others)
+    gradients = torch.autograd.grad(out, list(leaves.values()), upstream.to(out))
+    return {"result": out.detach(), **{f"gradient {i}": x for i, x in zip(leaves, gradients, strict=True)}}
+
+
+def operation_case(variant: str, operation: str, mode: str, provider: str, batch: int, dtype: str) -> Case:
+    group = f"{operation}/{variant}/{mode}/{dtype}/{batch}"
+
+    def build() -> Provider:
+        if provider == "fused" and operation not in kernels.OPERATIONS:
+            raise Skipped("this version has no fused kernel for it")
+        given, others = arguments.arguments(variant, operation, batch, DTYPES[dtype], DEVICE)
+        eager = getattr(reference, operation)
+        function = getattr(kernels.OPERATIONS[operation], operation) if provider == "fused" else eager
+        if provider == "compiled":
+            function = torch.compile(eager, dynamic=False)
+        many = arguments.activations(operation)
+        sets = [(*(torch.randn_like(x) for x in given[:many]), *given[many:]) for _ in range(SETS)]
+        upstream = torch.randn_like(eager(*given, **others))
+
+        def run(function, given: tuple) -> dict[str, Tensor]:
+            return call(operation, function, given, others, mode, upstream)
+
+        def check():
+            exact = run(eager, tuple(x if x is None else x.double() for x in given))
+            found, own = run(function, given), run(eager, given)
+            return {name: (found[name], exact[name], own[name]) for name in exact}
+
+        own_bytes = sum(x.numel() * x.element_size() for x in given if x is not None)
+        return Provider(lambda i: run(function, sets[i % SETS]), check, own_bytes)
+
+    info = dict(suite="operations", operation=operation, variant=variant, mode=mode, provider=provider)
+    return Case(f"{group}/{provider}", group, build, info | dict(dtype=dtype, batch=batch))
+
+
+def work(info: dict) -> tuple[float, float]:
+    """FLOP and bytes of one call; a backward has twice the products, and reads and writes as much again for the gradients."""
+    given, others = arguments.arguments(info["variant"], info["operation"], 1, DTYPES[info["dtype"]], "meta")
+    with FlopCounterMode(display=False) as counter:
+        out = getattr(reference, info["operation"])(*given, **others)
+    moved = arguments.bytes_moved(info["operation"], given, out)
+    times = info["batch"] * (1 if info["mode"] == "forward" else 3)
+    return times * counter.get_total_flops(), times * moved
+
+
+@lru_cache
+def static_cost(operation: str, variant: str, dtype: str) -> float | None:
+    """Warp instructions a patch of the forward kernel on this GPU, as results/static_cost.json has them."""
+    target = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    wanted = dict(function=f"_{operation}_fwd_kernel", variant=variant, dtype=dtype, target=target)
+    found = json.loads((Path(__file__).parent / "results" / "static_cost.json").read_text("utf-8"))
+    rows = [row for row in found if wanted.items() <= row.items() and row["error"] is None]
+    return rows[0]["warp_instructions_per_patch"] if rows else None
+
+
+def issue(info: dict, seconds: float) -> dict[str, float]:
+    """The percent of its issue bound that a fused forward reaches on a GPU; nothing for others."""
+    if not GPU or torch.version.hip or (info["provider"], info["mode"]) != ("fused", "forward"):
+        return {}
+    cost = static_cost(info["operation"], info["variant"], info["dtype"])
+    bound = measure.issue_seconds(cost * info["batch"] * 196) if cost else None
+    return {"issue_bound_ms": round(bound * 1e3, 4), "percent_of_issue": round(100 * bound / seconds, 1)} if bound else {}
+
+
+def operation_cases(gpu: bool) -> list[Case]:
+    providers = ["eager", "compiled", "fused"] if gpu else ["eager", "fused"] if kernels.INTERPRETED else ["eager"]
+    return [
+        operation_case(variant, operation, mode, provider, **WHERE[gpu])
+        for variant in (("s", "b") if gpu else ("s",))
+        for operation in OPERATIONS
+        for mode in ("forward", "backward")
+        for provider in providers
+        if gpu or provider == "eager" or operation in kernels.OPERATIONS
+    ]
+
+
+@measure.rows(operation_cases(GPU), "fused kernels, torch.compile, TNT-B, bf16, batch 256")
+def test_operation(take, case):
+    done, info = take(case), case.info
+    if not done["benchmark"].disabled:
+        rates = measure.rates(done["seconds"], info["dtype"], *work(info))
+        done["benchmark"].extra_info.update(rates, **issue(info, done["seconds"]))
+
+
+# ---- inner attention alone ----
+
+
+def _sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _xformers(q, k, v):
+    """All patches in one sequence, with a mask that keeps each to itself."""
+    ops = importlib.import_module("xformers.ops")
+    P, H, S, D = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(1, P * S, H, D) for x in (q, k, v))
+    mask = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens([S] * P)
+    return ops.memory_efficient_attention(q, k, v, attn_bias=mask).reshape(P, S, H, D).transpose(1, 2)
+
+
+def _eager(q, k, v):
+    return ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+
+
+def attention_case(variant: str, provider: str, batch: int, dtype: str) -> Case:
+    group = f"inner_attention/{variant}/forward/{dtype}/{batch}"
+    shape = (batch * 196, 4, 16, {"s": 6, "b": 10}[variant])
+    function = {"eager": _eager, "sdpa": _sdpa, "xformers": _xformers}[provider]
+
+    def build() -> Provider:
+        torch.manual_seed(0)
+        sets = [[torch.randn(shape, device=DEVICE, dtype=DTYPES[dtype]) for _ in range(3)] for _ in range(SETS)]
+        if provider == "xformers":
+            try:
+                _xformers(*sets[0])
+            except (ImportError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
+                if measure.out_of_memory(error):
+                    raise
+                raise Skipped(f"xformers does not run this here: {(str(error).splitlines() or ['?'])[0]}") from error
+
+        def check():
+            exact = _eager(*(x.double() for x in sets[0]))
+            return {"result": (function(*sets[0]), exact, _eager(*sets[0]))}
+
+        return Provider(lambda i: function(*sets[i % SETS]), check)
+
+    info = dict(suite="operations", operation="inner_attention", variant=variant, mode="forward", provider=provider)
+    return Case(f"{group}/{provider}", group, build, info | dict(dtype=dtype, batch=batch, shape=shape))
+
+
+def attention_cases(gpu: bool) -> list[Case]:
+    variants = ("s", "b") if gpu else ("s",)
+    return [attention_case(v, p, **WHERE[gpu]) for v in variants for p in ("eager", "sdpa", "xformers")]
+
+
+@measure.rows(attention_cases(GPU), "TNT-B, bf16, batch 256, xformers' operators")
+def test_inner_attention(take, case):
+    with torch.no_grad():
+        done = take(case)
+    patches, H, S, D = case.info["shape"]
+    dtype = case.info["dtype"]
+    if not done["benchmark"].disabled:
+        moved = 4 * patches * H * S * D * DTYPES[dtype].itemsize
+        done["benchmark"].extra_info.update(measure.rates(done["seconds"], dtype, 4 * patches * H * S * S * D, moved))
