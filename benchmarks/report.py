@@ -257,10 +257,11 @@ def missing(devices: dict[str, Device]) -> str:
 
 
 def first_block(devices: dict[str, Device]) -> str:
-    """What stands between the markers of README.md."""
+    """What stands between the markers of README.md: the GPUs, or without one the CPUs."""
     parts = []
-    order = sorted(devices, key=lambda name: devices[name]["machine"]["kind"] == "cpu")
-    if not order or devices[order[0]]["machine"]["kind"] == "cpu":
+    order = [name for name, device in devices.items() if device["machine"]["kind"] != "cpu"]
+    if not order:
+        order = list(devices)
         parts.append("On a GPU: not measured yet ([what is missing](benchmarks/results/README.md)).")
     counted = newest_counts(devices)
     if counted:

@@ -263,6 +263,21 @@ def test_an_old_torch_and_a_wrong_file_are_one_line(tmp_path):
     assert "no result of --benchmark-json" in done.stdout + done.stderr
 
 
+def test_the_report_of_the_committed_results_is_what_the_readmes_hold():
+    devices = report.read(sorted(report.RESULTS.glob("*/*.json")))
+    for path, block in ((ROOT / "README.md", report.first_block), (report.RESULTS / "README.md", report.full_block)):
+        text = path.read_text("utf-8")
+        assert report.put_into(text, block(devices)) == text, (
+            f"{path.name} is not of these results: python -m benchmarks.report"
+        )
+    assert json.loads((report.RESULTS / "summary.json").read_text("utf-8")) == report.summary(devices)
+    for name, device in devices.items():
+        for picture in report.pictures_of(device):
+            for kind in ("svg", "png"):
+                assert (report.RESULTS / "pictures" / report.slug(name) / f"{picture}.{kind}").is_file()
+    assert len((ROOT / "README.md").read_bytes()) <= 8192
+
+
 def _gpu_result(factor: float = 1.0) -> dict:
     """A result as a GPU would leave it, with made-up numbers."""
 
