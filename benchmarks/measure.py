@@ -30,7 +30,7 @@ import tnt_fast
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ROUNDS, SECONDS = (5, 100), 3.0 if GPU else 1.5  # rounds of a group: as many as fit in so many seconds, at least and at most
+ROUNDS, SECONDS = (5, 100), 1.5  # rounds of a group: as many as fit in so many seconds, at least and at most
 
 
 class Refused(Exception):
@@ -45,18 +45,26 @@ class Broken(Exception):
     """The provider raised; the message is its traceback."""
 
 
+FOREIGN = 4.0
+"""``slack`` of what others wrote or compiled. A compiler may round where eager PyTorch does not: compiled on a CPU, timm's TNT
+and DeiT in float16 under autocast err 8 times as much as eager, 1.4 times what the rule allows. That is no reason to leave a
+peer out, and a wrong one errs hundreds of times as much."""
+
+
 @dataclass
 class Provider:
     """One way to compute something.
 
     run: takes the number of the round, to rotate its inputs. check: what to hold against the rule, by name: result, exact
-    (float64), and the result of the reference in the same dtype. own_bytes: of weights and optimizer state.
+    (float64), and the result of the reference in the same dtype. own_bytes: of weights and optimizer state. slack: factor on
+    what the rule allows; 1 for kernels of ours.
     """
 
     run: Callable[[int], Any]
     check: Callable[[], dict[str, tuple[Tensor, Tensor, Tensor]]]
     own_bytes: int = 0
     peak: bool = True
+    slack: float = 1.0
 
 
 @dataclass
@@ -87,14 +95,18 @@ def error_and_bound(result: Tensor, exact: Tensor, own: Tensor) -> tuple[float, 
     return (result.double() - exact).abs().max().item(), allowed.item()
 
 
-def guard(provider: Provider) -> None:
-    """Raise Refused unless every result keeps the rule."""
+def guard(provider: Provider) -> dict[str, float]:
+    """Raise Refused unless every result keeps the rule; how much larger its error is than eager PyTorch's in the same dtype."""
+    ratios = []
     for name, (result, exact, own) in provider.check().items():
         if result.shape != exact.shape:
             raise Refused(f"not timed: {name} has shape {tuple(result.shape)}, the reference {tuple(exact.shape)}")
         error, bound = error_and_bound(result, exact, own)
-        if not error <= bound:
-            raise Refused(f"not timed: {name} is off by {error:.3g}, allowed is {bound:.3g}")
+        if not error <= bound * provider.slack:
+            raise Refused(f"not timed: {name} is off by {error:.3g}, allowed is {bound * provider.slack:.3g}")
+        if eager := (own.double() - exact).abs().max().item():
+            ratios.append(error / eager)
+    return {"error_over_eager": round(max(ratios), 3)} if ratios else {}
 
 
 # ---- time ----
@@ -211,8 +223,7 @@ def measure(chosen: list[Case], rounds: int | None = None) -> dict[str, dict | E
             torch.cuda.empty_cache()
         try:
             provider = case.build()
-            guard(provider)
-            extra[case.id] = peak(provider)
+            extra[case.id] = guard(provider) | peak(provider)
             ready[case.id] = provider
         except Exception as error:
             found[case.id] = reason(error)
@@ -262,7 +273,7 @@ def _millijoules() -> int | None:
     return value.value if library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(value)) == 0 else None
 
 
-def joules(function: Callable[[int], Any], times: list[float], seconds: float = 0.4) -> dict[str, float]:
+def joules(function: Callable[[int], Any], times: list[float], seconds: float = 0.25) -> dict[str, float]:
     """Energy of one call, from the counter of the board over about so many seconds; nothing where there is none."""
     start = _millijoules()
     if start is None:

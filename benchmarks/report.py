@@ -207,6 +207,7 @@ def every_row(device: Device) -> list[str]:
     columns = {
         "img_s": "img/s", "p50_ms": "p50 ms", "p99_ms": "p99 ms", "peak_mib": "peak MiB", "joules": "J a call",
         "tflop_s": "TFLOP/s", "gb_s": "GB/s", "percent_of_roof": "% of roof", "percent_of_issue": "% of issue bound",
+        "error_over_eager": "error over eager's",
     }  # fmt: skip
     for suite in ("models", "operations"):
         if found := rows(device, suite):

@@ -57,7 +57,7 @@ def _of_norm(shape, *others, **more) -> int:
 
 def count(family: str, path: str) -> dict[str, int]:
     """Of one image: "macs", "macs_with_norms" and "bytes". ``path``: a step of the waterfall; "fused" is the last."""
-    model = fuse(bare(family, "meta").half().eval(), (steps()[-1] if path == "fused" else path).split("+")[1:])
+    model = fuse(bare(family).half().eval(), (steps()[-1] if path == "fused" else path).split("+")[1:])
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # or 8% of DeiT's work goes uncounted on some devices
@@ -90,7 +90,7 @@ def test_flops(benchmark, family, path):
     assert found["macs"] == closed_form(family), (
         f"{family}, {path}: counted {found['macs']}, the closed form says {closed_form(family)}"
     )
-    parameters = sum(p.numel() for p in bare(family, "meta").parameters())
+    parameters = sum(p.numel() for p in bare(family).parameters())
     benchmark.extra_info.update(suite="flops", id=f"{family}/{path}", model=family, path=path, parameters=parameters)
     benchmark.extra_info.update(found, flop_per_byte=round(2 * found["macs"] / found["bytes"], 1))
 

@@ -36,36 +36,37 @@ DEITS = {"deit_ti": "deit_tiny_patch16_224", "deit_s": "deit_small_patch16_224",
 SETS = 3  # of images, in turns
 
 
-def bare(family: str, device: str) -> nn.Module:
-    """A TNT of ours on the reference path, or timm's DeiT."""
-    with torch.device(device):
-        return timm.create_model(DEITS[family]) if family in DEITS else tnt_fast.TNT(**TNTS[family], backend="reference")
+def bare(family: str, own: bool = True, **others) -> nn.Module:
+    """A model without values, on the meta device: timm's DeiT, a TNT of ours, or (``own`` False) of timm's."""
+    with torch.device("meta"):
+        if family in DEITS:
+            return timm.create_model(DEITS[family])
+        if own:
+            return tnt_fast.TNT(**TNTS[family], **{"backend": "reference", **others})
+        return timm.models.tnt.TNT(**TNTS[family])
 
 
 @lru_cache(maxsize=4)
-def weights(family: str) -> nn.Module:
-    """The model in float32 on the CPU, perturbed: nothing is 0 or 1."""
-    torch.manual_seed(0)
-    model = bare(family, "cpu")
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.02 * torch.randn_like(p)
-    return model.eval()
+def weights(family: str) -> dict[str, torch.Tensor]:
+    """Weights in float32, all of them random: nothing is 0 or 1."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    found = {}
+    for name, p in bare(family).named_parameters():
+        scale = 0.05 if p.ndim == 1 else min(0.05, p[0].numel() ** -0.5)
+        found[name] = scale * torch.randn(p.shape, device=DEVICE, generator=generator) + (p.ndim == 1 and "weight" in name)
+    return found
 
 
-def copy_of(family: str, own: bool, **others) -> nn.Module:
-    """A copy of the weights; ``own`` False: in timm's model."""
-    if family in DEITS:
-        model = timm.create_model(DEITS[family])
-    else:
-        model = (tnt_fast.TNT if own else timm.models.tnt.TNT)(**TNTS[family], **others)
-    model.load_state_dict(weights(family).state_dict())
+def copy_of(family: str, own: bool, dtype: torch.dtype, **others) -> nn.Module:
+    """A copy of the weights on the device; ``own`` False: in timm's model."""
+    model = bare(family, own, **others)
+    model.load_state_dict({name: x.to(dtype, copy=True) for name, x in weights(family).items()}, assign=True)
     return model.eval()
 
 
 @lru_cache
 def gmacs(family: str) -> float:
-    return round(flops.multiply_adds(bare(family, "meta"), (3, 224, 224)) / 1e9, 3)
+    return round(flops.multiply_adds(bare(family), (3, 224, 224)) / 1e9, 3)
 
 
 def fuse(model: nn.Module, operations: Iterable[str]) -> nn.Module:
@@ -134,7 +135,7 @@ def expected(family: str, mode: str, dtype: str, batch: int) -> tuple[dict[str, 
     (images, *_), labels = random_images(batch, kind)
     count = min(batch, 2)
     images, labels = images[:count], labels[:count]
-    own_model = copy_of(family, True, **({} if family in DEITS else {"backend": "reference"})).to(DEVICE, kind)
+    own_model = copy_of(family, True, kind)
     own = outputs(own_model, own_model, images, labels, mode, dtype, count)
     exact_model = own_model.double()  # of the rounded weights
     return outputs(exact_model, exact_model, images.double(), labels, mode, dtype, count), own
@@ -167,8 +168,8 @@ def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, gr
     def build() -> Provider:
         kind = torch.float32 if mode == "train" else DTYPES[dtype]
         path = provider.split("-")[0]
-        others = {} if family in DEITS or path == "timm" else {"backend": "fused" if path == "fused" else "reference"}
-        raw = fuse(copy_of(family, path != "timm", **others).to(DEVICE, kind), path.split("+")[1:])
+        others = {"backend": "fused"} if path == "fused" else {}
+        raw = fuse(copy_of(family, path != "timm", kind, **others), path.split("+")[1:])
         call = torch.compile(raw, dynamic=False) if provider.endswith("-compiled") else raw
         sets, labels = random_images(batch, kind)
         own_bytes = sum(x.numel() * x.element_size() for x in (*raw.parameters(), *raw.buffers()))
@@ -178,7 +179,6 @@ def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, gr
             optimizer = torch.optim.AdamW(raw.parameters(), lr=1e-5, fused=True)
             own_bytes *= 3
             weight = torch.full((batch,), 1 / batch, device=DEVICE)
-
             scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == "fp16")
 
             def run(i: int) -> None:
@@ -197,7 +197,8 @@ def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, gr
             found = outputs(call, raw, sets[0], labels, mode, dtype, min(batch, 2))
             return rule(found, *expected(family, mode, dtype, batch))
 
-        return Provider(run, check, own_bytes, peak=mode != "latency_graph")
+        foreign = path == "timm" or provider.endswith("-compiled")
+        return Provider(run, check, own_bytes, mode != "latency_graph", measure.FOREIGN if foreign else 1.0)
 
     info = dict(suite="models", model=family, mode=mode, dtype=dtype, batch=batch, provider=provider)
     return Case(f"{family}/{mode}/{dtype}/{batch}/{provider}", group, build, info)
@@ -240,8 +241,11 @@ def gpu_cases() -> list[Case]:
 
 def cpu_cases() -> list[Case]:
     cases = partial(group_cases, own="reference", ways=("eager",))
-    found = [*cases("s", "inference", "fp32", 1, more=True), *cases("b", "inference", "fp32", 1)]
-    return [*found, *cases("ti", "inference", "fp32", 1), *cases("s", "inference", "fp32", 8), *cases("s", "train", "fp32", 2)]
+    found = [*cases("s", "inference", "fp32", 1, more=True), *cases("s", "train", "fp32", 2)]
+    return [
+        *found,
+        *(case for size, batch in (("b", 1), ("s", 8), ("ti", 1)) for case in cases(size, "inference", "fp32", batch)),
+    ]
 
 
 LEFT_OUT = "fused, compiled and CUDA-graph rows, the waterfall, bf16 and fp16, batches up to 1024, memory, energy"

@@ -63,7 +63,8 @@ def operation_case(variant: str, operation: str, mode: str, provider: str, batch
             return {name: (found[name], exact[name], own[name]) for name in exact}
 
         own_bytes = sum(x.numel() * x.element_size() for x in given if x is not None)
-        return Provider(lambda i: run(function, sets[i % SETS]), check, own_bytes)
+        slack = measure.FOREIGN if provider == "compiled" else 1.0
+        return Provider(lambda i: run(function, sets[i % SETS]), check, own_bytes, slack=slack)
 
     info = dict(suite="operations", operation=operation, variant=variant, mode=mode, provider=provider)
     return Case(f"{group}/{provider}", group, build, info | dict(dtype=dtype, batch=batch))
@@ -158,7 +159,7 @@ def attention_case(variant: str, provider: str, batch: int, dtype: str) -> Case:
             exact = _eager(*(x.double() for x in sets[0]))
             return {"result": (function(*sets[0]), exact, _eager(*sets[0]))}
 
-        return Provider(lambda i: function(*sets[i % SETS]), check)
+        return Provider(lambda i: function(*sets[i % SETS]), check, slack=measure.FOREIGN)
 
     info = dict(suite="operations", operation="inner_attention", variant=variant, mode="forward", provider=provider)
     return Case(f"{group}/{provider}", group, build, info | dict(dtype=dtype, batch=batch, shape=shape))
