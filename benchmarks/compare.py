@@ -2,37 +2,57 @@
 
     python -m benchmarks.compare OLD NEW
 
-A row is slower if its lower quartile now lies above its upper quartile then, and its median grew by more than 3%. Exit status:
-0 nothing is slower, 1 something is, 2 the files cannot be compared.
+Rows of others (timm, plain and compiled PyTorch) are the control: their code has not changed. The median of their changes is
+the drift of the machine, which is taken out of every row; nine tenths of them lie within the noise. A row of ours is slower if
+its quartiles lie apart and its median grew by more than that noise, and by more than 3%. Exit status: 0 nothing is slower, 1
+something is, 2 the files cannot be compared.
 """
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 LEAST = 0.03
+TIMED = ("models", "operations", "scaling")
+OTHERS = ("timm", "eager", "compiled", "sdpa", "xformers")
 
 
 def load(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
-        found["rows"] = {row["fullname"]: row for row in found["benchmarks"] if row["extra_info"].get("suite") in TIMED}
+        found["rows"] = {
+            row["extra_info"]["id"]: row["stats"] | {"provider": row["extra_info"]["provider"]}
+            for row in found["benchmarks"]
+            if row["extra_info"].get("suite") in TIMED
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of pytest benchmarks --benchmark-json ({error!r})") from error
     return found
 
 
-TIMED = ("models", "operations", "scaling")
+def is_control(row: dict[str, Any]) -> bool:
+    return row["provider"].split("-")[0] in OTHERS
 
 
-def verdict(old: dict[str, float], new: dict[str, float]) -> str:
+def drift_and_noise(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[float, float]:
+    """Of the control: the median ratio of new to old, and how far from it nine tenths of the ratios lie."""
+    ratios = [new["median"] / old["median"] for old, new in pairs if is_control(old)]
+    if not ratios:
+        return 1.0, LEAST
+    drift = statistics.median(ratios)
+    away = sorted(abs(ratio / drift - 1) for ratio in ratios)
+    return drift, max(LEAST, away[min(len(away) - 1, round(0.9 * len(away)))])
+
+
+def verdict(old: dict[str, float], new: dict[str, float], drift: float, noise: float) -> str:
     """ "slower", "faster", or "same" within the noise, of two rows' statistics."""
-    change = new["median"] / old["median"] - 1
-    if new["q1"] > old["q3"] and change > LEAST:
+    change = new["median"] / old["median"] / drift - 1
+    if new["q1"] / drift > old["q3"] and change > noise:
         return "slower"
-    return "faster" if new["q3"] < old["q1"] and change < -LEAST else "same"
+    return "faster" if new["q3"] / drift < old["q1"] and change < -noise else "same"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,20 +69,23 @@ def main(arguments: list[str] | None = None) -> int:
     if devices[0] != devices[1]:
         print(f"benchmarks.compare: {devices[0]} and {devices[1]} are different devices", file=sys.stderr)
         return 2
-    counts = {"slower": [], "faster": [], "same": []}
-    for name, row in new["rows"].items():
-        if name in old["rows"]:
-            before, after = old["rows"][name]["stats"], row["stats"]
-            change = after["median"] / before["median"] - 1
-            line = f"{before['median'] * 1e3:10.4g} → {after['median'] * 1e3:10.4g} ms {change:+7.1%}"
-            counts[verdict(before, after)].append(f"{line}  {row['extra_info']['id']}")
+    both = {name: (old["rows"][name], row) for name, row in new["rows"].items() if name in old["rows"]}
+    drift, noise = drift_and_noise(list(both.values()))
+    controls = sum(is_control(row) for row, _ in both.values())
+    print(f"{len(both)} rows in both; drift of the machine {drift - 1:+.1%}, noise {noise:.1%} ({controls} rows of others)")
+    found: dict[str, list[str]] = {"slower": [], "faster": [], "same": []}
+    for name, (before, after) in both.items():
+        if not is_control(before):
+            change = after["median"] / before["median"] / drift - 1
+            line = f"{before['median'] * 1e3:10.4g} → {after['median'] * 1e3:10.4g} ms {change:+7.1%}  {name}"
+            found[verdict(before, after, drift, noise)].append(line)
     for kind in ("slower", "faster"):
-        print(f"{kind}: {len(counts[kind])}", *sorted(counts[kind]), sep="\n  ")
-    print(f"within the noise: {len(counts['same'])}")
-    for kind, found, other in (("only in the old file", old, new), ("only in the new file", new, old)):
-        if names := [name for name in found["rows"] if name not in other["rows"]]:
+        print(f"{kind}: {len(found[kind])}", *sorted(found[kind]), sep="\n  ")
+    print(f"within the noise: {len(found['same'])}")
+    for kind, one, other in (("only in the old file", old, new), ("only in the new file", new, old)):
+        if names := [name for name in one["rows"] if name not in other["rows"]]:
             print(f"{kind}: {len(names)}", *names, sep="\n  ")
-    return 1 if counts["slower"] else 0
+    return 1 if found["slower"] else 0
 
 
 if __name__ == "__main__":

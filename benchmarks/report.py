@@ -459,8 +459,8 @@ def _scaling(figure, device: Device) -> None:
         axis.set_xticks([row["size"] for row in every], [row["label"] for row in every], rotation=60 if sweep == "image" else 0)
         axis.tick_params(labelsize=7, which="both")
         axis.legend(fontsize=7)
-    row = rows(device, "scaling")[0]
-    axes[0].set_ylabel(f"ms, {TITLES[row['model']]}, {row['dtype']}")
+    row = rows(device, "scaling")[-1]  # of a sweep whose batch stays
+    axes[0].set_ylabel(f"ms, {TITLES[row['model']]}, {row['dtype']}, elsewhere batch {row['batch']}")
 
 
 def _roofline(figure, device: Device) -> None:

@@ -278,11 +278,11 @@ def test_the_report_of_the_committed_results_is_what_the_readmes_hold():
     assert len((ROOT / "README.md").read_bytes()) <= 8192
 
 
-def _gpu_result(factor: float = 1.0) -> dict:
-    """A result as a GPU would leave it, with made-up numbers."""
+def _gpu_result(factor: float = 1.0, drift: float = 1.0) -> dict:
+    """A result as a GPU would leave it, with made-up numbers; ``factor`` on the times of ours, ``drift`` on all."""
 
     def row(suite: str, name: str, seconds: float, **info) -> dict:
-        seconds *= factor
+        seconds *= drift * (factor if info["provider"].startswith("fused") else 1)
         stats = {"median": seconds, "q1": seconds * 0.99, "q3": seconds * 1.01, "data": [seconds]}
         return {"fullname": name, "extra_info": {"suite": suite, "id": name, **info}, "stats": stats}
 
@@ -343,19 +343,34 @@ def test_the_report_refuses_what_is_no_result(tmp_path, capsys):
 
 
 def test_compare_says_what_became_slower(tmp_path, capsys):
-    files = [tmp_path / f"{name}.json" for name in ("old", "same", "slow")]
-    for file, factor in zip(files, (1, 1.01, 1.2), strict=True):
-        file.write_text(json.dumps(_gpu_result(factor)))
-    old, same, slow = map(str, files)
+    files = {"old": {}, "same": dict(factor=1.01), "slow": dict(factor=1.2), "drift": dict(drift=1.3)}
+    for name, given in files.items():
+        (tmp_path / name).write_text(json.dumps(_gpu_result(**given)))
+    old, same, slow, drift = (str(tmp_path / name) for name in files)
     assert compare.main([old, same]) == 0
     assert "slower: 0" in capsys.readouterr().out
     assert compare.main([old, slow]) == 1
     out = capsys.readouterr().out
-    assert "slower: 9" in out
+    assert "slower: 3" in out
     assert "+20.0%  tnt_s/inference/bf16/256/fused-eager" in out
     assert compare.main([slow, old]) == 0
-    assert "faster: 9" in capsys.readouterr().out
+    assert "faster: 3" in capsys.readouterr().out
+    assert compare.main([old, drift]) == 0
+    assert "drift of the machine +30.0%, noise 3.0% (4 rows of others)" in capsys.readouterr().out
     assert compare.main([old, str(tmp_path / "none.json")]) == 2
+
+
+def test_the_noise_is_what_the_rows_of_others_show():
+    def pair(change: float, provider: str = "timm-eager") -> tuple[dict, dict]:
+        return tuple({"median": x, "q1": x, "q3": x, "provider": provider} for x in (1.0, 1 + change))
+
+    control = [pair(change) for change in (-0.1, -0.02, 0.0, 0.02, 0.1)]
+    drift, noise = compare.drift_and_noise([*control, pair(5.0, "fused-eager")])
+    assert (drift, round(noise, 6)) == (1.0, 0.1)
+    assert compare.verdict(*pair(0.09), drift, noise) == "same"
+    assert compare.verdict(*pair(0.11), drift, noise) == "slower"
+    assert compare.verdict(*pair(-0.11), drift, noise) == "faster"
+    assert compare.drift_and_noise([]) == (1.0, compare.LEAST)
 
 
 # ---- tnt-fast bench ----
