@@ -170,6 +170,11 @@ def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, gr
         path = provider.split("-")[0]
         others = {"backend": "fused"} if path == "fused" else {}
         raw = fuse(copy_of(family, path != "timm", kind, **others), path.split("+")[1:])
+        if path == "fused" and mode == "train":
+            with torch.autocast(DEVICE, DTYPES[dtype], enabled=dtype != "fp32"):
+                reasons = tnt_fast.why_not_fused(raw, torch.empty(1, 3, 224, 224, device=DEVICE), gradients=True)
+            if reasons:
+                raise measure.Skipped("not fused: " + "; ".join(reasons))
         call = torch.compile(raw, dynamic=False) if provider.endswith("-compiled") else raw
         sets, labels = random_images(batch, kind)
         own_bytes = sum(x.numel() * x.element_size() for x in (*raw.parameters(), *raw.buffers()))

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,6 +46,11 @@ def operation_case(variant: str, operation: str, mode: str, provider: str, batch
     def build() -> Provider:
         if provider == "fused" and operation not in kernels.OPERATIONS:
             raise Skipped("this version has no fused kernel for it")
+        if provider == "fused" and mode == "backward":
+            sizes = timm.create_model(arguments.VARIANTS[variant], depth=1, device="meta").sizes()
+            module, device = kernels.OPERATIONS[operation], torch.device(DEVICE)
+            if reasons := module.gradients_unsupported(sizes, DTYPES[dtype], device):
+                raise Skipped("its gradients are not fused: " + "; ".join(reasons))
         given, others = arguments.arguments(variant, operation, batch, DTYPES[dtype], DEVICE)
         eager = getattr(reference, operation)
         function = getattr(kernels.OPERATIONS[operation], operation) if provider == "fused" else eager

@@ -268,6 +268,12 @@ def unsupported(sizes: dict[str, Any]) -> list[str]:
     return reasons
 
 
+def gradients_unsupported(sizes: dict[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Reasons why PyTorch computes the gradients of sizes that the forward takes."""
+    width = max(sizes["S"] * sizes["C"], sizes["E"])
+    return [f"rows of {width} values (S·C, or E); the backward takes 1 to {NORM_WIDTH}"] if width > NORM_WIDTH else []
+
+
 def _specialise(S: int, C: int, E: int, legacy: bool, has_bias: bool, has_norm2: bool, dtype: str, prec: str) -> Launch:
     block, block_k, warps, stages = CONFIGS[dtype]
     block_e = min(128, max(16, triton.next_power_of_2(E)))
@@ -392,10 +398,10 @@ def _fold_backward(
     eps: float,
     needed: list[int],
 ) -> list[Tensor]:
-    """By the kernels, but for rows of more than NORM_WIDTH values (S·C, or E), which PyTorch takes."""
+    """By the kernels, but for the sizes of ``gradients_unsupported``, which PyTorch takes."""
     _, S, C = pixel.shape
     batch, tokens, E = patch.shape
-    if max(S * C, E) > NORM_WIDTH:
+    if gradients_unsupported({"S": S, "C": C, "E": E}, pixel.dtype, pixel.device):
         arguments = (pixel, patch, norm1_weight, norm1_bias, proj_weight, proj_bias, norm2_weight, norm2_bias, eps)
         return recomputed(reference.fold, gradient, arguments, needed)
     rows, wanted = pixel.shape[0], set(needed)

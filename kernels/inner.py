@@ -783,6 +783,23 @@ def unsupported(sizes: dict[str, Any]) -> list[str]:
     return reasons
 
 
+def gradients_unsupported(sizes: dict[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Reasons why PyTorch computes the gradients of sizes that the forward takes: their sums do not fit on the chip."""
+    reasons = []
+    widest = 31 if dtype == torch.float32 else 63
+    if sizes["C"] > widest:
+        reasons.append(f"C={sizes['C']} channels a pixel in {dtype}; the backward takes 1 to {widest}")
+    if sizes["S"] > 16:
+        reasons.append(f"S={sizes['S']} pixels a patch; the backward takes 1 to 16")
+    if sizes["M"] > 256:
+        reasons.append(f"{sizes['M']} hidden channels of the inner MLP; the backward takes 1 to 256")
+    if sizes["C"] > 31 and device.type == "cuda" and not torch.compiler.is_compiling():  # which cannot trace the question
+        shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 17)
+        if shared < 112 << 10:  # sm_86 and sm_89
+            reasons.append(f"C={sizes['C']} channels a pixel need 112 KiB of shared memory; this GPU has {shared >> 10}")
+    return reasons
+
+
 def _specialise(
     S: int, C: int, H: int, M: int, has_qkv_bias: bool, has_scale: bool, dtype: str, prec: str, fast: bool
 ) -> Launch:  # fmt: skip
@@ -951,19 +968,15 @@ def _inner_backward(
 ) -> list[Tensor]:
     """Two launches: the MLP's half with the attention computed again, then the attention's half.
 
-    PyTorch does it where the gradient of a scale is asked for, and for sizes whose sums overflow the registers: more than 63
-    channels a pixel (31 in float32), 256 hidden channels or 16 pixels a patch.
+    PyTorch does it for the sizes of ``gradients_unsupported``, and where the gradient of a scale is asked for.
     """
     arguments = (
         pixel, norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias, norm2_weight,
         norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, num_heads, eps, attn_scale, mlp_scale,
     )  # fmt: skip
     (P, S, C), M = pixel.shape, fc1_weight.shape[0]
-    too_wide = (31 if pixel.dtype == torch.float32 else 63) < C or M > 256 or S > 16
-    if C > 31 and pixel.is_cuda:  # 112 KiB of shared memory: not on sm_86 and sm_89
-        properties = torch.cuda.get_device_properties(pixel.device)
-        too_wide = too_wide or getattr(properties, "shared_memory_per_block_optin", 1 << 17) < 114688
-    if too_wide or 17 in needed or 18 in needed or pixel.numel() == 0:
+    reasons = gradients_unsupported({"C": C, "S": S, "M": M}, pixel.dtype, pixel.device)
+    if reasons or 17 in needed or 18 in needed or pixel.numel() == 0:
         return recomputed(reference.inner, gradient, arguments, needed)
     weights = any(i > 0 for i in needed)
     has_scale = attn_scale is not None or mlp_scale is not None

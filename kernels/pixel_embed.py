@@ -236,6 +236,11 @@ def unsupported(sizes: dict[str, Any]) -> list[str]:
     return reasons
 
 
+def gradients_unsupported(sizes: dict[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
+    """None: the backward takes what the forward takes."""
+    return []
+
+
 def _specialise(
     channels: int, C: int, patch_size: list[int], stride: int, patch_stride: list[int], legacy: bool, has_bias: bool,
     has_pos: bool, dtype: str, prec: str,

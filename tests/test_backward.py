@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from tnt_fast import TNT, kernels
+from tnt_fast import TNT, dispatch, kernels, why_not_fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -61,6 +61,31 @@ def test_only_what_is_needed_is_asked_for():
     found = asked(model, images())
     assert found["inner"] == [[5]]
     assert found["pixel_embed"] == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        (dict(inner_dim=24), None),
+        (dict(inner_dim=36), "inner: C=36 channels a pixel in torch.float32; the backward takes 1 to 31"),
+        (dict(first_stride=2), "inner: S=64 pixels a patch; the backward takes 1 to 16"),
+        (dict(inner_mlp_ratio=22.0), "inner: 264 hidden channels of the inner MLP; the backward takes 1 to 256"),
+    ],
+    ids=str,
+)
+def test_gradients_come_from_pytorch_where_that_is_said_and_only_there(sizes, reason, monkeypatch):
+    calls, inner = [], kernels.OPERATIONS["inner"]
+    monkeypatch.setattr(inner, "recomputed", lambda *given, right=inner.recomputed: calls.append(1) or right(*given))
+    monkeypatch.setattr(dispatch, "_warned", set())
+    model, image = tiny(**sizes), images(1)
+    assert why_not_fused(model, image) == []
+    assert why_not_fused(model, image, gradients=True) == [reason] * (reason is not None)
+    if reason is None:
+        model(image).sum().backward()
+    else:
+        with pytest.warns(UserWarning, match=reason):
+            model(image).sum().backward()
+    assert len(calls) == (0 if reason is None else len(model.blocks))
 
 
 def test_without_gradients_nothing_is_saved():

@@ -33,7 +33,8 @@ def stand_ins(monkeypatch):
             calls[name] += 1
             return getattr(reference, name)(*args, **kwargs)
 
-        return SimpleNamespace(**{name: operation}, unsupported=lambda sizes: [])
+        limits = dict(unsupported=lambda sizes: [], gradients_unsupported=lambda sizes, dtype, device: [])
+        return SimpleNamespace(**{name: operation}, **limits)
 
     monkeypatch.setattr(kernels, "OPERATIONS", {name: counted(name) for name in dispatch.OPERATIONS})
     monkeypatch.setattr(kernels, "INTERPRETED", False)
@@ -170,6 +171,32 @@ def test_modules_that_are_still_called_may_have_hooks(stand_ins, child):
 def test_the_limits_of_a_kernel_are_reasons(stand_ins):
     kernels.OPERATIONS["inner"].unsupported = lambda sizes: [f"S={sizes['S']} is above 8"]
     assert why_not_fused(tiny()) == ["inner: S=16 is above 8"]
+
+
+def test_gradients_that_pytorch_computes_are_told_once(stand_ins):
+    seen = []
+
+    def limit(sizes, dtype, device):
+        seen.append((sizes["S"], dtype, device))
+        return ["S=16 is above 8"]
+
+    kernels.OPERATIONS["inner"].gradients_unsupported = limit
+    model, image = tiny(backend="fused"), torch.randn(1, 3, 32, 32)
+    assert why_not_fused(model, image) == []
+    assert why_not_fused(model, image, gradients=True) == ["inner: S=16 is above 8"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            model(image)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.warns(UserWarning, match="computes gradients with PyTorch: inner: S=16 is above 8"),
+    ):
+        model(image)
+    assert seen[-1] == (16, torch.bfloat16, image.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(image)
 
 
 def test_an_image_of_another_dtype_is_a_reason_but_not_under_autocast(stand_ins):

@@ -282,6 +282,7 @@ def describe(models: list[str]) -> dict[str, Any]:
             "gmacs": flops.multiply_adds(model) / 1e9,
             "path": "reference" if reasons else "fused",
             "why_not_fused": reasons,
+            "why_not_fused_gradients": [] if reasons else why_not_fused(model, gradients=True),
         }
     packages = ("torch", "triton", "timm", "torchvision", "xformers", "safetensors", "numpy")
     return {
@@ -310,6 +311,8 @@ def _info(args: argparse.Namespace) -> int:
         print(f"\n{name}: {model['parameters'] / 1e6:.2f} M parameters, {model['gmacs']:.3f} GMACs; path: {model['path']}")
         for reason in model["why_not_fused"]:
             print(f"  - {reason}")
+        for reason in model["why_not_fused_gradients"]:
+            print(f"  - gradients by PyTorch: {reason}")
     return 0
 
 

@@ -50,6 +50,8 @@ def choose(model: nn.Module, image: Tensor, warn: bool = True) -> bool:
     if backend == "fused" or not reasons:  # the model is only looked through where it can matter
         reasons = reasons + _model_reasons(model, image)
     if not reasons:
+        if warn and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _warn("computes gradients with PyTorch: ", _gradient_reasons(model, image))
         return True
     if backend == "fused":
         raise RuntimeError(
@@ -57,23 +59,44 @@ def choose(model: nn.Module, image: Tensor, warn: bool = True) -> bool:
             + "".join([f"  - {reason}\n" for reason in reasons])
             + "Remove these reasons, or take backend='auto' (falls back with a warning) or 'reference' (--backend)."
         )
-    if warn and not torch.compiler.is_compiling() and tuple(reasons) not in _warned:
-        _warned.add(tuple(reasons))
-        warnings.warn(
-            "tnt_fast takes the reference path: " + "; ".join(reasons) + ". (model.backend = 'reference' silences this.)",
-            stacklevel=4,
-        )
+    if warn and not torch.compiler.is_compiling():
+        _warn("takes the reference path: ", reasons)
     return False
 
 
-def why_not_fused(model: nn.Module, image: Tensor | None = None) -> list[str]:
+def _warn(what: str, reasons: list[str]) -> None:
+    """Warn once per set of reasons."""
+    if reasons and tuple(reasons) not in _warned:
+        _warned.add(tuple(reasons))
+        text = f"tnt_fast {what}" + "; ".join(reasons) + ". (model.backend = 'reference' silences this.)"
+        warnings.warn(text, stacklevel=5)
+
+
+def why_not_fused(model: nn.Module, image: Tensor | None = None, gradients: bool = False) -> list[str]:
     """Every reason why ``model(image)`` would not take the fused path; an empty list if it would.
 
     Args:
         model: a ``tnt_fast.TNT``.
         image: ``(B, channels, height, width)``; None: only what does not depend on it is considered.
+        gradients: also why the gradients of an operation would come from PyTorch although its forward is fused: the backward
+            kernels take fewer sizes.
     """
-    return _machine_reasons(image, model.backend) + _model_reasons(model, image)
+    reasons = _machine_reasons(image, model.backend) + _model_reasons(model, image)
+    return reasons + _gradient_reasons(model, image) if gradients else reasons
+
+
+def _gradient_reasons(model: nn.Module, image: Tensor | None) -> list[str]:
+    """Why PyTorch computes the gradients of an operation that is fused."""
+    like = model.cls_token if image is None else image
+    dtype, kind = like.dtype, like.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    sizes = model.sizes()
+    return [
+        f"{name}: {reason}"
+        for name, module in kernels.OPERATIONS.items()
+        for reason in module.gradients_unsupported(sizes, dtype, like.device)
+    ]
 
 
 def _machine_reasons(image: Tensor | None, backend: str) -> list[str]:
