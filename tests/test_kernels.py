@@ -39,7 +39,7 @@ def rule(name: str, fused: torch.Tensor, same: torch.Tensor, exact: torch.Tensor
 
 
 def check(operation: str, tensors: dict, others: dict, dtype: torch.dtype, gradients: bool = True) -> None:
-    """Output and every gradient of an operation, by the rule. ``tensors``: float64 on the CPU, or None."""
+    """Output and every gradient of an operation, by the rule. ``tensors``: float64 on the CPU, or None; others get none."""
     tensors = {k: v if v is None else v.to(dtype) for k, v in tensors.items()}
     results = {}
     for label, function, kind, device in (
@@ -48,7 +48,8 @@ def check(operation: str, tensors: dict, others: dict, dtype: torch.dtype, gradi
         ("exact", getattr(reference, operation), torch.float64, "cpu"),
     ):
         given = {k: v if v is None else v.to(device, kind).requires_grad_(gradients) for k, v in tensors.items()}
-        out = function(**given, **others)
+        fixed = {k: v.to(device, kind) if isinstance(v, torch.Tensor) else v for k, v in others.items()}
+        out = function(**given, **fixed)
         results[label] = {"output": out.detach()}
         if gradients:
             generator = torch.Generator().manual_seed(9)
@@ -197,19 +198,24 @@ def test_inner_of_outliers(dtype):
 
 
 @DTYPES
-def test_inner_with_drop_path(dtype):
+@pytest.mark.parametrize("which", [("attn_scale", "mlp_scale"), ("attn_scale",), ("mlp_scale",)], ids="+".join)
+def test_inner_with_drop_path(which, dtype):
     tensors = inner_tensors(5, 16, 24, 96)
     scales = dict(attn_scale=torch.tensor([0, 2, 1, 0, 1.25]), mlp_scale=torch.tensor([2, 0, 1, 0, 1.25]))
-    results = []
-    for function, kind, device in (
-        (kernels.OPERATIONS["inner"].inner, dtype, DEVICE),
-        (reference.inner, dtype, DEVICE),
-        (reference.inner, torch.float64, "cpu"),
-    ):
-        given = {k: None if v is None else v.to(dtype).to(device, kind) for k, v in tensors.items()}
-        results.append(function(**given, num_heads=4, **{k: v.to(device, kind) for k, v in scales.items()}))
-    rule("inner", *results, dtype)
-    assert torch.equal(results[0][3], tensors["pixel"][3].to(dtype).to(DEVICE))  # both branches dropped: the input, exactly
+    check("inner", tensors, dict(num_heads=4, **{name: scales[name] for name in which}), dtype)
+
+
+@DTYPES
+def test_dropped_branches_leave_the_input_and_its_gradient_as_they_are(dtype):
+    given = {k: None if v is None else v.to(DEVICE, dtype) for k, v in inner_tensors(3, 16, 24, 96).items()}
+    given["pixel"].requires_grad_()
+    scale = torch.tensor([1.0, 0.0, 2.0], device=DEVICE, dtype=dtype)
+    out = kernels.OPERATIONS["inner"].inner(**given, num_heads=4, attn_scale=scale, mlp_scale=scale)
+    upstream = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, given["pixel"], upstream)
+    assert torch.equal(out[1], given["pixel"][1])
+    assert torch.equal(gradient[1], upstream[1])
+    assert not torch.equal(out[0], given["pixel"][0])
 
 
 # ---- all ----
