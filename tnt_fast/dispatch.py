@@ -143,11 +143,16 @@ def _dtype_reasons(dtypes: set[torch.dtype], image: Tensor | None) -> list[str]:
     return []
 
 
+def _split(*expected: tuple[str, type | str]) -> tuple[tuple[str, str, str, type | str], ...]:
+    """With each path its parent's name, or "", and its own."""
+    return tuple((path, *path.rpartition(".")[::2], cls) for path, cls in expected)
+
+
 # The submodules that the fused path does not call, and the classes whose mathematics the kernels compute instead.
-_STEM = (
+_STEM = _split(
     ("pixel_embed.proj", nn.Conv2d), ("norm1_proj", nn.LayerNorm), ("proj", nn.Linear), ("norm2_proj", nn.LayerNorm),
 )  # fmt: skip
-_BLOCK = (
+_BLOCK = _split(
     ("norm_in", nn.LayerNorm), ("attn_in", "Attention"), ("attn_in.qk", nn.Linear), ("attn_in.v", nn.Linear),
     ("attn_in.attn_drop", nn.Dropout), ("attn_in.proj", nn.Linear), ("attn_in.proj_drop", nn.Dropout),
     ("norm_mlp_in", nn.LayerNorm), ("mlp_in", Mlp), ("mlp_in.fc1", nn.Linear), ("mlp_in.act", nn.GELU),
@@ -159,15 +164,16 @@ _BLOCK = (
 def _check_modules(prefix: str, owner: nn.Module, expected: tuple, reasons: list[str], dtypes: set[torch.dtype]) -> None:
     """Add what was done to the submodules of ``owner`` that the fused path would pass over, and their weights' dtypes.
 
-    It runs at every forward, so it touches each submodule once and puts names together only where there is a reason.
+    It runs at every forward, so it touches each submodule once, past ``Module.__getattr__``, which is slow, and puts names
+    together only where there is a reason.
     """
     replaced = "none"  # a container that is not what it was: its children are not looked at
     eps = {}
-    for path, cls in expected:
-        if path.startswith(replaced):
+    children = owner._modules
+    for path, parent, name, cls in expected:
+        if parent and parent == replaced:
             continue
-        parent, _, name = path.rpartition(".")
-        module = getattr(getattr(owner, parent) if parent else owner, name)
+        module = (children[parent]._modules if parent else children).get(name)
         kind = type(module)
         if kind is not cls and not (
             (path == "norm2_proj" and module is None)  # legacy
@@ -176,7 +182,7 @@ def _check_modules(prefix: str, owner: nn.Module, expected: tuple, reasons: list
         ):
             wanted = cls if isinstance(cls, str) else cls.__name__
             reasons.append(f"{prefix}{path} is a {kind.__module__}.{kind.__qualname__}; the kernels compute {wanted}")
-            replaced = path + "."
+            replaced = path
             continue
         if module is None:
             continue
