@@ -1,4 +1,4 @@
-# make demo · test · check · bench · gpu. Everything is installed into .venv, at the versions of $(CONSTRAINTS).
+# make demo · test · check · bench · gpu · sanitize. Everything is installed into .venv, at the versions of $(CONSTRAINTS).
 PYTHON ?= python3
 CONSTRAINTS ?= .ci/constraints.txt
 VENV := .venv
@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OUT := $(or $(OUT),benchmarks/results/$(shell date +%Y-%m-%d-%H%M))
 TIMM_SOURCE := .cache/timm
-MINUTES ?= 4
+MINUTES ?= 5
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test check bench gpu sanitize clean
 .DELETE_ON_ERROR:
 
 $(READY): setup.py pyproject.toml $(CONSTRAINTS)
@@ -35,27 +35,28 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-# On a machine with a GPU, in about 9 minutes: its name, the kernels' tests, times (MINUTES=0: every row; SKIP=FILE: not those that
-# FILE has), compute-sanitizer where it exists; fails at the end if one of them did. Without .venv it uses $(PYTHON) with what is
-# installed there. Then, anywhere: python -m benchmarks.report
-gpu: PY = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
+# On a machine with a GPU, in about 9 minutes: its name, the kernels' tests, times (MINUTES=0: every row; SKIP="FILE ...": not those
+# that these files have); fails at the end if one of them did. Without .venv it uses $(PYTHON) with what is installed there. Then,
+# anywhere: python -m benchmarks.report
+gpu sanitize: PY = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 gpu:
 	mkdir -p $(OUT)
 	$(PY) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make gpu: torch sees no GPU on this machine")'
 	$(PY) -m tnt_fast.cli info | tee $(OUT)/machine.txt
 	failed=; \
-	$(PY) -m pytest tests/test_kernels.py tests/test_approximations.py tests/test_backward.py -q -n 8 -p no:cacheprovider \
-	    --junitxml $(OUT)/gpu-tests.xml || failed="$$failed kernel-tests"; \
+	timeout -s INT 180 $(PY) -m pytest tests/test_kernels.py tests/test_approximations.py tests/test_backward.py -q -n 8 \
+	    -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml || failed="$$failed kernel-tests"; \
 	sed -i 's/ hostname="[^"]*"//' $(OUT)/gpu-tests.xml; \
-	$(PY) -m pytest benchmarks --benchmark-only -q -p no:cacheprovider --minutes $(MINUTES) $(if $(SKIP),--skip-measured $(SKIP)) \
-	    --benchmark-json $(OUT)/benchmarks.json || failed="$$failed benchmarks"; \
-	: > $(OUT)/sanitizer.txt; \
-	if command -v compute-sanitizer > /dev/null; then for tool in memcheck racecheck; do \
-	    timeout 60 compute-sanitizer --tool $$tool --error-exitcode 9 $(PY) -m benchmarks.kernels --call >> $(OUT)/sanitizer.txt 2>&1; \
-	    case $$? in 0) ;; 124) echo "$$tool: stopped after 60 s" >> $(OUT)/sanitizer.txt ;; \
-	    *) tail -20 $(OUT)/sanitizer.txt; failed="$$failed $$tool" ;; esac; \
-	done; else echo "no compute-sanitizer here" | tee $(OUT)/sanitizer.txt; fi; \
+	$(PY) -m pytest benchmarks --benchmark-only -q -p no:cacheprovider --minutes $(MINUTES) \
+	    $(foreach file,$(SKIP),--skip-measured $(file)) --benchmark-json $(OUT)/benchmarks.json || failed="$$failed benchmarks"; \
 	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi
+
+# Every kernel once under compute-sanitizer, which comes with CUDA's tools.
+sanitize:
+	mkdir -p $(OUT)
+	for tool in memcheck racecheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 9 $(PY) -m benchmarks.kernels --call > $(OUT)/$$tool.txt 2>&1 \
+	    || { tail -20 $(OUT)/$$tool.txt; exit 1; }; done
 
 # timm's own tests come with its source distribution; without a network the tests that use them show as skipped.
 $(TIMM_SOURCE): $(READY)

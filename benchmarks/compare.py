@@ -5,7 +5,7 @@
 Rows of others (timm, plain and compiled PyTorch) are the control: their code has not changed. The median of their changes is
 the drift of the machine, which is taken out of every row; nine tenths of them lie within the noise. A row of ours is slower if
 its quartiles lie apart and its median grew by more than that noise, and by more than 3%. Exit status: 0 nothing is slower, 1
-something is, 2 the files cannot be compared.
+something is, or gets no time now because it is wrong, 2 the files cannot be compared.
 """
 
 import argparse
@@ -23,6 +23,7 @@ OTHERS = ("timm", "eager", "compiled", "sdpa", "xformers")
 def load(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
+        found["device"] = found["machine_info"]["device"]
         found["rows"] = {
             row["extra_info"]["id"]: row["stats"] | {"provider": row["extra_info"]["provider"]}
             for row in found["benchmarks"]
@@ -65,11 +66,14 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"benchmarks.compare: {error}", file=sys.stderr)
         return 2
-    devices = [found["machine_info"].get("device") for found in (old, new)]
-    if devices[0] != devices[1]:
-        print(f"benchmarks.compare: {devices[0]} and {devices[1]} are different devices", file=sys.stderr)
+    if old["device"] != new["device"]:
+        print(f"benchmarks.compare: {old['device']} and {new['device']} are different devices", file=sys.stderr)
         return 2
     both = {name: (old["rows"][name], row) for name, row in new["rows"].items() if name in old["rows"]}
+    wrong = {name: reason for name, reason in new.get("left_out", {}).items() if name in old["rows"] and "not timed" in reason}
+    if not wrong and not any(not is_control(row) for row, _ in both.values()):
+        print(f"benchmarks.compare: {options.old} and {options.new} have no row of ours in common", file=sys.stderr)
+        return 2
     drift, noise = drift_and_noise(list(both.values()))
     controls = sum(is_control(row) for row, _ in both.values())
     print(f"{len(both)} rows in both; drift of the machine {drift - 1:+.1%}, noise {noise:.1%} ({controls} rows of others)")
@@ -85,7 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
     for kind, one, other in (("only in the old file", old, new), ("only in the new file", new, old)):
         if names := [name for name in one["rows"] if name not in other["rows"]]:
             print(f"{kind}: {len(names)}", *names, sep="\n  ")
-    return 1 if found["slower"] else 0
+    for name, reason in wrong.items():
+        print(f"wrong now: {name}: {reason}")
+    return 1 if found["slower"] or wrong else 0
 
 
 if __name__ == "__main__":

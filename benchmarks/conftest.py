@@ -13,10 +13,10 @@ import torch
 
 from benchmarks import measure
 
-SHARE = {"test_models": 0.6, "test_operations": 0.25, "test_scaling": 0.15}
+UP_TO = {"test_models": 0.6, "test_operations": 0.85, "test_scaling": 1.0}  # of the minutes, spent when a suite has to end
 
 results = pytest.StashKey[dict]()
-spent = pytest.StashKey[dict]()
+spent = pytest.StashKey[list]()
 left_out = pytest.StashKey[dict]()
 
 
@@ -31,8 +31,12 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 8):
         pytest.exit(f"the benchmarks need torch 2.8 or newer, this is {torch.__version__}", 2)
+    minutes = config.getoption("minutes")
+    if not minutes >= 0:
+        raise pytest.UsageError(f"--minutes {minutes:g} must be 0 (no limit) or more")
+    torch.backends.cudnn.allow_tf32 = False  # what is called fp32 is
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # or eager code would be timed under the name of compiled
-    config.stash[results], config.stash[spent], config.stash[left_out] = {}, defaultdict(float), {}
+    config.stash[results], config.stash[spent], config.stash[left_out] = {}, [], {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was measured is written
 
 
@@ -44,7 +48,9 @@ def pytest_collection_modifyitems(config, items):
     measured = set()
     for path in config.getoption("skip_measured"):
         try:
-            measured |= {row["extra_info"]["id"] for row in json.loads(path.read_text("utf-8"))["benchmarks"]}
+            found = json.loads(path.read_text("utf-8"))
+            measured |= {row["extra_info"]["id"] for row in found["benchmarks"]}
+            measured |= {id for id, reason in found["left_out"].items() if measure.NO_TIME not in reason}  # it would be again
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise pytest.UsageError(f"--skip-measured {path}: no result of --benchmark-json ({error!r})") from error
     groups = defaultdict(set)
@@ -83,23 +89,21 @@ def take(request, benchmark):
     config, module = request.config, request.module.__name__.rpartition(".")[2]
     known = config.stash[results]
 
-    def leave_out(case: measure.Case, reason: str, outcome) -> None:
-        config.stash[left_out][case.id] = reason
-        outcome(f"{case.id}: {reason}")
-
     def run(case: measure.Case) -> dict:
         if case.id not in known:
             minutes = config.getoption("minutes")
-            if minutes and config.stash[spent][module] > minutes * 60 * SHARE[module]:
-                leave_out(case, f"no time left for {module} (--minutes {minutes:g})", pytest.skip)
             start = time.perf_counter()
+            deadline = start + minutes * 60 * UP_TO[module] - sum(config.stash[spent]) if minutes else None
             group = [other for other in map(_case, request.session.items) if other is not None and other.group == case.group]
-            known.update(measure.measure(group, 1 if benchmark.disabled else None))
-            config.stash[spent][module] += time.perf_counter() - start
+            known.update(measure.measure(group, 1 if benchmark.disabled else None, deadline))
+            config.stash[spent].append(time.perf_counter() - start)
             _keep(config)
         found = known[case.id]
         if isinstance(found, Exception):
-            leave_out(case, str(found), pytest.skip if isinstance(found, measure.Skipped) else pytest.fail)
+            config.stash[left_out][case.id] = str(found)
+            if isinstance(found, measure.Skipped):
+                pytest.skip(str(found))
+            pytest.fail(f"{case.id}: {found}")
         times = found["times"]
         benchmark.group = case.group
         numbers = {"p50_ms": statistics.median(times) * 1e3, "p99_ms": measure.percentile(times, 99) * 1e3}
@@ -158,5 +162,6 @@ def pytest_terminal_summary(terminalreporter, config):
     for (sweep, provider), points in sweeps.items():
         if len({size for size, _ in points}) > 1:
             line(f"time of {provider} ~ {sweep}^{measure.exponent(*zip(*points, strict=True)):.2f}")
-    for reason in [f"{name}: {reason}" for name, reason in config.stash[left_out].items() if "not timed" in reason]:
-        line(f"REFUSED {reason}", red=True)
+    for name, reason in config.stash[left_out].items():
+        if "not timed" in reason:
+            line(f"REFUSED {name}: {reason}", red=True)

@@ -52,11 +52,11 @@ def bytes_moved(operation: str, given: tuple, out: torch.Tensor) -> int:
     return sum(x.numel() * x.element_size() for x in (*given[: activations(operation)], out))
 
 
-def error_and_bound(operation: str, given: tuple, others: dict, fused: torch.Tensor) -> tuple[float, float]:
-    """Largest error of a result against float64, and what the rule of the house allows."""
+def error(operation: str, given: tuple, others: dict, fused: torch.Tensor) -> measure.Error:
+    """Of a result against float64, by the rule of the house."""
     function = getattr(reference, operation)
     exact = function(*(x if x is None else x.double() for x in given), **others)
-    return measure.error_and_bound(fused, exact, function(*given, **others))
+    return measure.by_rule(fused, exact, function(*given, **others))
 
 
 def main() -> int:
@@ -70,9 +70,9 @@ def main() -> int:
             for dtype in (torch.bfloat16, torch.float32):
                 given, others = arguments(variant, operation, 1, dtype, "cuda")
                 out = getattr(kernels.OPERATIONS[operation], operation)(*given, **others)
-                error, bound = error_and_bound(operation, given, others, out)
-                print(f"{variant} {operation} {dtype}: error {error:.3g}, allowed {bound:.3g}")
-                if not error <= bound:
+                found = error(operation, given, others, out)
+                print(f"{variant} {operation} {dtype}: error {found.error:.3g}, allowed {found.allowed:.3g}")
+                if not found.error <= found.allowed:
                     sys.exit(f"{operation} is wrong")
     return 0
 

@@ -3,7 +3,8 @@
     python -m benchmarks.report [FILE ...]        default: benchmarks/results/*/*.json
 
 Into README.md what a reader wants first, into benchmarks/results/README.md every row, both between markers; pictures and
-summary.json beside the results. Of each device the newest row of a kind counts; ratios are taken within one run.
+summary.json beside the results. Of each group of a device the newest run counts that has ours and others; ratios are taken
+within one run.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compare import is_control
 from benchmarks.measure import exponent
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,29 +46,45 @@ Device = dict[str, Any]
 
 
 def read(files: Iterable[Path]) -> dict[str, Device]:
-    """By device: "machine" and "date" of its last run, "roofs", "rows" (the newest of each suite and id), "runs"."""
+    """By device: "machine" of its last run, "rows" by suite and id, "roofs" by run and dtype, "runs" by their time."""
     runs = []
     for path in files:
         try:
             found = json.loads(path.read_text("utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is no JSON ({error}); an interrupted run may have left it empty") from error
-        if isinstance(found, dict) and "benchmarks" in found and "device" in found.get("machine_info", {}):
+        if isinstance(found, dict) and "benchmarks" in found and {"device", "kind"} <= found.get("machine_info", {}).keys():
             runs.append((found["datetime"], f"{path.parent.name}/{path.name}", found))
     devices: dict[str, Device] = {}
     for when, file, run in sorted(runs, key=lambda each: each[:2]):
         machine = run["machine_info"]
-        device = devices.setdefault(machine["device"], {"rows": {}, "roofs": {}, "runs": []})
-        device |= {"machine": machine, "date": when[:10]}
-        device["roofs"] |= run.get("roofs", {})
-        left_out = run.get("left_out", {})
-        device["runs"].append({"file": file, "date": when[:10], "machine": machine, "left_out": left_out})
-        device["runs"][-1]["rows"] = len(run["benchmarks"])
+        device = devices.setdefault(machine["device"], {"groups": {}, "roofs": {}, "runs": {}})
+        device["machine"] = machine
+        device["roofs"][when] = run.get("roofs", {})
+        about = {"file": file, "date": when[:10], "machine": machine, "rows": len(run["benchmarks"])}
+        device["runs"][when] = about | {"left_out": run.get("left_out", {})}
+        groups: dict[tuple[str, str], list[Row]] = {}
         for bench in run["benchmarks"]:
+            if "suite" not in bench["extra_info"]:
+                continue
             row = bench["extra_info"] | {"median": bench["stats"]["median"], "run": when}
             row |= {name: bench["stats"][name] for name in ("q1", "q3")}
-            device["rows"][row["suite"], row["id"]] = row
+            groups.setdefault((row["suite"], bench.get("group") or row["id"]), []).append(row)
+        for name, found in groups.items():
+            if name not in device["groups"] or compares(found) or not compares(device["groups"][name]):
+                device["groups"][name] = found
+    for device in devices.values():
+        device["rows"] = {(row["suite"], row["id"]): row for found in device.pop("groups").values() for row in found}
     return devices
+
+
+def compares(group: list[Row]) -> bool:
+    """Whether a group has rows of ours and of others."""
+    return len({is_control(row) for row in group if "provider" in row}) == 2
+
+
+def newest(device: Device) -> str:
+    return max(device["runs"])
 
 
 def rows(device: Device, suite: str) -> list[Row]:
@@ -100,7 +118,7 @@ def key(row: Row) -> tuple[str, str, int]:
 def newest_counts(devices: dict[str, Device]) -> Device | None:
     """Of the devices that have counted rows (they are the same on every device) the one that ran last."""
     counted = [device for device in devices.values() if rows(device, "flops")]
-    return max(counted, key=lambda device: device["date"], default=None)
+    return max(counted, key=newest, default=None)
 
 
 def summary(devices: dict[str, Device]) -> dict[str, dict[str, Row]]:
@@ -150,12 +168,18 @@ def number(value: float) -> str:
 
 
 def label(device: Device) -> str:
-    machine = device["machine"]
-    versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items() if value)
-    note = f"; {machine['note']}" if machine.get("note") else ""
-    threads = f", {machine['threads']} threads" if machine["kind"] == "cpu" else ""
-    commit = f", commit {machine['commit']}" if machine["commit"] else ""
-    return f"{machine['device']}{threads}, {device['date']}{commit}, {versions}{note}"
+    """The device, and date, commit and versions of every run that rows are from."""
+    used = {row["run"] for row in device["rows"].values()}
+    parts: dict[str, list[str]] = {}
+    for when, run in device["runs"].items():
+        if when in used:
+            machine = run["machine"]
+            versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items() if value)
+            note = f"; {machine['note']}" if machine.get("note") else ""
+            parts.setdefault(versions + note, []).append(f"{run['date']}, commit {machine['commit'] or 'unknown'}")
+    threads = f", {device['machine']['threads']} threads" if device["machine"]["kind"] == "cpu" else ""
+    found = "; ".join(f"{' and '.join(dict.fromkeys(when))}, {versions}" for versions, when in parts.items())
+    return f"{device['machine']['device']}{threads}, {found}"
 
 
 def headline(device: Device) -> str:
@@ -177,7 +201,7 @@ def headline(device: Device) -> str:
         name = {"latency_graph": "CUDA graph"}.get(mode, mode)
         lines.append([f"{size.capitalize()}, {name}, {dtype}, batch {batch}", *(cells.get(c, "") for c in columns)])
     memory = " (peak MiB)" if any("peak_mib" in row for row in models(device)) else ""
-    return table([f"img/s{memory}", *columns], lines)
+    return table([f"img/s{memory}", *columns], lines) if lines else ""
 
 
 def work_table(device: Device, chosen: Iterable[str]) -> str:
@@ -218,12 +242,15 @@ def every_row(device: Device) -> list[str]:
         parts.append(table(["scaling", "GMACs an image", "p50 ms"], lines))
         fitted = ", ".join(f"{provider} ~ {sweep}^{p}" for (sweep, provider), p in exponents(device).items())
         parts.append(f"Fitted: time of {fitted}.")
-    if device["roofs"]:
+    roofs = {
+        (run["date"], dtype): roof for when, run in device["runs"].items() for dtype, roof in device["roofs"][when].items()
+    }
+    if roofs:
         lines = [
-            [dtype, number(roof["bytes_per_s"] / 1e9), number(roof["flop_per_s"] / 1e12)]
-            for dtype, roof in device["roofs"].items()
+            [dtype, date, number(roof["bytes_per_s"] / 1e9), number(roof["flop_per_s"] / 1e12)]
+            for (date, dtype), roof in roofs.items()
         ]
-        parts.append(table(["roof", "copy, GB/s", "product, TFLOP/s"], lines))
+        parts.append(table(["roof", "date", "copy, GB/s", "product, TFLOP/s"], lines))
     return parts
 
 
@@ -260,9 +287,10 @@ def missing(devices: dict[str, Device]) -> str:
 def first_block(devices: dict[str, Device]) -> str:
     """What stands between the markers of README.md: the GPUs, or without one the CPUs."""
     parts = []
-    order = [name for name, device in devices.items() if device["machine"]["kind"] != "cpu"]
+    measured = [name for name, device in devices.items() if device["rows"]]
+    order = [name for name in measured if devices[name]["machine"]["kind"] != "cpu"]
     if not order:
-        order = list(devices)
+        order = measured
         parts.append("On a GPU: not measured yet ([what is missing](benchmarks/results/README.md)).")
     counted = newest_counts(devices)
     if counted:
@@ -270,8 +298,8 @@ def first_block(devices: dict[str, Device]) -> str:
         parts.append("MiB moved: by all kernels in float16, eager → fused. With LayerNorms: 5 for each of their elements.")
     for name in order:
         device = devices[name]
-        if models(device):
-            parts += [headline(device), f"{label(device)}. [All rows](benchmarks/results/README.md)."]
+        parts += [text for text in (headline(device),) if text]
+        parts.append(f"{label(device)}. [All rows](benchmarks/results/README.md).")
         drawn = pictures_of(device)
         first = "throughput" if "throughput" in drawn and device["machine"]["kind"] != "cpu" else "waterfall"
         if first in drawn:
@@ -284,7 +312,7 @@ def full_block(devices: dict[str, Device]) -> str:
     parts = ["## Files"]
     lines = []
     for name, device in devices.items():
-        for run in device["runs"]:
+        for run in device["runs"].values():
             machine = run["machine"]
             note = machine.get("note") or ""
             lines.append([f"`{run['file']}`", name, run["date"], machine["commit"] or "", f"`{machine['command']}`"])
@@ -294,10 +322,8 @@ def full_block(devices: dict[str, Device]) -> str:
         parts += [f"## {name}", f"{label(device)}.", *every_row(device)]
         drawn = pictures_of(device)
         parts += [f"![{PICTURES[p]}](pictures/{slug(name)}/{p}.svg)" for p in drawn]
-        reasons = {reason: id for run in device["runs"] for id, reason in run["left_out"].items()}
-        if reasons:
-            parts.append("Left out:")
-            parts.append("\n".join(f"- `{id}`: {reason.splitlines()[0]}" for reason, id in reasons.items()))
+        if reasons := left_out(device):
+            parts += ["Left out:", "\n".join(reasons)]
     counted = newest_counts(devices)
     if counted:
         every = dict.fromkeys(row["model"] for row in rows(counted, "flops"))
@@ -306,6 +332,19 @@ def full_block(devices: dict[str, Device]) -> str:
             parts.append(static_table(counted))
     parts += ["## Rows still missing", missing(devices)]
     return "\n\n".join(parts)
+
+
+def left_out(device: Device) -> list[str]:
+    """Why rows that the device still lacks have no time, the newest reason of each."""
+    have = {id for _, id in device["rows"]}
+    newest_reason = {id: reason for run in device["runs"].values() for id, reason in run["left_out"].items() if id not in have}
+    ids: dict[str, list[str]] = {}
+    for id, reason in newest_reason.items():
+        line = reason.strip().splitlines()[-1 if reason.startswith("Traceback") else 0]
+        ids.setdefault(line, []).append(id)
+    return [
+        f"- {reason}: `{found[0]}`" + (f" and {len(found) - 1} more" if len(found) > 1 else "") for reason, found in ids.items()
+    ]
 
 
 def put_into(readme: str, text: str) -> str:
@@ -324,14 +363,7 @@ def slug(name: str) -> str:
 
 def pictures_of(device: Device) -> list[str]:
     """The pictures for which there are rows."""
-    has = {
-        "throughput": any(row["mode"] == "inference" for row in models(device)),
-        "waterfall": bool(_steps(device)),
-        "memory": any("peak_mib" in row for row in models(device)),
-        "scaling": bool(exponents(device)),
-        "roofline": any("percent_of_roof" in row for row in rows(device, "operations")),
-    }
-    return [name for name in PICTURES if has[name]]
+    return [name for name in PICTURES if FOUND[name](device)]
 
 
 def _plain(axis, *, x=None, y=None) -> None:
@@ -342,7 +374,7 @@ def _plain(axis, *, x=None, y=None) -> None:
         if places is not None:
             one.set_major_locator(FixedLocator(sorted(set(places))))
             one.set_minor_locator(NullLocator())
-            one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+            one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}"))
 
 
 def _ladder(values: Iterable[float]) -> list[float]:
@@ -364,9 +396,13 @@ def _style(row: Row) -> dict[str, Any]:
     return dict(color=COLOURS[who(row)], linestyle=line, marker="o", label=f"{NAMES[who(row)]}{path}, {way(row)}")
 
 
+def _throughput_rows(device: Device) -> list[Row]:
+    return [row for row in models(device) if row["mode"] == "inference" and row["model"] in TOP1]
+
+
 def _throughput(figure, device: Device) -> None:
     """Of the dtype and batch with the most models: img/s against published top-1 and against multiply-adds."""
-    found = [row for row in models(device) if row["mode"] == "inference" and row["model"] in TOP1]
+    found = _throughput_rows(device)
     weight = {k: len({row["model"] for row in found if key(row) == k}) for k in map(key, found)}
     _, dtype, batch = best = max(weight, key=lambda k: (weight[k], k[1] == "bf16", k[2]))
     chosen = [row for row in found if key(row) == best]
@@ -391,18 +427,23 @@ def _throughput(figure, device: Device) -> None:
 
 
 def _steps(device: Device) -> dict[tuple[str, str], list[tuple[str, float]]]:
-    """By model and what is counted: (operation that was fused, cost after it), the first one being eager."""
-    found: dict[tuple[str, str], list[tuple[str, float]]] = {}
+    """By model and what is counted: (operations fused so far, cost), whole chains of one run, the first one eager."""
+    found: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
     for row in rows(device, "models"):
         if is_step(row):
             name = f"ms, {row['dtype']}, batch {row['batch']}"
-            found.setdefault((row["model"], name), []).append((row["provider"], row["median"] * 1e3))
+            found.setdefault((row["model"], name, row["run"]), []).append((row["provider"], row["median"] * 1e3))
     for row in rows(device, "flops"):
         if row["model"] in ("tnt_s", "tnt_b"):
-            name = "MiB moved an image, float16, counted"
             path = "eager+pixel_embed+inner+fold" if row["path"] == "fused" else row["path"]
-            found.setdefault((row["model"], name), []).append((path, row["bytes"] / 2**20))
-    return {name: sorted(steps, key=lambda step: step[0].count("+")) for name, steps in found.items() if len(steps) > 1}
+            name = "MiB moved an image, float16, counted"
+            found.setdefault((row["model"], name, row["run"]), []).append((path, row["bytes"] / 2**20))
+    chains = {}
+    for (model, name, _), each in found.items():
+        each = sorted(each, key=lambda step: step[0].count("+"))
+        if len(each) > 1 and [path.count("+") for path, _ in each] == list(range(len(each))):
+            chains[model, name] = each
+    return chains
 
 
 def _waterfall(figure, device: Device) -> None:
@@ -413,7 +454,9 @@ def _waterfall(figure, device: Device) -> None:
         axis.bar(0, costs[0], color="C1")
         for i in range(1, len(costs)):
             axis.bar(i, costs[i - 1] - costs[i], bottom=costs[i], color="C2")
-            axis.annotate(f"−{number(costs[i - 1] - costs[i])}", (i, costs[i - 1]), ha="center", va="bottom", fontsize=8)
+            change = costs[i] - costs[i - 1]
+            text = ("+" if change > 0 else "−") + number(abs(change))
+            axis.annotate(text, (i, max(costs[i - 1 : i + 1])), ha="center", va="bottom", fontsize=8)
         axis.bar(len(costs), costs[-1], color="C0")
         for x, cost in ((0, costs[0]), (len(costs), costs[-1])):
             axis.annotate(number(cost), (x, cost), ha="center", va="bottom", fontsize=8)
@@ -423,9 +466,13 @@ def _waterfall(figure, device: Device) -> None:
         axis.margins(y=0.1)
 
 
+def _memory_rows(device: Device) -> list[Row]:
+    return [row for row in models(device) if row.get("peak_mib", 0) > 0 and row["model"] in ("tnt_s", "deit_s")]
+
+
 def _memory(figure, device: Device) -> None:
     """Peak memory over batch, of TNT-S and DeiT-S in the most common dtype."""
-    found = [row for row in models(device) if "peak_mib" in row and row["model"] in ("tnt_s", "deit_s")]
+    found = _memory_rows(device)
     dtypes = [row["dtype"] for row in found]
     found = [row for row in found if row["dtype"] == max(dict.fromkeys(dtypes), key=dtypes.count)]
     modes = list(dict.fromkeys(row["mode"] for row in found))
@@ -448,7 +495,7 @@ def _scaling(figure, device: Device) -> None:
     titles = {"batch": "images a batch", "image": "pixels of the image", "pixels": "S, pixels a patch", "depth": "blocks"}
     for axis, sweep in zip(axes, sweeps, strict=True):
         every = [row for row in rows(device, "scaling") if row["sweep"] == sweep]
-        for i, provider in enumerate(dict.fromkeys(row["provider"] for row in every)):
+        for i, provider in enumerate(name for one, name in fitted if one == sweep):
             points = sorted((row for row in every if row["provider"] == provider), key=lambda row: row["size"])
             ms = [1e3 * row["median"] for row in points]
             spread = [[1e3 * abs(row["median"] - row[q]) for row in points] for q in ("q1", "q3")]
@@ -459,25 +506,37 @@ def _scaling(figure, device: Device) -> None:
         axis.set_xticks([row["size"] for row in every], [row["label"] for row in every], rotation=60 if sweep == "image" else 0)
         axis.tick_params(labelsize=7, which="both")
         axis.legend(fontsize=7)
-    row = rows(device, "scaling")[-1]  # of a sweep whose batch stays
-    axes[0].set_ylabel(f"ms, {TITLES[row['model']]}, {row['dtype']}, elsewhere batch {row['batch']}")
+    row = rows(device, "scaling")[0]
+    fixed = {row["batch"] for row in rows(device, "scaling") if row["sweep"] != "batch"}
+    elsewhere = f", elsewhere batch {fixed.pop()}" if fixed else ""
+    axes[0].set_ylabel(f"ms, {TITLES[row['model']]}, {row['dtype']}{elsewhere}")
+
+
+def _roofline_rows(device: Device) -> list[Row]:
+    return [
+        row for row in rows(device, "operations") if row["mode"] == "forward" and row.get("gb_s", 0) > 0 and row["tflop_s"] > 0
+    ]
 
 
 def _roofline(figure, device: Device) -> None:
     axis = figure.subplots()
-    found = [row for row in rows(device, "operations") if row["mode"] == "forward" and "flop_per_byte" in row]
+    found = _roofline_rows(device)
     dtype, batch = found[0]["dtype"], found[0]["batch"]
-    roof = device["roofs"][dtype]
+    roof = device["roofs"][max(row["run"] for row in found)][dtype]
     top, ridge = roof["flop_per_s"] / 1e12, roof["flop_per_s"] / roof["bytes_per_s"]
     intensities = [row["flop_per_byte"] for row in found]
     ends = sorted([min(*intensities, ridge) / 2, ridge, max(*intensities, ridge) * 2])
     axis.plot(ends, [min(top, x * roof["bytes_per_s"] / 1e12) for x in ends], "k-", label="measured copy and product")
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys((r["operation"], r["variant"]) for r in found))}
+    names = dict.fromkeys((row["operation"], row["variant"]) for row in found)
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
     markers = dict(zip(dict.fromkeys(row["provider"] for row in found), "o^sDvP", strict=False))
     for row in found:
-        name = f"{row['operation']}, TNT-{row['variant'].upper()}, {row['provider']}"
         style = dict(color=colours[row["operation"], row["variant"]], marker=markers[row["provider"]], linestyle="")
-        axis.plot(row["flop_per_byte"], row["tflop_s"], label=name, **style)
+        axis.plot(row["flop_per_byte"], row["tflop_s"], **style)
+    for (operation, variant), colour in colours.items():  # for the legend: what a colour says, and what a marker says
+        axis.plot([], [], "s", color=colour, label=f"{operation}, TNT-{variant.upper()}")
+    for provider, marker in markers.items():
+        axis.plot([], [], marker, color="0.4", label=provider)
     axis.set(
         xscale="log", yscale="log", xlabel="FLOP/byte (activations once)", ylabel=f"TFLOP/s, forward, {dtype}, batch {batch}"
     )
@@ -486,6 +545,11 @@ def _roofline(figure, device: Device) -> None:
 
 
 DRAW = {"throughput": _throughput, "waterfall": _waterfall, "memory": _memory, "scaling": _scaling, "roofline": _roofline}
+FOUND = {
+    "throughput": _throughput_rows, "waterfall": _steps, "memory": _memory_rows, "scaling": exponents,
+    "roofline": _roofline_rows,
+}  # fmt: skip
+"""For each picture what tells whether there is anything to draw."""
 
 
 def draw(devices: dict[str, Device], results: Path) -> list[Path]:
@@ -529,10 +593,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("no result of pytest benchmarks --benchmark-json among the files")
         readme = put_into(options.readme.read_text("utf-8"), first_block(devices))
         every = put_into(full.read_text("utf-8"), full_block(devices))
+        drawn = draw(devices, options.results)
+    except ImportError as error:
+        print(f'benchmarks.report: {error}; the pictures need pip install "tnt_fast[bench]"', file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2
-    drawn = draw(devices, options.results)
     write(options.results / "summary.json", json.dumps(summary(devices), indent=1) + "\n")
     write(full, every)
     write(options.readme, readme)

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.test_models import DEITS, TNTS, bare, fuse, steps
 from tnt_fast import flops, kernels
 
+PUBLISHED = {"tnt_ti": 1.4, "tnt_s": 5.2, "tnt_b": 14.1, "deit_ti": 1.3, "deit_s": 4.6, "deit_b": 17.6}  # G, as in TNT, Table 3
 DEIT_WIDTH = {"deit_ti": 192, "deit_s": 384, "deit_b": 768}
 DEPTH, N, S, CLASSES = 12, 196, 16, 1000
 
@@ -90,6 +91,7 @@ def test_flops(benchmark, family, path):
     assert found["macs"] == closed_form(family), (
         f"{family}, {path}: counted {found['macs']}, the closed form says {closed_form(family)}"
     )
+    assert abs(found["macs"] / 1e9 - PUBLISHED.get(family, found["macs"] / 1e9)) < 0.06  # they are rounded to a tenth
     parameters = sum(p.numel() for p in bare(family).parameters())
     benchmark.extra_info.update(suite="flops", id=f"{family}/{path}", model=family, path=path, parameters=parameters)
     benchmark.extra_info.update(found, flop_per_byte=round(2 * found["macs"] / found["bytes"], 1))

@@ -46,21 +46,15 @@ def bare(family: str, own: bool = True, **others) -> nn.Module:
         return timm.models.tnt.TNT(**TNTS[family])
 
 
-@lru_cache(maxsize=4)
-def weights(family: str) -> dict[str, torch.Tensor]:
-    """Weights in float32, all of them random: nothing is 0 or 1."""
+def filled(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A model of the meta device with random weights on DEVICE, the same for the same names: nothing is 0 or 1."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     found = {}
-    for name, p in bare(family).named_parameters():
+    for name, p in sorted(model.named_parameters()):
         scale = 0.05 if p.ndim == 1 else min(0.05, p[0].numel() ** -0.5)
-        found[name] = scale * torch.randn(p.shape, device=DEVICE, generator=generator) + (p.ndim == 1 and "weight" in name)
-    return found
-
-
-def copy_of(family: str, own: bool, dtype: torch.dtype, **others) -> nn.Module:
-    """A copy of the weights on the device; ``own`` False: in timm's model."""
-    model = bare(family, own, **others)
-    model.load_state_dict({name: x.to(dtype, copy=True) for name, x in weights(family).items()}, assign=True)
+        x = scale * torch.randn(p.shape, device=DEVICE, generator=generator) + (p.ndim == 1 and "weight" in name)
+        found[name] = x.to(dtype)
+    model.load_state_dict(found, assign=True)
     return model.eval()
 
 
@@ -95,29 +89,33 @@ def loss_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, weight
     return out, (each * weight).sum()
 
 
-def outputs(call: nn.Module, raw: nn.Module, images, labels, mode: str, dtype: str, count: int) -> dict[str, torch.Tensor]:
-    """What the guard compares, of the first ``count`` images: the output and, of a train step, the gradients by name."""
+def looked_at(batch: int) -> list[int]:
+    """The images that the guard compares: the first and the last, for which kernels take other turns."""
+    return sorted({0, batch - 1})
+
+
+def outputs(
+    call: nn.Module, raw: nn.Module, images, labels, mode: str, dtype: str, chosen: list[int]
+) -> dict[str, torch.Tensor]:
+    """What the guard compares, of the chosen images: the output and, of a train step, the gradients by name."""
     if mode != "train":
         with torch.no_grad():
-            return {"output": call(images)[:count]}
+            return {"output": call(images)[chosen]}
+    scale = 1024.0 if dtype == "fp16" else 1.0  # or small gradients underflow, which a train step prevents in the same way
     weight = torch.zeros(len(images), device=DEVICE, dtype=torch.float64 if images.dtype == torch.float64 else torch.float32)
-    weight[:count] = 1 / count
+    weight[chosen] = scale / len(chosen)
     out, loss = loss_of(call, images, labels, weight, dtype)
     loss.backward()
-    gradients = {name: p.grad for name, p in raw.named_parameters()}
+    gradients = {f"gradient of {name}": p.grad / scale for name, p in raw.named_parameters()}
     raw.zero_grad(set_to_none=True)
-    return {"output": out[:count].detach(), **gradients}
+    return {"output": out[chosen].detach(), **gradients}
 
 
-def rule(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], own: dict[str, torch.Tensor]):
-    """The rows of the guard. All gradients are one, each over its own largest, so that a small one counts as much."""
-    names = [name for name in exact if name != "output"]
-    rows = {"output": tuple(each["output"] for each in (found, exact, own))}
-    if names:
-        largest = {name: exact[name].abs().max().clamp_min(1e-30) for name in names}
-        parts = ([(each[name].double() / largest[name]).flatten() for name in names] for each in (found, exact))
-        of_own = torch.cat([(own[name] / largest[name].to(own[name])).flatten() for name in names])
-        rows["gradients"] = (*map(torch.cat, parts), of_own)
+def errors(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], own: dict[str, torch.Tensor], dtype: str):
+    """By name: the output by the rule, gradients by their norms."""
+    rows = {"output": measure.by_rule(*(each["output"] for each in (found, exact, own)))}
+    for name in exact.keys() - rows.keys():
+        rows[name] = measure.by_norm(found[name], exact[name], own[name], DTYPES[dtype])
     return rows
 
 
@@ -127,18 +125,17 @@ def random_images(batch: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], t
     return sets, torch.randint(1000, (batch,), device=DEVICE, generator=generator)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def expected(family: str, mode: str, dtype: str, batch: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The results in float64, and those of the same model, eager, in the same dtype; of at most two images."""
-    mode = mode if mode == "train" else "inference"
+    """The results in float64, and those of the same model, eager, in the same dtype, of the images that are looked at."""
     kind = torch.float32 if mode == "train" else DTYPES[dtype]
     (images, *_), labels = random_images(batch, kind)
-    count = min(batch, 2)
-    images, labels = images[:count], labels[:count]
-    own_model = copy_of(family, True, kind)
-    own = outputs(own_model, own_model, images, labels, mode, dtype, count)
+    images, labels = images[looked_at(batch)], labels[looked_at(batch)]
+    every = list(range(len(images)))
+    own_model = filled(bare(family), kind)
+    own = outputs(own_model, own_model, images, labels, mode, dtype, every)
     exact_model = own_model.double()  # of the rounded weights
-    return outputs(exact_model, exact_model, images.double(), labels, mode, dtype, count), own
+    return outputs(exact_model, exact_model, images.double(), labels, mode, dtype, every), own
 
 
 def _graph(model: nn.Module, image: torch.Tensor):
@@ -169,7 +166,7 @@ def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, gr
         kind = torch.float32 if mode == "train" else DTYPES[dtype]
         path = provider.split("-")[0]
         others = {"backend": "fused"} if path == "fused" else {}
-        raw = fuse(copy_of(family, path != "timm", kind, **others), path.split("+")[1:])
+        raw = fuse(filled(bare(family, path != "timm", **others), kind), path.split("+")[1:])
         if path == "fused" and mode == "train":
             with torch.autocast(DEVICE, DTYPES[dtype], enabled=dtype != "fp32"):
                 reasons = tnt_fast.why_not_fused(raw, torch.empty(1, 3, 224, 224, device=DEVICE), gradients=True)
@@ -199,11 +196,11 @@ def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, gr
                     call(sets[i % SETS])
 
         def check():
-            found = outputs(call, raw, sets[0], labels, mode, dtype, min(batch, 2))
-            return rule(found, *expected(family, mode, dtype, batch))
+            found = outputs(call, raw, sets[0], labels, mode, dtype, looked_at(batch))
+            return errors(found, *expected(family, "train" if mode == "train" else "inference", dtype, batch), dtype)
 
-        foreign = path == "timm" or provider.endswith("-compiled")
-        return Provider(run, check, own_bytes, mode != "latency_graph", measure.FOREIGN if foreign else 1.0)
+        slack = measure.FOREIGN if path == "timm" or provider.endswith("-compiled") else 1.0
+        return Provider(run, check, own_bytes, slack, peak=mode != "latency_graph", energy=batch == 256)
 
     info = dict(suite="models", model=family, mode=mode, dtype=dtype, batch=batch, provider=provider)
     return Case(f"{family}/{mode}/{dtype}/{batch}/{provider}", group, build, info)

@@ -10,7 +10,7 @@ import torch
 import tnt_fast
 from benchmarks import measure
 from benchmarks.measure import DEVICE, DTYPES, GPU, Case, Provider
-from benchmarks.test_models import TNTS
+from benchmarks.test_models import TNTS, filled, looked_at
 from tnt_fast import flops
 
 pytestmark = pytest.mark.benchmark(timer=measure.clock)
@@ -34,25 +34,24 @@ def scaling_case(sweep: str, size: int, changes: dict, provider: str, gpu: bool)
     label = "x".join(map(str, changes["img_size"])) if sweep == "image" else str(size)
     arguments = TNTS[family] | changes
 
-    def model(**others) -> tnt_fast.TNT:
-        torch.manual_seed(0)
-        return tnt_fast.TNT(**arguments, **others).eval().requires_grad_(False)
+    def model(own: bool = True, **others) -> torch.nn.Module:
+        with torch.device("meta"):
+            found = tnt_fast.TNT(**arguments, **others) if own else timm.models.tnt.TNT(**arguments)
+        return filled(found, DTYPES[dtype]).requires_grad_(False)
 
     def build() -> Provider:
-        timed = model(backend="reference" if provider == "timm" else provider)
-        if provider == "timm":
-            weights, timed = timed.state_dict(), timm.models.tnt.TNT(**arguments).eval().requires_grad_(False)
-            timed.load_state_dict(weights)
-        timed = timed.to(DEVICE, DTYPES[dtype])
-        images = [torch.randn(batch, 3, *timed.pixel_embed.img_size, device=DEVICE, dtype=DTYPES[dtype]) for _ in range(3)]
+        timed = model(own=False) if provider == "timm" else model(backend=provider)
+        size = (batch, 3, *timed.pixel_embed.img_size)
+        images = [torch.randn(size, device=DEVICE, dtype=DTYPES[dtype]) for _ in range(3)]
 
         def check():
-            reference = model(backend="reference").to(DEVICE, DTYPES[dtype])
-            own = reference(images[0][:1])
-            return {"output": (timed(images[0])[:1], reference.double()(images[0][:1].double()), own)}
+            reference, chosen = model(backend="reference"), looked_at(batch)
+            own = reference(images[0][chosen])
+            return {"output": measure.by_rule(timed(images[0])[chosen], reference.double()(images[0][chosen].double()), own)}
 
         own_bytes = sum(p.numel() * p.element_size() for p in timed.parameters())
-        return Provider(lambda i: timed(images[i % 3]), check, own_bytes)
+        slack = measure.FOREIGN if provider == "timm" else 1.0
+        return Provider(lambda i: timed(images[i % 3]), check, own_bytes, slack)
 
     info = dict(suite="scaling", sweep=sweep, size=size, label=label, model=family, mode="inference", dtype=dtype, batch=batch)
     return Case(f"{sweep}/{label}/{provider}", f"scaling/{sweep}", build, info | dict(provider=provider, arguments=arguments))

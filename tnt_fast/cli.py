@@ -232,8 +232,8 @@ def _bench(args: argparse.Namespace) -> int:
     for name, value, accepted in (("--size", args.size, bench.PAIRS), ("--dtype", dtype, bench.DTYPES)):
         if value not in accepted:
             raise ValueError(f"{name} {value!r} is unknown; accepted: {', '.join(accepted)}")
-    if batch < 1 or not args.seconds > 0:
-        raise ValueError(f"--batch-size {batch} must be at least 1, and --seconds {args.seconds} above 0")
+    if batch < 1 or not 0 < args.seconds < 1e6:
+        raise ValueError(f"--batch-size {batch} must be at least 1, and --seconds {args.seconds} above 0 and below 1e6")
     rows = bench.bench(args.size, device, dtype, batch, args.seconds, args.compile)
     if args.json:
         json.dump(rows, sys.stdout, indent=1)
