@@ -30,7 +30,7 @@ import tnt_fast
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-ROUNDS, SECONDS = (5, 100), 1.5  # rounds of a group: as many as fit in so many seconds, at least and at most
+ROUNDS, SECONDS = (5, 300), 1.5  # rounds of a group: as many as fit in so many seconds, at least and at most
 
 
 class Refused(Exception):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -197,6 +198,76 @@ def test_without_a_gpu_nothing_is_called(monkeypatch):
     monkeypatch.setattr("sys.argv", ["kernels", "--call"])
     with pytest.raises(SystemExit, match="torch sees no GPU"):
         timed.main()
+
+
+# ---- what only a GPU reaches, with a stand-in for it ----
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """torch.cuda as measure uses it: what it is told, in order; a call takes 1 ms and 3 MiB, between readings pass 10 J."""
+    told, joules = [], iter(range(0, 10**9, 10_000))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            told.append("record")
+
+        def synchronize(self):
+            told.append("wait")
+
+        def elapsed_time(self, end):
+            return 1.0
+
+    monkeypatch.setattr(measure, "GPU", True)
+    monkeypatch.setattr(measure, "_scratch", lambda: SimpleNamespace(zero_=lambda: told.append("empty the cache")))
+    monkeypatch.setattr(measure, "_millijoules", lambda: next(joules))
+    monkeypatch.setattr(measure, "nvidia_smi", lambda asked: "1980" if asked == "clocks.max.sm" else f"0 of {asked}")
+    for name, function in {
+        "Event": Event,
+        "_sleep": lambda cycles: told.append("sleep"),
+        "synchronize": lambda: told.append("synchronize"),
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 2 << 20,
+        "max_memory_allocated": lambda: 5 << 20,
+        "get_device_capability": lambda: (9, 0),
+        "get_device_properties": lambda index: SimpleNamespace(multi_processor_count=132),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    return told
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_row_of_a_gpu_has_times_memory_and_energy(ahead, stand_in):
+    x = torch.ones(3)
+    provider = measure.Provider(
+        lambda i: stand_in.append("call"),
+        lambda: {"result": measure.by_rule(x, x.double(), x)},
+        own_bytes=1 << 20,
+        energy=True,
+        ahead=ahead,
+    )
+    found = measure.measure([measure.Case("row", "group", lambda: provider)])["row"]
+    assert found["times"] == [1e-3] * measure.ROUNDS[1]
+    assert found["peak_mib"] == 4.0
+    assert found["joules"] == 10 / 1000  # over a second, of calls that take 1 ms
+    assert found["clocks_before"] == f"0 of {measure.CLOCKS}"
+    first = stand_in.index("empty the cache")
+    before = "sleep" if ahead else "synchronize"
+    assert stand_in[first : first + 6] == ["empty the cache", before, "record", "call", "record", "wait"]
+
+
+def test_the_issue_bound_of_a_fused_forward(stand_in, monkeypatch):
+    monkeypatch.setattr(operations_suite, "GPU", True)
+    info = dict(operation="inner", variant="s", mode="forward", provider="fused", dtype="bf16", batch=256)
+    cost = operations_suite.static_cost("inner", "s", "bf16")
+    bound = cost * 256 * 196 / (132 * 4 * 1980e6)
+    found = operations_suite.issue(info, 2 * bound)
+    assert found == {"issue_bound_ms": round(bound * 1e3, 4), "percent_of_issue": 50.0}
+    assert operations_suite.issue(info | dict(provider="eager"), 1.0) == {}
 
 
 # ---- counts ----
