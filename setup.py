@@ -10,7 +10,7 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "tnt_fast" / "__init__.
 
 PICTURES = ["matplotlib>=3.7"]
 TRAIN = ["torchvision>=0.23", "scikit-learn>=1.3", "tqdm>=4.60", "pillow>=10", *PICTURES]
-BENCH = ["pytest>=7.4", "pytest-benchmark>=4.0", "tqdm>=4.60", *PICTURES]
+BENCH = ["pytest>=7.4", "pytest-benchmark>=5.1", "tqdm>=4.60", *PICTURES]
 DEV = ["pytest-xdist>=3.5", "ruff>=0.8", "setuptools>=70", "wheel", *TRAIN, *BENCH]
 
 setup(

@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(config, items):
 def _keep(config) -> None:
     """Write the file of results as it is now: even a run that is killed leaves its last whole group."""
     session = config._benchmarksession
-    if not isinstance(session.json, Path) or not session.benchmarks:  # before pytest-benchmark 5.2: a file, already open
+    if not session.json or not session.benchmarks:
         return
     found = config.hook.pytest_benchmark_generate_json(
         config=config,
@@ -78,9 +78,17 @@ def _keep(config) -> None:
         commit_info=config.hook.pytest_benchmark_generate_commit_info(config=config),
     )
     config.hook.pytest_benchmark_update_json(config=config, benchmarks=session.benchmarks, output_json=found)
-    beside = session.json.with_name(f"{session.json.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(found, default=str), "utf-8")
-    beside.replace(session.json)
+    text = json.dumps(found, default=str)
+    if isinstance(session.json, Path):
+        beside = session.json.with_name(f"{session.json.name}.{os.getpid()}.tmp")
+        beside.write_text(text, "utf-8")
+        beside.replace(session.json)
+    else:  # before pytest-benchmark 5.3 an open file, over which the end of the run writes more than this
+        session.json.seek(0)
+        session.json.truncate()
+        session.json.write(text.encode())
+        session.json.flush()
+        session.json.seek(0)
 
 
 @pytest.fixture

@@ -358,7 +358,7 @@ def test_a_killed_run_leaves_its_groups(tmp_path):
     file = tmp_path / "found.json"
     options = ("benchmarks/test_operations.py", "--benchmark-only", "-k", "forward and eager", "--benchmark-json", str(file))
     running = subprocess.Popen(command(options), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
-    while not file.exists() and running.poll() is None:
+    while not (file.exists() and file.stat().st_size) and running.poll() is None:
         time.sleep(0.05)
     running.kill()
     assert running.wait() == -signal.SIGKILL
