@@ -152,7 +152,17 @@ def register(
 
 
 def recomputed(reference: Callable[..., Tensor], gradient: Tensor, arguments: Sequence[Any], needed: list[int]) -> list[Tensor]:
-    """Gradients by PyTorch, through the reference: for what a kernel does not take."""
+    """Gradients by PyTorch, through the reference: for what a kernel does not take.
+
+    Raises:
+        RuntimeError: inside of a TorchDispatchMode, where torch.func records nothing.
+    """
+    if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode):
+        raise RuntimeError(
+            f"the kernels do not take these gradients of {reference.__name__} (tnt_fast.why_not_fused(model, image, "
+            "gradients=True) says why), and PyTorch cannot compute them inside of a TorchDispatchMode such as FlopCounterMode; "
+            "there, set model.backend = 'reference'"
+        )
     tensors = [x if isinstance(x, Tensor) else None for x in arguments]
     dtypes = {x.dtype for x in tensors if x is not None}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # mixed under autocast

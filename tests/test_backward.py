@@ -11,6 +11,7 @@ import torch.distributed as dist
 from helpers import TINY, perturb, relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
@@ -86,6 +87,19 @@ def test_gradients_come_from_pytorch_where_that_is_said_and_only_there(sizes, re
         with pytest.warns(UserWarning, match=reason):
             model(image).sum().backward()
     assert len(calls) == (0 if reason is None else len(model.blocks))
+
+
+def test_gradients_by_pytorch_inside_of_a_dispatch_mode_are_a_clear_error():
+    model = tiny(first_stride=2)
+    with (
+        FlopCounterMode(display=False),
+        pytest.raises(RuntimeError, match=r"gradients of inner .* model\.backend = 'reference'"),
+    ):
+        model(images(1)).sum().backward()
+    model.backend = "reference"
+    with FlopCounterMode(display=False) as counter:
+        model(images(1)).sum().backward()
+    assert counter.get_total_flops() > 0
 
 
 def test_without_gradients_nothing_is_saved():
