@@ -103,9 +103,11 @@ def take(request, benchmark):
             start = time.perf_counter()
             deadline = start + minutes * 60 * UP_TO[module] - sum(config.stash[spent]) if minutes else None
             group = [other for other in map(_case, request.session.items) if other is not None and other.group == case.group]
-            known.update(measure.measure(group, 1 if benchmark.disabled else None, deadline))
+            found = measure.measure(group, 1 if benchmark.disabled else None, deadline)
+            known.update(found)
             config.stash[spent].append(time.perf_counter() - start)
-            _keep(config)
+            if not all(isinstance(row, Exception) for row in found.values()):
+                _keep(config)
         found = known[case.id]
         if isinstance(found, Exception):
             config.stash[left_out][case.id] = str(found)

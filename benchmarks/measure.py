@@ -63,10 +63,9 @@ class Error(NamedTuple):
 class Provider:
     """One way to compute something.
 
-    run: takes the number of the round, to rotate its inputs. check: what the guard looks at, by name; what it reads is freed
-    before anything is timed. own_bytes: of weights and optimizer state. slack: factor on what the rule allows; 1 for kernels
-    of ours. peak, energy: whether these are taken. ahead: whether the host may run ahead of the GPU, so that the time is the
-    GPU's alone; else it is what a caller waits.
+    run: takes the number of the round, to rotate its inputs. check: what the guard looks at, by name. own_bytes: of weights
+    and optimizer state. slack: factor on what the rule allows; 1 for kernels of ours. peak, energy: whether these are taken.
+    ahead: whether the host may run ahead of the GPU, so that the time is the GPU's alone; else it is what a caller waits.
     """
 
     run: Callable[[int], Any]
@@ -257,6 +256,8 @@ def measure(chosen: list[Case], rounds: int | None = None, deadline: float | Non
     Args:
         rounds: None: as many as fit. deadline: of time.perf_counter(); what would be built after it is skipped.
     """
+    if deadline is not None and time.perf_counter() > deadline:
+        return {case.id: Skipped(NO_TIME) for case in chosen}
     found: dict[str, dict | Exception] = {}
     try:
         _measure(chosen, rounds, deadline, found)
@@ -267,6 +268,7 @@ def measure(chosen: list[Case], rounds: int | None = None, deadline: float | Non
 
 def _measure(chosen: list[Case], rounds: int | None, deadline: float | None, found: dict[str, dict | Exception]) -> None:
     torch._dynamo.reset()  # or the code that earlier groups compiled counts towards the limit of this one
+    gc.collect()  # models lie in cycles
     ready: dict[str, Provider] = {}
     extra: dict[str, dict[str, float]] = {}
     before = clocks()
@@ -275,7 +277,6 @@ def _measure(chosen: list[Case], rounds: int | None, deadline: float | None, fou
             found[case.id] = Skipped(NO_TIME)
             continue
         if GPU:
-            gc.collect()
             torch.cuda.empty_cache()
         try:
             provider = case.build()

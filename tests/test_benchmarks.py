@@ -177,10 +177,20 @@ def test_an_error_of_the_machine_is_the_reason_of_every_row(monkeypatch):
     assert len(calls) == 1
 
 
-def test_what_is_built_after_the_deadline_is_skipped():
-    found = measure.measure([_case("late", lambda i: None)], rounds=2, deadline=time.perf_counter() - 1)
-    assert str(found["late"]) == measure.NO_TIME
-    assert isinstance(found["late"], measure.Skipped)
+def test_what_is_built_after_the_deadline_is_skipped(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def slow():
+        now[0] = 2.0
+        return _case("slow", lambda i: None).build()
+
+    cases = [measure.Case("slow", "group", slow), _case("late", lambda i: None)]
+    found = measure.measure(cases, rounds=2, deadline=1.0)
+    assert found["slow"]["times"] == [0.0, 0.0]
+    for late in (found["late"], *measure.measure(cases, rounds=2, deadline=1.0).values()):
+        assert isinstance(late, measure.Skipped)
+        assert str(late) == measure.NO_TIME
 
 
 def test_xformers_without_operators_is_one_line(monkeypatch):
