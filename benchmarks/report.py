@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks.compare import is_control
 from benchmarks.measure import exponent
+from tnt_fast.dispatch import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -433,11 +434,13 @@ def _steps(device: Device) -> dict[tuple[str, str], list[tuple[str, float]]]:
         if is_step(row):
             name = f"ms, {row['dtype']}, batch {row['batch']}"
             found.setdefault((row["model"], name, row["run"]), []).append((row["provider"], row["median"] * 1e3))
-    for row in rows(device, "flops"):
-        if row["model"] in ("tnt_s", "tnt_b"):
-            path = "eager+pixel_embed+inner+fold" if row["path"] == "fused" else row["path"]
-            name = "MiB moved an image, float16, counted"
-            found.setdefault((row["model"], name, row["run"]), []).append((path, row["bytes"] / 2**20))
+    counted = [row for row in rows(device, "flops") if row["model"] in ("tnt_s", "tnt_b")]
+    longest = max((row["path"].count("+") for row in counted), default=0)
+    last = "+".join(("eager", *OPERATIONS[: longest + 1]))  # "fused": one operation more
+    for row in counted:
+        path = last if row["path"] == "fused" else row["path"]
+        name = "MiB moved an image, float16, counted"
+        found.setdefault((row["model"], name, row["run"]), []).append((path, row["bytes"] / 2**20))
     chains = {}
     for (model, name, _), each in found.items():
         each = sorted(each, key=lambda step: step[0].count("+"))

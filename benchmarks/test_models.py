@@ -2,8 +2,8 @@
 
 The groups that tell most come first; ``--minutes`` bounds the time on a GPU. On a CPU: small batches of the reference.
 A train step is forward, loss, backward and AdamW, in bf16 and fp16 by autocast, fp16 with loss scaling. Its guard, as that of
-inference, looks at two images, of which it compares the output and the gradients of their loss, each parameter's over its own
-largest. A CUDA graph's time includes copying the images into it.
+inference, looks at the first and the last image: at their output and, by name, at the gradients of their loss. A CUDA graph's
+time includes copying the images into it.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import tnt_fast
 from benchmarks import measure
 from benchmarks.measure import DEVICE, DTYPES, GPU, Case, Provider
 from tnt_fast import flops, kernels
+from tnt_fast.dispatch import OPERATIONS
 from tnt_fast.tnt import Block, PixelEmbed
 
 pytestmark = pytest.mark.benchmark(timer=measure.clock)
@@ -78,7 +79,7 @@ def fuse(model: nn.Module, operations: Iterable[str]) -> nn.Module:
 
 def steps() -> list[str]:
     """The providers of the waterfall: one more operation fused in each."""
-    names = [name for name in ("pixel_embed", "inner", "fold", "outer") if name in kernels.OPERATIONS]
+    names = [name for name in OPERATIONS if name in kernels.OPERATIONS]
     return ["+".join(["eager", *names[:i]]) for i in range(len(names) + 1)]
 
 

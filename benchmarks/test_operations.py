@@ -21,9 +21,9 @@ from benchmarks import kernels as arguments
 from benchmarks import measure
 from benchmarks.measure import DEVICE, DTYPES, GPU, Case, Provider, Skipped
 from tnt_fast import kernels, reference
+from tnt_fast.dispatch import OPERATIONS
 
 pytestmark = pytest.mark.benchmark(timer=measure.clock)
-OPERATIONS = ("pixel_embed", "inner", "fold", "outer")
 WHERE = {True: dict(batch=256, dtype="bf16"), False: dict(batch=1, dtype="fp32")}  # on a GPU, or not
 SETS = 3  # of inputs, in turns
 

@@ -252,7 +252,8 @@ def _bench(args: argparse.Namespace) -> int:
 # ---- info ----
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """None: it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -289,7 +290,7 @@ def describe(models: list[str]) -> dict[str, Any]:
         "versions": {
             "tnt_fast": tnt_fast.__version__,
             "python": platform.python_version(),
-            **{p: _version(p) for p in packages},
+            **{p: installed_version(p) for p in packages},
         },
         "devices": _devices(),
         "kernels": {name: "fused" if kernel(name) else "none in this version" for name in OPERATIONS},
