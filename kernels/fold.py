@@ -37,16 +37,18 @@ from torch import Tensor
 from tnt_fast import reference
 from tnt_fast.kernels.operation import (
     DTYPES,
-    check_shape,
-    check_tensors,
+    MOST_ROWS,
+    Argument,
+    Description,
     precision,
     programs,
     recomputed,
     register,
     start,
-    under_autocast,
+    wrong_eps,
+    zeros_for_none,
 )
-from tnt_fast.kernels.tile import Launch
+from tnt_fast.kernels.tile import Launch, centred
 
 # dtype: (rows per program, K chunk, warps, stages). Chosen by static cost for sm_90 on 2026-11-22, not yet timed on a GPU.
 CONFIGS = {
@@ -57,6 +59,7 @@ CONFIGS = {
 ROWS = 32
 # backward's LayerNorms: (values a turn, values a thread, programs a multiprocessor). Not yet timed, either.
 NORM_CONFIG = (2048, 16, 8)
+WIDEST = 2**20  # values of a patch: a weight's place is counted in 32 bits
 NORM_WIDTH = 16384  # widest row of which a program holds several copies in registers
 
 
@@ -80,6 +83,7 @@ def _fold_fwd_kernel(
     HAS_NORM2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     DT: tl.constexpr = pixel_ptr.dtype.element_ty
+    EXACT: tl.constexpr = tl.float32 == DT  # as in tile.centred
     K: tl.constexpr = S * C
     PARTS: tl.constexpr = BLOCK // ROWS
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -90,10 +94,11 @@ def _fold_fwd_kernel(
     WIDTH: tl.constexpr = C_PAD if LEGACY else BLOCK_K
     k = tl.arange(0, WIDTH)
 
-    mean, rstd = (), ()
+    mean, rest, rstd = (), (), ()
     for p in tl.static_range(PARTS):
         row = first + p * ROWS + r
         mean_p = tl.zeros((ROWS,), tl.float32)
+        rest_p = tl.zeros((ROWS,), tl.float32)
         square_p = tl.zeros((ROWS,), tl.float32)
         if not LEGACY:  # chunk by chunk, means and squared deviations merged: exact for large means
             for k0 in tl.static_range(0, K, STEP):
@@ -102,7 +107,19 @@ def _fold_fwd_kernel(
                     pixel_ptr + row[:, None] * K + at[None, :], mask=(row < n_rows)[:, None] & (at < K)[None, :], other=0.0
                 ).to(tl.float32)  # [ROWS, BLOCK_K]
                 mean_p, square_p = _merge(x, (at < K)[None, :], mean_p, square_p, k0, K - k0 if K - k0 < STEP else STEP)
+            if EXACT:  # once more around that mean: what its rounding left of mean and squares
+                square_p = tl.zeros((ROWS,), tl.float32)
+                for k0 in range(0, K, STEP):
+                    at = k0 + k
+                    mask = (row < n_rows)[:, None] & (at < K)[None, :]
+                    x = tl.load(pixel_ptr + row[:, None] * K + at[None, :], mask=mask, other=0.0)
+                    x = tl.where((at < K)[None, :], x - mean_p[:, None], 0.0)
+                    rest_p += tl.sum(x, 1)
+                    square_p += tl.sum(x * x, 1)
+                rest_p *= 1.0 / K
+                square_p = tl.maximum(square_p - K * rest_p * rest_p, 0.0)
         mean = mean + (mean_p,)
+        rest = rest + (rest_p,)
         rstd = rstd + (tl.rsqrt(square_p * (1.0 / K) + eps),)
 
     accs = ()
@@ -128,11 +145,13 @@ def _fold_fwd_kernel(
                 tl.float32
             )  # [ROWS, WIDTH]
             if LEGACY:
-                m = tl.sum(x, 1) * (1.0 / C)
-                x = tl.where(real[None, :], x - m[:, None], 0.0)
+                x = centred(x, real, C, EXACT)
                 x = x * tl.rsqrt(tl.sum(x * x, 1) * (1.0 / C) + eps)[:, None]
             else:
-                x = (x - mean[p][:, None]) * rstd[p][:, None]
+                x = x - mean[p][:, None]
+                if EXACT:
+                    x -= rest[p][:, None]
+                x = x * rstd[p][:, None]
             h = tl.where(real[None, :], x * gamma[None, :] + beta[None, :], 0.0).to(DT)
             for i in tl.static_range(N_E):
                 new = new + (tl.dot(h, weights[i], accs[p * N_E + i], input_precision=PRECISION),)
@@ -153,10 +172,15 @@ def _fold_fwd_kernel(
             biased = biased + (y,)
             total += tl.sum(y, 1)  # columns past E are zero
         m = total * (1.0 / E)
+        rest_p = tl.zeros((ROWS,), tl.float32)
         square = tl.zeros((ROWS,), tl.float32)
         if HAS_NORM2:
+            if EXACT:
+                for i in tl.static_range(N_E):
+                    rest_p += tl.sum(tl.where((i * BLOCK_E + e < E)[None, :], biased[i] - m[:, None], 0.0), 1)
+                rest_p *= 1.0 / E
             for i in tl.static_range(N_E):
-                d = tl.where((i * BLOCK_E + e < E)[None, :], biased[i] - m[:, None], 0.0)
+                d = tl.where((i * BLOCK_E + e < E)[None, :], biased[i] - m[:, None] - rest_p[:, None], 0.0)
                 square += tl.sum(d * d, 1)
         s = tl.rsqrt(square * (1.0 / E) + eps)
         for i in tl.static_range(N_E):
@@ -165,15 +189,15 @@ def _fold_fwd_kernel(
             if HAS_NORM2:
                 gamma = tl.load(norm2_weight_ptr + out, mask=out < E, other=0.0).to(tl.float32)
                 beta = tl.load(norm2_bias_ptr + out, mask=out < E, other=0.0).to(tl.float32)
-                y = (y - m[:, None]) * s[:, None] * gamma[None, :] + beta[None, :]
+                y = (y - m[:, None] - rest_p[:, None]) * s[:, None] * gamma[None, :] + beta[None, :]
             mask = live[:, None] & (out < E)[None, :]
             source = image * patch_stride_b + (1 + row % n_patches) * patch_stride_n
             y += tl.load(patch_ptr + source[:, None] + out[None, :], mask=mask, other=0.0).to(tl.float32)
-            tl.store(y_ptr + token[:, None] * E + out[None, :], y.to(DT), mask=mask)
+            tl.store(y_ptr + token[:, None] * E + out[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
             # the class token goes along with its image's first patch
             mask = mask & (row % n_patches == 0)[:, None]
             cls = tl.load(patch_ptr + (image * patch_stride_b)[:, None] + out[None, :], mask=mask, other=0.0)
-            tl.store(y_ptr + ((token - 1) * E)[:, None] + out[None, :], cls.to(DT), mask=mask)
+            tl.store(y_ptr + ((token - 1) * E)[:, None] + out[None, :], cls.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -185,9 +209,7 @@ def _normalised(x_ptr, row, live, shift, eps, W: tl.constexpr, W_PAD: tl.constex
     col = tl.arange(0, W_PAD)
     mask = live[:, None] & (col < W)[None, :]
     x = tl.load(x_ptr + row[:, None] * W + col[None, :], mask=mask, other=0.0).to(tl.float32) + shift[None, :]
-    x = tl.where((col < W)[None, :], x - (tl.sum(x, 1) * (1.0 / W))[:, None], 0.0)
-    if x_ptr.dtype.element_ty == tl.float32:  # a large mean's rounding is seen: what it left is taken off, too
-        x = tl.where((col < W)[None, :], x - (tl.sum(x, 1) * (1.0 / W))[:, None], 0.0)
+    x = centred(x, col < W, W, x_ptr.dtype.element_ty == tl.float32)
     rstd = tl.where(live, tl.rsqrt(tl.sum(x * x, 1) * (1.0 / W) + eps), 0.0)
     return x * rstd[:, None], rstd
 
@@ -265,7 +287,37 @@ def unsupported(sizes: dict[str, Any]) -> list[str]:
         reasons.append(f"C={sizes['C']} channels a pixel; accepted: 1 to 128")
     if not 1 <= sizes["E"] <= 1024:
         reasons.append(f"E={sizes['E']} channels a patch; accepted: 1 to 1024")
+    if sizes["S"] * sizes["C"] > WIDEST:
+        reasons.append(f"S·C={sizes['S'] * sizes['C']} values a patch; accepted: up to {WIDEST}")
     return reasons
+
+
+def _limits(sizes: dict[str, Any]) -> list[str]:
+    """Reasons against the sizes of a call, by the letters of ``DESCRIPTION``; those of the activations may be unknown."""
+    reasons = unsupported(sizes)
+    width, S, C = sizes["W"], sizes["S"], sizes["C"]
+    if width not in (C, S * C):
+        reasons.append(f"norm1_weight has {width} values; accepted: S·C={S * C}, or C={C} (legacy)")
+    if "P" in sizes:
+        P, B, T = sizes["P"], sizes["B"], sizes["T"]
+        if T < 1 or P != B * (T - 1):
+            reasons.append(f"pixel has {P} patches, patch has {B} images with {T - 1} each")
+        if P * S > MOST_ROWS:
+            reasons.append(f"{P} patches of {S} pixels; accepted: up to {MOST_ROWS} pixels in all")
+    return reasons
+
+
+DESCRIPTION = Description(
+    "fold",
+    (
+        Argument("pixel", "P S C", activation=True), Argument("patch", "B T E", activation=True),
+        Argument("norm1_weight", "W"), Argument("norm1_bias", "W", optional=True),
+        Argument("proj_weight", "E S*C"), Argument("proj_bias", "E", optional=True),
+        Argument("norm2_weight", "E", optional=True), Argument("norm2_bias", "E", optional=True),
+    ),
+    _limits,
+    numbers=lambda given: ({}, wrong_eps(given)),
+)  # fmt: skip
 
 
 def gradients_unsupported(sizes: dict[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
@@ -326,59 +378,36 @@ def _fold(
     pixel: Tensor,
     patch: Tensor,
     norm1_weight: Tensor,
-    norm1_bias: Tensor,
+    norm1_bias: Tensor | None,
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     norm2_weight: Tensor | None,
     norm2_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    check_tensors(
-        "fold", pixel=pixel, patch=patch, norm1_weight=norm1_weight, norm1_bias=norm1_bias, proj_weight=proj_weight,
-        proj_bias=proj_bias, norm2_weight=norm2_weight, norm2_bias=norm2_bias,
-    )  # fmt: skip
-    batch, tokens, E = _check_shapes(pixel, patch, norm1_weight, norm1_bias, proj_weight, proj_bias, norm2_weight, norm2_bias)
+    DESCRIPTION.check(locals())
+    (rows, S, C), (batch, tokens, E) = pixel.shape, patch.shape
     pixel = pixel.contiguous()
-    patch = patch.to(pixel.dtype)
     patch = patch if patch.stride(-1) == 1 else patch.contiguous()
-    out = torch.empty((batch, tokens, E), dtype=pixel.dtype, device=pixel.device)
-    rows, S, C = pixel.shape
-    if out.numel() == 0 or rows == 0:
+    out = torch.empty((batch, tokens, E), dtype=torch.promote_types(pixel.dtype, patch.dtype), device=pixel.device)
+    if rows == 0:
         return out.copy_(patch)
     legacy = norm1_weight.shape[0] == C and S > 1
     spec = _specialise(
         S, C, E, legacy, proj_bias is not None, norm2_weight is not None, DTYPES[pixel.dtype], precision(pixel.dtype)
     )
-    absent = norm1_weight  # never read
+    unread = norm1_weight  # stands for what the specialisation does not read
+    second = (unread, unread) if norm2_weight is None else (norm2_weight.contiguous(), zeros_for_none(norm2_bias, norm2_weight))
     start(
-        spec, -(-rows // spec.constants["BLOCK"]), pixel, patch, out, norm1_weight.contiguous(), norm1_bias.contiguous(),
-        proj_weight.contiguous(), absent if proj_bias is None else proj_bias, absent if norm2_weight is None else norm2_weight,
-        absent if norm2_bias is None else norm2_bias, rows, tokens - 1, patch.stride(0), patch.stride(1), eps,
+        spec, -(-rows // spec.constants["BLOCK"]), pixel, patch, out, norm1_weight.contiguous(),
+        zeros_for_none(norm1_bias, norm1_weight), proj_weight.contiguous(),
+        unread if proj_bias is None else proj_bias.contiguous(), *second, rows, tokens - 1, *patch.stride()[:2], eps,
     )  # fmt: skip
     return out
 
 
-def _check_shapes(pixel, patch, norm1_weight, norm1_bias, proj_weight, proj_bias, norm2_weight, norm2_bias):
-    if pixel.ndim != 3 or patch.ndim != 3:
-        raise ValueError(
-            f"fold: pixel {tuple(pixel.shape)}, patch {tuple(patch.shape)}; expected (B·N, S, C) and (B, 1 + N, E)"
-        )
-    (rows, S, C), (batch, tokens, E) = pixel.shape, patch.shape
-    if rows != batch * (tokens - 1):
-        raise ValueError(f"fold: pixel has {rows} patches, patch has {batch} images with {tokens - 1} each")
-    width = norm1_weight.shape[0]
-    if width not in (C, S * C):
-        raise ValueError(f"fold: norm1_weight has {width} values; accepted: S·C={S * C}, or C={C} (legacy)")
-    check_shape("fold", "norm1_weight", norm1_weight, width)
-    check_shape("fold", "norm1_bias", norm1_bias, width)
-    check_shape("fold", "proj_weight", proj_weight, E, S * C)
-    for name, tensor in (("proj_bias", proj_bias), ("norm2_weight", norm2_weight), ("norm2_bias", norm2_bias)):
-        check_shape("fold", name, tensor, E)
-    return batch, tokens, E
-
-
 def _empty(pixel, patch, *args):
-    return torch.empty(patch.shape, dtype=pixel.dtype, device=pixel.device)
+    return torch.empty(patch.shape, dtype=torch.promote_types(pixel.dtype, patch.dtype), device=pixel.device)
 
 
 def _multiply_adds(pixel, patch, *args) -> int:
@@ -390,7 +419,7 @@ def _fold_backward(
     pixel: Tensor,
     patch: Tensor,
     norm1_weight: Tensor,
-    norm1_bias: Tensor,
+    norm1_bias: Tensor | None,
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     norm2_weight: Tensor | None,
@@ -409,15 +438,15 @@ def _fold_backward(
     found: dict[int, Tensor] = {}
     if 1 in wanted:
         found[1] = torch.empty(patch.shape, dtype=patch.dtype, device=patch.device).copy_(gradient)
+    if norm2_weight is None and 7 in wanted:  # not read alone
+        found[7] = torch.zeros_like(norm2_bias, memory_format=torch.contiguous_format)
     if rows == 0:
         found |= {i: torch.zeros_like(tensors[i], memory_format=torch.contiguous_format) for i in wanted - {1}}
     elif wanted - {1}:
-        # autocast has chosen the dtypes in the forward; in a backward that runs under it, it must not do so again
-        with torch.autocast(pixel.device.type, enabled=False):
-            found |= _matrix_gradients(
-                gradient[:, 1:], pixel.contiguous(), norm1_weight, norm1_bias, proj_weight.to(pixel.dtype), proj_bias,
-                norm2_weight, eps, wanted,
-            )  # fmt: skip
+        found |= _matrix_gradients(
+            gradient[:, 1:], pixel.contiguous(), norm1_weight, norm1_bias, proj_weight.to(pixel.dtype), proj_bias,
+            norm2_weight, eps, wanted,
+        )  # fmt: skip
     return [found[i].to(tensors[i].dtype).contiguous() for i in needed]
 
 
@@ -425,7 +454,7 @@ def _matrix_gradients(
     gradient: Tensor,
     pixel: Tensor,
     norm1_weight: Tensor,
-    norm1_bias: Tensor,
+    norm1_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     norm2_weight: Tensor | None,
@@ -462,12 +491,12 @@ def _matrix_gradients(
     return found
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm of the rows of a contiguous matrix."""
     spec = _specialise_norm(x.shape[1], DTYPES[x.dtype])
     y = torch.empty_like(x)
     grid = -(-x.shape[0] // spec.constants["BLOCK"])
-    start(spec, grid, x, y, weight.contiguous(), bias.contiguous(), x.shape[0], eps)
+    start(spec, grid, x, y, weight.contiguous(), zeros_for_none(bias, weight), x.shape[0], eps)
     return y
 
 
@@ -498,7 +527,7 @@ def fold(
     pixel: Tensor,
     patch: Tensor,
     norm1_weight: Tensor,
-    norm1_bias: Tensor,
+    norm1_bias: Tensor | None,
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     norm2_weight: Tensor | None = None,
@@ -510,7 +539,7 @@ def fold(
     Raises:
         TypeError, ValueError: a tensor of another dtype, device or shape; named, with what is accepted.
     """
-    pixel, patch = under_autocast(pixel, patch)
-    return _operation(
-        pixel, patch, norm1_weight, norm1_bias, proj_weight, proj_bias, norm2_weight, norm2_bias, eps
-    )  # fmt: skip
+    if norm2_weight is None:
+        norm2_bias = None  # the reference does not read it alone, either
+    tensors = (pixel, patch, norm1_weight, norm1_bias, proj_weight, proj_bias, norm2_weight, norm2_bias)
+    return _operation(*DESCRIPTION.prepare(*tensors), eps)

@@ -29,7 +29,7 @@ Ampere's (Launch.mma_arch). The asynchronous ones with a left operand in registe
 known to come out wrong (triton issues 9433, 11781), and are no fewer instructions here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,17 +40,19 @@ from torch import Tensor
 from tnt_fast import reference
 from tnt_fast.kernels.operation import (
     DTYPES,
-    check_shape,
-    check_tensors,
+    MOST_ROWS,
+    Argument,
+    Description,
     is_fast,
     precision,
     programs,
     recomputed,
     register,
     start,
-    under_autocast,
+    wrong_eps,
+    zeros_for_none,
 )
-from tnt_fast.kernels.tile import Launch, exp2, gelu, reciprocal, tanh
+from tnt_fast.kernels.tile import Launch, centred, exp2, gelu, reciprocal, tanh
 
 # (C_PAD, half precision): (rows of a turn, warps, hidden channels at once, stages, programs a multiprocessor, mma_arch).
 # Chosen by static cost for sm_90 on 2026-11-22, not yet timed on a GPU. TNT-Ti, S and B have C_PAD 16, 32 and 64.
@@ -89,20 +91,16 @@ def _gelu(x, FAST: tl.constexpr, PAIRS: tl.constexpr):
     """GELU; with PAIRS GELU(8x)/4 in float16: the caller scales the weights around it by 1/8 and 4, which is exact.
 
     The polynomial of tile.gelu in x²/64, which the saturating product clamps at 1. Largest error 3e-3 for |8x| below 4, where
-    rounding the exact value to bfloat16 makes 7.8e-3. Beyond 262,000 a hidden value is taken as that.
+    rounding the exact value to bfloat16 makes 7.8e-3. |x| has to stay below 32752 (see _halving), so that 2x is finite.
     """
-    if PAIRS:
+    if PAIRS and FAST:
         return tl.inline_asm_elementwise(
             """{
-            .reg .b32 h, q, t, c0, c1, c2, top, low;
+            .reg .b32 h, q, t, c0, c1, c2;
             mov.b32 c0, 0x46614661;   // 8 * 0.7975079, twice
             mov.b32 c1, 0x4CBD4CBD;   // 8 * 64 * 0.0370056
             mov.b32 c2, 0xC9C2C9C2;   // 8 * 64 * 64 * -0.0003515
-            mov.b32 top, 0x77FF77FF;  // 32752, twice: 2 * h stays finite
-            mov.b32 low, 0xF7FFF7FF;
             cvt.rn.f16x2.f32 h, $2, $1;
-            min.NaN.f16x2 h, h, top;
-            max.NaN.f16x2 h, h, low;
             mul.sat.f16x2 q, h, h;
             fma.rn.f16x2 t, q, c2, c1;
             fma.rn.f16x2 t, t, q, c0;
@@ -116,8 +114,22 @@ def _gelu(x, FAST: tl.constexpr, PAIRS: tl.constexpr):
             is_pure=True,
             pack=2,
         )
+    elif PAIRS:
+        return (gelu(8.0 * x, FAST) * 0.25).to(tl.float16)
     else:
         return gelu(x, FAST)
+
+
+@triton.jit
+def _exponent(x):
+    """floor(log2 x) of normal float32 x ≥ 0; −127 of smaller ones, 128 of infinity and NaN."""
+    return ((x.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+
+
+@triton.jit
+def _power(exponent):
+    """2 to an integer exponent between −126 and 127, to which it is clamped."""
+    return ((tl.minimum(tl.maximum(exponent, -126), 127) + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -131,7 +143,7 @@ def _rows(weight_ptr, gamma_ptr, beta_ptr, ch, out, used, C: tl.constexpr):
 
 
 @triton.jit
-def _folded(weight_ptr, gamma_ptr, beta_ptr, bias_ptr, out, used, HAS_BIAS: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
+def _folded(weight_ptr, gamma_ptr, beta_ptr, bias_ptr, out, used, HAS_BIAS: tl.constexpr, UNIT, C: tl.constexpr,
             C_PAD: tl.constexpr, TRIM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """UNIT·(rows C of a weight and bias after LayerNorm): [C_PAD, len(out)], row C for the constant one.
 
@@ -153,19 +165,52 @@ def _folded(weight_ptr, gamma_ptr, beta_ptr, bias_ptr, out, used, HAS_BIAS: tl.c
 
 
 @triton.jit
-def _mlp_slice(start: tl.constexpr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, gamma_ptr, beta_ptr, C: tl.constexpr,
-               C_PAD: tl.constexpr, MLP: tl.constexpr, SLICE: tl.constexpr, TRIM: tl.constexpr, PAIRS: tl.constexpr,
-               DTYPE: tl.constexpr):  # fmt: skip
-    """The weights of SLICE hidden channels, [C_PAD, SLICE] and [SLICE, C_PAD], scaled as _gelu wants them."""
+def _halvings(weight_ptr, gamma_ptr, beta_ptr, bias_ptr, out, used, C: tl.constexpr, C_PAD: tl.constexpr):
+    """How often hidden channels have to be halved for float16 (PAIRS): 0, but for weights that allow values above 65536.
+
+    No normalised row is longer than √C, so |hidden| ≤ √C·Σ|weight| + |bias|. What GELU of a halved value, doubled again, is
+    off by is 2e-6 of the values that made it necessary.
+    """
+    w, shift = _rows(weight_ptr, gamma_ptr, beta_ptr, tl.arange(0, C_PAD), out, used, C)
+    shift += tl.load(bias_ptr + out, mask=used, other=0.0).to(tl.float32)
+    return tl.maximum(_exponent(tl.sum(tl.abs(w), 0) * C**0.5 + tl.abs(shift)) - 15, 0)
+
+
+@triton.jit
+def _mlp_exponent(start, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, gamma_ptr, beta_ptr, C: tl.constexpr,
+                  C_PAD: tl.constexpr, MLP: tl.constexpr, SLICE: tl.constexpr):  # fmt: skip
+    """Of the largest weight of fc2 for SLICE hidden channels, as PAIRS wants them scaled."""
     ch = tl.arange(0, C_PAD)
     hid = start + tl.arange(0, SLICE)
     used = hid < MLP
-    fc1 = _folded(
-        fc1_weight_ptr, gamma_ptr, beta_ptr, fc1_bias_ptr, hid, used, True, 0.125 if PAIRS else 1.0, C, C_PAD, TRIM, DTYPE
-    )
+    mask = (ch < C)[None, :] & used[:, None]
+    fc2 = tl.load(fc2_weight_ptr + ch[None, :] * MLP + hid[:, None], mask=mask, other=0.0).to(tl.float32)
+    halvings = _halvings(fc1_weight_ptr, gamma_ptr, beta_ptr, fc1_bias_ptr, hid, used, C, C_PAD)
+    return tl.max(_exponent(tl.max(tl.abs(fc2), 1)) + halvings + 2, 0)
+
+
+@triton.jit
+def _mlp_slice(start: tl.constexpr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, gamma_ptr, beta_ptr, raised,
+               C: tl.constexpr, C_PAD: tl.constexpr, MLP: tl.constexpr, SLICE: tl.constexpr, TRIM: tl.constexpr,
+               PAIRS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """The weights of SLICE hidden channels, [C_PAD, SLICE] and [SLICE, C_PAD], scaled as _gelu wants them.
+
+    With PAIRS fc2's are float16, ``raised`` octaves up, so that they are neither too large nor too small for that.
+    """
+    ch = tl.arange(0, C_PAD)
+    hid = start + tl.arange(0, SLICE)
+    used = hid < MLP
     at = ch[None, :] * MLP + hid[:, None]
     fc2 = tl.load(fc2_weight_ptr + at, mask=(ch < C)[None, :] & used[:, None], other=0.0).to(tl.float32)
-    return fc1, (fc2 * (4.0 if PAIRS else 1.0)).to(tl.float16 if PAIRS else DTYPE)
+    if PAIRS:
+        halvings = _halvings(fc1_weight_ptr, gamma_ptr, beta_ptr, fc1_bias_ptr, hid, used, C, C_PAD)
+        unit = _power(-3 - halvings)[None, :]
+        fc2 = (fc2 * _power(2 + halvings + raised)[:, None]).to(tl.float16)
+    else:
+        unit = 1.0
+        fc2 = fc2.to(DTYPE)
+    fc1 = _folded(fc1_weight_ptr, gamma_ptr, beta_ptr, fc1_bias_ptr, hid, used, True, unit, C, C_PAD, TRIM, DTYPE)
+    return fc1, fc2
 
 
 @triton.jit
@@ -188,11 +233,9 @@ def _dot(h, w, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _centre(x, real, C: tl.constexpr):
+def _centre(x, real, C: tl.constexpr, EXACT: tl.constexpr):
     """x − mean, 0 in padding channels."""
-    x = tl.where(real[None, :], x, 0.0)  # known zeros: the compiler drops the products that computed them
-    mean = tl.sum(x, 1) * (1.0 / C)
-    return tl.where(real[None, :], x - mean[:, None], 0.0)
+    return centred(tl.where(real[None, :], x, 0.0), real, C, EXACT)  # known zeros: the compiler drops what computed them
 
 
 @triton.jit
@@ -209,12 +252,13 @@ def _inner_fwd_kernel(
     attn_scale_ptr, mlp_scale_ptr, n_patches, eps,
     C: tl.constexpr, C_PAD: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HG: tl.constexpr,
     S: tl.constexpr, T: tl.constexpr, MLP: tl.constexpr, SLICE: tl.constexpr, G: tl.constexpr,
-    HAS_QKV_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, RESIDENT: tl.constexpr, FAST: tl.constexpr,
+    HAS_QKV_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, RESIDENT: tl.constexpr, FAST: tl.constexpr, PAIRS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    BY_PRODUCT: tl.constexpr = RESIDENT and tl.float32 != DTYPE  # float32 products are slow
-    PAIRS: tl.constexpr = FAST and tl.bfloat16 == DTYPE
+    EXACT: tl.constexpr = tl.float32 == DTYPE
+    BY_PRODUCT: tl.constexpr = RESIDENT and not EXACT  # float32 products are slow
+    UNIT: tl.constexpr = C / C_PAD  # a power of two apart, what the products make of x − mean
     M: tl.constexpr = G * T
     W: tl.constexpr = HG * D_PAD
     TRIM: tl.constexpr = C_PAD >= 64 and 4 * (C + 1) <= 3 * C_PAD
@@ -279,6 +323,18 @@ def _inner_fwd_kernel(
         at = ch[None, :] * C + source[:, None]
         wp = wp + (tl.load(proj_weight_ptr + at, mask=real[None, :] & used[:, None], other=0.0).to(DTYPE),)  # [W, C_PAD]
     proj_bias = tl.load(proj_bias_ptr + ch, mask=real, other=0.0).to(tl.float32)
+    # octaves that PAIRS raises fc2's weights by, and with them the sum that their product is added to
+    raised, up, down = 0, 1.0, 1.0
+    if PAIRS:
+        top = -127
+        for start in range(0, MLP, SLICE):  # not unrolled, for its registers
+            exponent = _mlp_exponent(
+                start, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, norm2_weight_ptr, norm2_bias_ptr, C, C_PAD, MLP, SLICE
+            )
+            top = tl.maximum(top, exponent)
+        raised = tl.minimum(14 - top, 0) + tl.minimum(tl.maximum(-6 - top, 0), 60)
+        raised = tl.where(top > -64, raised, 0)  # nothing of those is seen
+        up, down = _power(raised), _power(-raised)
     w1, w2 = (), ()
     if RESIDENT:
         for start in tl.static_range(0, MLP, SLICE):
@@ -289,6 +345,7 @@ def _inner_fwd_kernel(
                 fc2_weight_ptr,
                 norm2_weight_ptr,
                 norm2_bias_ptr,
+                raised,
                 C,
                 C_PAD,
                 MLP,
@@ -299,11 +356,11 @@ def _inner_fwd_kernel(
             )
             w1 = w1 + (fc1,)
             w2 = w2 + (fc2,)
-    fc2_bias = tl.load(fc2_bias_ptr + ch, mask=real, other=0.0).to(tl.float32)
+    fc2_bias = tl.load(fc2_bias_ptr + ch, mask=real, other=0.0).to(tl.float32) * up
 
     diagonal = (ch[:, None] == ch[None, :]) & real[:, None]
     identity = tl.where(diagonal, 1.0, 0.0).to(DTYPE)
-    centring = tl.where(real[:, None] & real[None, :], tl.where(diagonal, C - 1.0, -1.0), 0.0).to(DTYPE)
+    centring = tl.where(real[:, None] & real[None, :], tl.where(diagonal, C - 1.0, -1.0) / C_PAD, 0.0).to(DTYPE)
     own = (lane[None, :] // D_PAD == tl.arange(0, HG)[:, None])[None, :, None, :]  # [1, HG, 1, W]
     ones = tl.broadcast_to(tl.where(own, 1.0, 0.0), (G, HG, T, W))
     ones = tl.reshape(ones, (G, HG * T, W)).to(DTYPE)
@@ -313,18 +370,20 @@ def _inner_fwd_kernel(
     offset = (row if T == S else patch * S + token)[:, None] * C + ch[None, :]
     for turn in range(tl.program_id(0), tl.cdiv(n_patches, G), tl.num_programs(0)):
         first = tl.cast(turn, tl.int64) * (G * S * C)
-        live = (row < tl.minimum(n_patches - turn * G, G) * T)[:, None] & real[None, :]
+        live = (row < tl.maximum(tl.minimum(n_patches - turn * G, G), 0) * T)[:, None] & real[None, :]
         if T > S:
             live = live & (token < S)[:, None]
         tokens = tl.load(x_ptr + first + offset, mask=live, other=0.0)  # [M, C_PAD]
         if BY_PRODUCT:
             centred = tl.where(real[None, :], tl.dot(tokens, centring), 0.0)
-            h = _normalise(centred, one, eps, C, C, DTYPE)
+            h = _normalise(centred, one, eps, C, UNIT, DTYPE)
             x = tl.dot(tokens, identity)
         else:
             x = tokens.to(tl.float32)
-            h = _normalise(_centre(x, real, C), one, eps, C, 1, DTYPE)
+            h = _normalise(_centre(x, real, C, EXACT), one, eps, C, 1, DTYPE)
 
+        if T > S:  # without an eps, rows of padding are not finite, and keys and values of their patch
+            h = tl.where((token < S)[:, None], h, 0.0).to(DTYPE)
         h = _columns(h, M, C_PAD, TRIM)
         total = tl.zeros((M, C_PAD), tl.float32) if HAS_SCALE else x
         total += proj_bias[None, :]
@@ -349,9 +408,9 @@ def _inner_fwd_kernel(
         else:
             x = total
 
-        h = _normalise(_centre(x, real, C), one, eps, C, 1, DTYPE)
+        h = _normalise(_centre(x, real, C, EXACT), one, eps, C, 1, DTYPE)
         h = _columns(h, M, C_PAD, TRIM)
-        total = tl.zeros((M, C_PAD), tl.float32) if HAS_SCALE else x
+        total = tl.zeros((M, C_PAD), tl.float32) if HAS_SCALE else x * up
         total += fc2_bias[None, :]
         for start in tl.static_range(0, MLP, SLICE):
             if RESIDENT:
@@ -364,6 +423,7 @@ def _inner_fwd_kernel(
                     fc2_weight_ptr,
                     norm2_weight_ptr,
                     norm2_bias_ptr,
+                    raised,
                     C,
                     C_PAD,
                     MLP,
@@ -376,14 +436,14 @@ def _inner_fwd_kernel(
             total = tl.dot(hidden, fc2, total, input_precision=PRECISION)
         if HAS_SCALE:
             mine = turn * G + patch
-            x += total * tl.load(mlp_scale_ptr + mine, mask=mine < n_patches, other=0.0)[:, None]
+            x += total * (tl.load(mlp_scale_ptr + mine, mask=mine < n_patches, other=0.0) * down)[:, None]
         else:
-            x = total
+            x = total * down
         tl.store(y_ptr + first + offset, tl.where(real[None, :], x, 0.0).to(DTYPE), mask=live)
 
 
 @triton.jit
-def _centred_weight(weight_ptr, gamma_ptr, beta_ptr, bias_ptr, out, used, HAS_BIAS: tl.constexpr, UNIT: tl.constexpr,
+def _centred_weight(weight_ptr, gamma_ptr, beta_ptr, bias_ptr, out, used, HAS_BIAS: tl.constexpr, UNIT,
                     C: tl.constexpr, C_PAD: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """_folded with the mean over the channels taken off: the same product with a normalised tile, whose channels sum to 0.
 
@@ -457,11 +517,14 @@ def _own(G: tl.constexpr, T: tl.constexpr, HG: tl.constexpr, D_PAD: tl.constexpr
 
 
 @triton.jit
-def _standardise(centred, real, eps, C: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl.constexpr):
-    """UNIT·(x − mean) -> (x − mean)/σ with the constant one in channel C, and 1/σ of every row."""
+def _standardise(centred, alive, eps, C: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl.constexpr):
+    """UNIT·(x − mean) -> (x − mean)/σ with the constant one in channel C, and 1/σ of every row.
+
+    Both are 0 in rows that are not alive, and so is all that the sums get of them, whatever eps is.
+    """
     ch = tl.arange(0, centred.shape[1])
     var = tl.sum(centred * centred, 1) * (1.0 / (C * UNIT * UNIT))
-    inverse = tl.rsqrt(var + eps)
+    inverse = tl.where(alive, tl.rsqrt(var + eps), 0.0)
     return tl.where((ch == C)[None, :], 1.0, centred * (inverse * (1.0 / UNIT))[:, None]).to(DTYPE), inverse
 
 
@@ -478,12 +541,12 @@ def _gelu_gradient(x, da, FAST: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.con
     """GELU(x), and its derivative times da; with PAIRS GELU(8x)/4 and twice the derivative at 8x times da.
 
     The polynomial of tile.gelu and its derivative. Pairs of float16 as in _gelu, but for the product with da, which may be
-    too small for them; 1 − t² is multiplied by x first, so that where it is 0 a large x does not overflow.
+    too small for them. x·(1 − t²) is of an x clamped where 1 − t² is 0, but for what tanh.approx may be off there.
     """
-    if PAIRS:
+    if PAIRS and FAST:
         return tl.inline_asm_elementwise(
             """{
-            .reg .b32 h, q, t, n, e, u, g, c0, c1, c2, d1, d2, one, top, low;
+            .reg .b32 h, q, t, n, e, u, g, c0, c1, c2, d1, d2, one, less;
             .reg .b16 lo, hi;
             .reg .f32 a, b;
             mov.b32 c0, 0x46614661;   // 8 * 0.7975079, twice
@@ -492,11 +555,8 @@ def _gelu_gradient(x, da, FAST: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.con
             mov.b32 d1, 0x531B531B;   // 3 * 8 * 64 * 0.0370056
             mov.b32 d2, 0xD333D333;   // 5 * 8 * 64 * 64 * -0.0003515
             mov.b32 one, 0x3C003C00;
-            mov.b32 top, 0x77FF77FF;  // 32752, twice: 2 * h stays finite
-            mov.b32 low, 0xF7FFF7FF;
+            mov.b32 less, 0xBC00BC00; // -1
             cvt.rn.f16x2.f32 h, $3, $2;
-            min.NaN.f16x2 h, h, top;
-            max.NaN.f16x2 h, h, low;
             mul.sat.f16x2 q, h, h;
             fma.rn.f16x2 t, q, c2, c1;
             fma.rn.f16x2 t, t, q, c0;
@@ -505,7 +565,9 @@ def _gelu_gradient(x, da, FAST: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.con
             fma.rn.f16x2 g, h, t, h;
             neg.f16x2 n, t;
             fma.rn.f16x2 e, n, t, one;
-            mul.f16x2 e, e, h;
+            min.NaN.f16x2 n, h, one;
+            max.NaN.f16x2 n, n, less;
+            mul.f16x2 e, e, n;
             fma.rn.f16x2 u, q, d2, d1;
             fma.rn.f16x2 u, u, q, c0;
             add.f16x2 t, t, one;
@@ -533,10 +595,24 @@ def _gelu_gradient(x, da, FAST: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.con
         half = 0.5 * x
         slope = 0.5 * t + 0.5 + (half - half * t * t) * (0.7975079 + x2 * (0.1110168 - 0.0017575 * x2))
         return (half * t + half).to(DTYPE), (da * slope).to(DTYPE)
+    elif PAIRS:
+        value, slope = _gelu_gradient(8.0 * x, 2.0 * da, FAST, False, tl.float32)
+        return (value * 0.25).to(DTYPE), slope.to(DTYPE)
     else:
         phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         slope = phi + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
         return (x * phi).to(DTYPE), (da * slope).to(DTYPE)
+
+
+@triton.jit
+def _mlp_units(hid, used, fc1_weight_ptr, gamma_ptr, beta_ptr, fc1_bias_ptr, C: tl.constexpr, C_PAD: tl.constexpr,
+               SLICE: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
+    """What _gelu_gradient wants fc1 and fc2 multiplied by, [1, SLICE] each; their gradients then make up for it."""
+    if PAIRS:
+        halvings = _halvings(fc1_weight_ptr, gamma_ptr, beta_ptr, fc1_bias_ptr, hid, used, C, C_PAD)
+        return _power(-3 - halvings)[None, :], _power(2 + halvings)[None, :]
+    else:
+        return tl.full((1, SLICE), 1.0, tl.float32), tl.full((1, SLICE), 1.0, tl.float32)
 
 
 @triton.jit
@@ -546,18 +622,16 @@ def _inner_bwd_mlp_kernel(
     attn_scale_ptr, mlp_scale_ptr, sums_ptr, n_patches, eps,
     C: tl.constexpr, C_PAD: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HG: tl.constexpr,
     S: tl.constexpr, T: tl.constexpr, MLP: tl.constexpr, SLICE: tl.constexpr, G: tl.constexpr,
-    HAS_QKV_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    NEED_WEIGHTS: tl.constexpr,
+    HAS_QKV_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, FAST: tl.constexpr, PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr, NEED_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """dx = gradient of what comes before the MLP; the sums a program: fc1, fc2 [2, C_PAD, HIDDEN], fc2's bias [C_PAD].
 
     All sums have the channels as their rows: Triton gives every warp rows of its own, and would do fewer rows several times.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    BY_PRODUCT: tl.constexpr = tl.float32 != DTYPE  # float32 products are slow
-    PAIRS: tl.constexpr = FAST and tl.bfloat16 == DTYPE
-    IN: tl.constexpr = 0.125 if PAIRS else 1.0  # what _gelu_gradient wants of fc1 and fc2; the sums make up for it
-    OUT: tl.constexpr = 4.0 if PAIRS else 1.0
+    EXACT: tl.constexpr = tl.float32 == DTYPE
+    UNIT: tl.constexpr = C / C_PAD
     M: tl.constexpr = G * T
     W: tl.constexpr = HG * D_PAD
     ch = tl.arange(0, C_PAD)
@@ -576,20 +650,23 @@ def _inner_bwd_mlp_kernel(
     for base in tl.static_range(0, MLP, SLICE):
         hid = base + tl.arange(0, SLICE)
         used = hid < MLP
+        unit, out = _mlp_units(
+            hid, used, fc1_weight_ptr, norm2_weight_ptr, norm2_bias_ptr, fc1_bias_ptr, C, C_PAD, SLICE, PAIRS
+        )
         fc1 = _centred_weight(
-            fc1_weight_ptr, norm2_weight_ptr, norm2_bias_ptr, fc1_bias_ptr, hid, used, True, IN, C, C_PAD, DTYPE
+            fc1_weight_ptr, norm2_weight_ptr, norm2_bias_ptr, fc1_bias_ptr, hid, used, True, unit, C, C_PAD, DTYPE
         )
         at = ch[:, None] * MLP + hid[None, :]
         fc2 = tl.load(fc2_weight_ptr + at, mask=real[:, None] & used[None, :], other=0.0).to(tl.float32)
         w1 = w1 + (fc1,)
-        w2 = w2 + ((fc2 * OUT).to(DTYPE),)  # [C_PAD, SLICE]
+        w2 = w2 + ((fc2 * out).to(DTYPE),)  # [C_PAD, SLICE]
         g1 = g1 + (tl.zeros((C_PAD, SLICE), tl.float32),)
         g2 = g2 + (tl.zeros((C_PAD, SLICE), tl.float32),)
     gb = tl.zeros((C_PAD, 16), tl.float32)
     diagonal = (ch[:, None] == ch[None, :]) & real[:, None]
     identity = tl.where(diagonal, 1.0, 0.0).to(DTYPE)
     negative = tl.where(diagonal, -1.0, 0.0).to(DTYPE)  # one matrix used twice would be kept in registers
-    centring = tl.where(real[:, None] & real[None, :], tl.where(diagonal, C - 1.0, -1.0), 0.0).to(DTYPE)
+    centring = tl.where(real[:, None] & real[None, :], tl.where(diagonal, C - 1.0, -1.0) / C_PAD, 0.0).to(DTYPE)
     own, ones = _own(G, T, HG, D_PAD, DTYPE)
 
     row = tl.arange(0, M)
@@ -597,18 +674,19 @@ def _inner_bwd_mlp_kernel(
     offset = (row if T == S else patch * S + token)[:, None] * C + ch[None, :]
     for turn in range(tl.program_id(0), tl.cdiv(n_patches, G), tl.num_programs(0)):
         first = tl.cast(turn, tl.int64) * (G * S * C)
-        live = (row < tl.minimum(n_patches - turn * G, G) * T)[:, None] & real[None, :]
+        alive = patch < n_patches - turn * G
         if T > S:
-            live = live & (token < S)[:, None]
+            alive = alive & (token < S)
+        live = alive[:, None] & real[None, :]
         tokens = tl.load(x_ptr + first + offset, mask=live, other=0.0)  # [M, C_PAD]
         dy = tl.load(dy_ptr + first + offset, mask=live, other=0.0)
-        if BY_PRODUCT:
+        if not EXACT:
             centred = tl.where(real[None, :], tl.dot(tokens, centring), 0.0)
-            h, _ = _standardise(centred, real, eps, C, C, DTYPE)
+            h, _ = _standardise(centred, alive, eps, C, UNIT, DTYPE)
             x = tl.dot(tokens, identity)
         else:
             x = tokens.to(tl.float32)
-            h, _ = _standardise(_centre(x, real, C), real, eps, C, 1, DTYPE)
+            h, _ = _standardise(_centre(x, real, C, EXACT), alive, eps, C, 1, DTYPE)
         total = tl.zeros((M, C_PAD), tl.float32) if HAS_SCALE else x
         total += proj_bias[None, :]
         for i in tl.static_range(len(heads)):
@@ -624,7 +702,7 @@ def _inner_bwd_mlp_kernel(
             x = total
             dz = dy
 
-        h, inverse = _standardise(_centre(x, real, C), real, eps, C, 1, DTYPE)
+        h, inverse = _standardise(_centre(x, real, C, EXACT), alive, eps, C, 1, DTYPE)
         dh = tl.zeros((M, C_PAD), tl.float32)
         new1, new2 = (), ()
         for i in tl.static_range(len(w1)):
@@ -639,7 +717,7 @@ def _inner_bwd_mlp_kernel(
             g1, g2 = new1, new2
             gb = tl.dot(tl.trans(dz), tl.full((M, 16), 1.0, DTYPE), gb, input_precision=PRECISION)
         dx = _norm_gradient(dh, h, inverse, real, C)
-        dx -= tl.dot(dy, negative) if BY_PRODUCT else -dy
+        dx -= tl.dot(dy, negative) if not EXACT else -dy
         tl.store(dx_ptr + first + offset, dx.to(DTYPE), mask=live)
 
     if NEED_WEIGHTS:
@@ -648,8 +726,12 @@ def _inner_bwd_mlp_kernel(
         hid = tl.arange(0, SLICE)
         for i in tl.static_range(len(w1)):
             at = ch[:, None] * HIDDEN + (i * SLICE + hid)[None, :]
-            tl.store(sums + at, g1[i] * IN)
-            tl.store(sums + C_PAD * HIDDEN + at, g2[i] * OUT)
+            unit, out = _mlp_units(
+                i * SLICE + hid, i * SLICE + hid < MLP, fc1_weight_ptr, norm2_weight_ptr, norm2_bias_ptr, fc1_bias_ptr, C,
+                C_PAD, SLICE, PAIRS,
+            )  # fmt: skip
+            tl.store(sums + at, g1[i] * unit)
+            tl.store(sums + C_PAD * HIDDEN + at, g2[i] * out)
         gb = tl.sum(tl.where((tl.arange(0, 16) == 0)[None, :], gb, 0.0), 1)  # its columns are alike
         tl.store(sums + 2 * HIDDEN * C_PAD + ch, gb)
 
@@ -668,7 +750,8 @@ def _inner_bwd_attention_kernel(
     The sums a program: q, k, v and projection [4, C_PAD, LANES], the projection's bias [C_PAD].
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    BY_PRODUCT: tl.constexpr = tl.float32 != DTYPE
+    EXACT: tl.constexpr = tl.float32 == DTYPE
+    UNIT: tl.constexpr = C / C_PAD
     M: tl.constexpr = G * T
     W: tl.constexpr = HG * D_PAD
     ch = tl.arange(0, C_PAD)
@@ -689,7 +772,7 @@ def _inner_bwd_attention_kernel(
     gb = tl.zeros((C_PAD, 16), tl.float32)
     diagonal = (ch[:, None] == ch[None, :]) & real[:, None]
     identity = tl.where(diagonal, 1.0, 0.0).to(DTYPE)
-    centring = tl.where(real[:, None] & real[None, :], tl.where(diagonal, C - 1.0, -1.0), 0.0).to(DTYPE)
+    centring = tl.where(real[:, None] & real[None, :], tl.where(diagonal, C - 1.0, -1.0) / C_PAD, 0.0).to(DTYPE)
     own, ones = _own(G, T, HG, D_PAD, DTYPE)
 
     row = tl.arange(0, M)
@@ -697,16 +780,17 @@ def _inner_bwd_attention_kernel(
     offset = (row if T == S else patch * S + token)[:, None] * C + ch[None, :]
     for turn in range(tl.program_id(0), tl.cdiv(n_patches, G), tl.num_programs(0)):
         first = tl.cast(turn, tl.int64) * (G * S * C)
-        live = (row < tl.minimum(n_patches - turn * G, G) * T)[:, None] & real[None, :]
+        alive = patch < n_patches - turn * G
         if T > S:
-            live = live & (token < S)[:, None]
+            alive = alive & (token < S)
+        live = alive[:, None] & real[None, :]
         tokens = tl.load(x_ptr + first + offset, mask=live, other=0.0)  # [M, C_PAD]
         dy = tl.load(dx_ptr + first + offset, mask=live, other=0.0)
-        if BY_PRODUCT:
+        if not EXACT:
             centred = tl.where(real[None, :], tl.dot(tokens, centring), 0.0)
-            h, inverse = _standardise(centred, real, eps, C, C, DTYPE)
+            h, inverse = _standardise(centred, alive, eps, C, UNIT, DTYPE)
         else:
-            h, inverse = _standardise(_centre(tokens.to(tl.float32), real, C), real, eps, C, 1, DTYPE)
+            h, inverse = _standardise(_centre(tokens.to(tl.float32), real, C, EXACT), alive, eps, C, 1, DTYPE)
         if HAS_SCALE:
             mine = turn * G + patch
             scale = tl.load(attn_scale_ptr + mine, mask=mine < n_patches, other=0.0)
@@ -721,17 +805,13 @@ def _inner_bwd_attention_kernel(
             q, k, v, p, o, sums = _heads(h, wq, wk, wv, own, ones, S, T, G, HG, W, FAST, PRECISION)
             do = tl.reshape(tl.dot(dz, tl.trans(wp), input_precision=PRECISION), (G, T, W))
             do = do * sums  # P's normalisation, which P itself then needs nowhere
-            # dP minus its mean over P
-            if BY_PRODUCT:  # the mean is the sum of do·o over a head's channels: by a product, as all sums here
-                ds = tl.dot((do * o * -1.0).to(DTYPE), tl.permute(ones, (0, 2, 1)), input_precision=PRECISION)
-                do = do.to(DTYPE)
-                ds = tl.dot(do, tl.permute(v, (0, 2, 1)), ds, input_precision=PRECISION)  # [G, T, HG·T]
-                ds = (ds * p).to(DTYPE)
-            else:  # without the rounding of two large terms that cancel
-                ds = tl.reshape(tl.dot(do, tl.permute(v, (0, 2, 1)), input_precision=PRECISION), (G, T, HG, T))
-                p4 = tl.reshape(p, (G, T, HG, T))
-                mean = tl.sum(p4 * ds, 3) / tl.sum(p4, 3)
-                ds = tl.reshape(p4 * (ds - mean[:, :, :, None]), (G, T, HG * T))
+            do = do.to(DTYPE)
+            # dP minus its mean over P, in float32: where P is about 1, the two are large and cancel
+            ds = tl.reshape(tl.dot(do, tl.permute(v, (0, 2, 1)), input_precision=PRECISION), (G, T, HG, T))
+            p4 = tl.reshape(p, (G, T, HG, T))
+            mean, weight = tl.sum(p4 * ds, 3), tl.sum(p4, 3)
+            mean = mean / weight if EXACT else mean * reciprocal(weight, FAST)
+            ds = tl.reshape(p4 * (ds - mean[:, :, :, None]), (G, T, HG * T)).to(DTYPE)
             dq = tl.reshape(tl.dot(ds, k, input_precision=PRECISION).to(DTYPE), (M, W))
             dk = tl.dot(tl.permute(ds, (0, 2, 1)), q, input_precision=PRECISION)  # [G, HG·T, W]
             dv = tl.dot(tl.permute(p.to(DTYPE), (0, 2, 1)), do, input_precision=PRECISION)
@@ -752,7 +832,7 @@ def _inner_bwd_attention_kernel(
             gq, gk, gv, gp = newq, newk, newv, newp
             gb = tl.dot(tl.trans(dz), tl.full((M, 16), 1.0, DTYPE), gb, input_precision=PRECISION)
         dx = _norm_gradient(dh, h, inverse, real, C)
-        dx += tl.dot(dy, identity) if BY_PRODUCT else dy
+        dx += tl.dot(dy, identity) if not EXACT else dy
         tl.store(dx_ptr + first + offset, dx.to(DTYPE), mask=live)
 
     if NEED_WEIGHTS:
@@ -781,6 +861,42 @@ def unsupported(sizes: dict[str, Any]) -> list[str]:
     if not 1 <= sizes["M"] <= 384:
         reasons.append(f"{sizes['M']} hidden channels of the inner MLP; accepted: 1 to 384")
     return reasons
+
+
+def _numbers(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The heads, and reasons against what is no number of them, and no eps."""
+    heads, reasons = given["num_heads"], wrong_eps(given)
+    if not isinstance(heads, int) or heads < 1:
+        reasons.append(f"num_heads={heads!r}; accepted: a positive integer that divides C")
+    return {"H": heads}, reasons
+
+
+def _limits(sizes: dict[str, Any]) -> list[str]:
+    """Reasons against the sizes of a call, by the letters of ``DESCRIPTION``; P, the patches, may be unknown."""
+    if sizes["C"] % sizes["H"]:
+        return [f"{sizes['H']} heads do not divide C={sizes['C']}"]
+    pixels = sizes.get("P", 0) * sizes["S"]
+    many = [f"{pixels} pixels of all patches; accepted: up to {MOST_ROWS}"] if pixels > MOST_ROWS else []
+    return unsupported(sizes) + many
+
+
+DESCRIPTION = Description(
+    "inner",
+    (
+        Argument("pixel", "P S C", activation=True),
+        Argument("norm1_weight", "C"), Argument("norm1_bias", "C", optional=True),
+        Argument("qk_weight", "2*C C"), Argument("qk_bias", "2*C", optional=True),
+        Argument("v_weight", "C C"), Argument("v_bias", "C", optional=True),
+        Argument("proj_weight", "C C"), Argument("proj_bias", "C", optional=True),
+        Argument("norm2_weight", "C"), Argument("norm2_bias", "C", optional=True),
+        Argument("fc1_weight", "M C"), Argument("fc1_bias", "M", optional=True),
+        Argument("fc2_weight", "C M"), Argument("fc2_bias", "C", optional=True),
+        Argument("attn_scale", "P", optional=True), Argument("mlp_scale", "P", optional=True),
+    ),
+    _limits,
+    numbers=_numbers,
+    together=("qk_bias", "v_bias"),
+)  # fmt: skip
 
 
 def gradients_unsupported(sizes: dict[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
@@ -813,6 +929,7 @@ def _specialise(
         HAS_QKV_BIAS=has_qkv_bias, HAS_SCALE=has_scale, RESIDENT=c_pad < (64 if dtype == "fp32" else 128) and M <= 256,
         FAST=fast, PRECISION=prec,
     )  # fmt: skip
+    constants["PAIRS"] = fast and dtype == "bf16" and constants["RESIDENT"]  # else fc2 would be gone through twice a turn
     weights = (
         "norm1_weight", "norm1_bias", "qk_weight", "qk_bias", "v_weight", "v_bias", "proj_weight", "proj_bias",
         "norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias",
@@ -828,13 +945,14 @@ def _specialise(
 def _specialise_backward(spec: Launch, weights: bool) -> tuple[Launch, Launch]:
     """The two launches of the backward that belongs to a forward."""
     dtype = spec.pointers["x_ptr"]
-    common = {k: v for k, v in spec.constants.items() if k not in ("RESIDENT", "SLICE", "MLP")} | {"NEED_WEIGHTS": weights}
+    mlps = ("RESIDENT", "SLICE", "MLP", "PAIRS")
+    common = {k: v for k, v in spec.constants.items() if k not in mlps} | {"NEED_WEIGHTS": weights}
     halves = []
     for kernel, configs in ((_inner_bwd_mlp_kernel, MLP_CONFIGS), (_inner_bwd_attention_kernel, ATTENTION_CONFIGS)):
         rows, warps, hidden, stages, _, mma_arch = configs[common["C_PAD"], dtype != "fp32"]
         constants = common | {"G": max(1, rows // common["T"])}
         if kernel is _inner_bwd_mlp_kernel:
-            constants |= {"MLP": spec.constants["MLP"], "SLICE": hidden}
+            constants |= {"MLP": spec.constants["MLP"], "SLICE": hidden, "PAIRS": spec.constants["PAIRS"]}
         pointers = {name: dtype for name in kernel.arg_names if name.endswith("_ptr")}
         pointers |= {name: "fp32" for name in ("attn_scale_ptr", "mlp_scale_ptr", "sums_ptr") if name in pointers}
         halves.append(
@@ -871,66 +989,62 @@ def launches() -> Iterable[tuple[str, str, Launch]]:
 def _inner(
     pixel: Tensor,
     norm1_weight: Tensor,
-    norm1_bias: Tensor,
+    norm1_bias: Tensor | None,
     qk_weight: Tensor,
     qk_bias: Tensor | None,
     v_weight: Tensor,
     v_bias: Tensor | None,
     proj_weight: Tensor,
-    proj_bias: Tensor,
+    proj_bias: Tensor | None,
     norm2_weight: Tensor,
-    norm2_bias: Tensor,
+    norm2_bias: Tensor | None,
     fc1_weight: Tensor,
-    fc1_bias: Tensor,
+    fc1_bias: Tensor | None,
     fc2_weight: Tensor,
-    fc2_bias: Tensor,
+    fc2_bias: Tensor | None,
     num_heads: int,
     eps: float,
     attn_scale: Tensor | None,
     mlp_scale: Tensor | None,
 ) -> Tensor:
-    weights = dict(
-        norm1_weight=norm1_weight, norm1_bias=norm1_bias, qk_weight=qk_weight, qk_bias=qk_bias, v_weight=v_weight,
-        v_bias=v_bias, proj_weight=proj_weight, proj_bias=proj_bias, norm2_weight=norm2_weight, norm2_bias=norm2_bias,
-        fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias,
-    )  # fmt: skip
-    check_tensors("inner", pixel=pixel, **weights, attn_scale=attn_scale, mlp_scale=mlp_scale)
-    if pixel.ndim != 3:
-        raise ValueError(f"inner: pixel has shape {tuple(pixel.shape)}; expected (patches, S, C)")
+    DESCRIPTION.check(locals())
     (P, S, C), M = pixel.shape, fc1_weight.shape[0]
-    if num_heads < 1 or C % num_heads:
-        raise ValueError(f"inner: {num_heads} heads do not divide C={C}")
-    if (qk_bias is None) != (v_bias is None):
-        raise ValueError("inner: qk_bias and v_bias are given or left out together")
-    shapes = {
-        "qk_weight": (2 * C, C), "qk_bias": (2 * C,), "v_weight": (C, C), "proj_weight": (C, C), "fc1_weight": (M, C),
-        "fc1_bias": (M,), "fc2_weight": (C, M),
-    }  # fmt: skip
-    for name, tensor in weights.items():
-        check_shape("inner", name, tensor, *shapes.get(name, (C,)))
-    for name, tensor in (("attn_scale", attn_scale), ("mlp_scale", mlp_scale)):
-        check_shape("inner", name, tensor, P)
-    reasons = unsupported({"C": C, "H": num_heads, "S": S, "M": M})
-    if reasons:
-        raise ValueError(f"inner: {'; '.join(reasons)}")
-
     pixel = pixel.contiguous()
     out = torch.empty_like(pixel)
     if out.numel() == 0:
         return out
     has_scale = attn_scale is not None or mlp_scale is not None
-    if has_scale:
-        one = torch.ones(P, dtype=torch.float32, device=pixel.device)
-        attn_scale, mlp_scale = (one if scale is None else scale.float() for scale in (attn_scale, mlp_scale))
-    dtype = DTYPES[pixel.dtype]
     spec = _specialise(
-        S, C, num_heads, M, qk_bias is not None, has_scale, dtype, precision(pixel.dtype), is_fast(pixel.dtype)
+        S, C, num_heads, M, qk_bias is not None, has_scale, DTYPES[pixel.dtype], precision(pixel.dtype), is_fast(pixel.dtype)
     )  # fmt: skip
     grid = programs(pixel.device, -(-P // spec.patches), _per_sm(spec))
-    absent = norm1_weight  # never read
-    given = (absent if w is None else w.contiguous() for w in (*weights.values(), attn_scale, mlp_scale))
+    given = _given(
+        P, norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias, norm2_weight, norm2_bias,
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias, attn_scale, mlp_scale,
+    )  # fmt: skip
     start(spec, grid, pixel, out, *given, P, eps)
     return out
+
+
+def _given(
+    P, norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias, norm2_weight, norm2_bias,
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias, attn_scale, mlp_scale,
+) -> list[Tensor]:  # fmt: skip
+    """Weights and scales as the kernels read them: contiguous; a bias that is None as zeros, a scale as ones.
+
+    Where there are no biases of q, k and v at all, or no scales, a specialisation does not read them, and any tensor does.
+    """
+    if attn_scale is not None or mlp_scale is not None:
+        one = torch.ones(P, dtype=torch.float32, device=norm1_weight.device)
+        attn_scale, mlp_scale = (one if scale is None else scale.float() for scale in (attn_scale, mlp_scale))
+    unread = norm1_weight
+    given = (
+        norm1_weight, zeros_for_none(norm1_bias, norm1_weight), qk_weight, qk_bias, v_weight, v_bias,
+        proj_weight, zeros_for_none(proj_bias, norm1_weight), norm2_weight, zeros_for_none(norm2_bias, norm2_weight),
+        fc1_weight, zeros_for_none(fc1_bias, fc1_weight[:, 0]), fc2_weight, zeros_for_none(fc2_bias, norm1_weight),
+        attn_scale, mlp_scale,
+    )  # fmt: skip
+    return [(unread if x is None else x).contiguous() for x in given]
 
 
 def _empty(pixel, *args):
@@ -947,19 +1061,19 @@ def _inner_backward(
     gradient: Tensor,
     pixel: Tensor,
     norm1_weight: Tensor,
-    norm1_bias: Tensor,
+    norm1_bias: Tensor | None,
     qk_weight: Tensor,
     qk_bias: Tensor | None,
     v_weight: Tensor,
     v_bias: Tensor | None,
     proj_weight: Tensor,
-    proj_bias: Tensor,
+    proj_bias: Tensor | None,
     norm2_weight: Tensor,
-    norm2_bias: Tensor,
+    norm2_bias: Tensor | None,
     fc1_weight: Tensor,
-    fc1_bias: Tensor,
+    fc1_bias: Tensor | None,
     fc2_weight: Tensor,
-    fc2_bias: Tensor,
+    fc2_bias: Tensor | None,
     num_heads: int,
     eps: float,
     attn_scale: Tensor | None,
@@ -980,9 +1094,6 @@ def _inner_backward(
         return recomputed(reference.inner, gradient, arguments, needed)
     weights = any(i > 0 for i in needed)
     has_scale = attn_scale is not None or mlp_scale is not None
-    if has_scale:
-        one = torch.ones(P, dtype=torch.float32, device=pixel.device)
-        attn_scale, mlp_scale = (one if scale is None else scale.float() for scale in (attn_scale, mlp_scale))
     pixel = pixel.contiguous()
     gradient = gradient.to(pixel.dtype).contiguous()
     forward = _specialise(
@@ -994,8 +1105,7 @@ def _inner_backward(
     lanes = -(-num_heads // group) * group * d_pad
     hidden = -(-M // mlp.constants["SLICE"]) * mlp.constants["SLICE"]
     dx = torch.empty_like(pixel)
-    absent = norm1_weight  # never read
-    given = [absent if w is None else w.contiguous() for w in (*arguments[1:15], attn_scale, mlp_scale)]
+    given = _given(P, *arguments[1:15], attn_scale, mlp_scale)
 
     def run(spec: Launch, configs: dict[Any, Any], size: int, *tensors: Tensor) -> Tensor | None:
         per_sm = configs[c_pad, pixel.dtype != torch.float32][4]
@@ -1011,7 +1121,7 @@ def _inner_backward(
 
     gradients: dict[int, Tensor] = {0: dx}
     fc1, fc2, fc2_bias_sum = found_mlp.split((c_pad * hidden, hidden * c_pad, c_pad))
-    parts = _unfold(norm2_weight, norm2_bias, fc1_weight, fc1.view(c_pad, hidden)[: C + 1, :M])
+    parts = _unfold(given[8], given[9], given[10], fc1.view(c_pad, hidden)[: C + 1, :M])
     gradients |= dict(zip((9, 10, 11, 12), parts, strict=True))
     gradients |= {13: fc2.view(c_pad, hidden)[:C, :M], 14: fc2_bias_sum[:C]}
 
@@ -1020,11 +1130,14 @@ def _inner_backward(
     qkv = qkv.view(3, c_pad, -1, d_pad)[:, : C + 1, :num_heads, : C // num_heads]  # without padding
     qkv = qkv.permute(1, 0, 2, 3).reshape(C + 1, 3, C)
     qkv = torch.cat((qkv[:, 0] * (C // num_heads) ** -0.5, qkv[:, 1], qkv[:, 2]), 1)
-    norm_weight, norm_bias, weight, bias = _unfold(norm1_weight, norm1_bias, torch.cat((qk_weight, v_weight)), qkv)
+    norm_weight, norm_bias, weight, bias = _unfold(given[0], given[1], torch.cat((given[2], given[4])), qkv)
     gradients |= {1: norm_weight, 2: norm_bias, 3: weight[: 2 * C], 4: bias[: 2 * C], 5: weight[2 * C :], 6: bias[2 * C :]}
     proj = proj.view(c_pad, -1, d_pad)[:C, :num_heads, : C // num_heads].reshape(C, C)
     gradients |= {7: proj, 8: proj_bias_sum[:C]}
-    return [dx if i == 0 else torch.empty_like(arguments[i]).copy_(gradients[i]) for i in needed]
+    return [
+        dx if i == 0 else torch.empty_like(arguments[i], memory_format=torch.contiguous_format).copy_(gradients[i])
+        for i in needed
+    ]
 
 
 _operation = register("inner", _inner, _empty, _multiply_adds, _inner_backward)
@@ -1033,19 +1146,19 @@ _operation = register("inner", _inner, _empty, _multiply_adds, _inner_backward)
 def inner(
     pixel: Tensor,
     norm1_weight: Tensor,
-    norm1_bias: Tensor,
+    norm1_bias: Tensor | None,
     qk_weight: Tensor,
     qk_bias: Tensor | None,
     v_weight: Tensor,
     v_bias: Tensor | None,
     proj_weight: Tensor,
-    proj_bias: Tensor,
+    proj_bias: Tensor | None,
     norm2_weight: Tensor,
-    norm2_bias: Tensor,
+    norm2_bias: Tensor | None,
     fc1_weight: Tensor,
-    fc1_bias: Tensor,
+    fc1_bias: Tensor | None,
     fc2_weight: Tensor,
-    fc2_bias: Tensor,
+    fc2_bias: Tensor | None,
     num_heads: int,
     eps: float = 1e-5,
     attn_scale: Tensor | None = None,
@@ -1056,8 +1169,8 @@ def inner(
     Raises:
         TypeError, ValueError: a tensor of another dtype, device or shape; named, with what is accepted.
     """
-    (pixel,) = under_autocast(pixel)
-    return _operation(
+    *tensors, attn_scale, mlp_scale = DESCRIPTION.prepare(
         pixel, norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias, norm2_weight,
-        norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, num_heads, eps, attn_scale, mlp_scale,
+        norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, attn_scale, mlp_scale,
     )  # fmt: skip
+    return _operation(*tensors, num_heads, eps, attn_scale, mlp_scale)

@@ -1,65 +1,172 @@
-"""What every fused operation shares on the host: checks, registration with PyTorch, launching.
+"""What every fused operation shares on the host: what it reads, checks, registration with PyTorch, launching.
 
 An operation is registered as ``torch.ops.tnt_fast.NAME`` by ``torch.library.custom_op``, so that ``torch.compile``,
 ``torch.export`` and FlopCounterMode see one node. Its backward is another one, ``NAME_backward``, which starts again from the
 inputs: nothing else is kept.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from tnt_fast.kernels.tile import Launch
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 INTERPRETED = triton.knobs.runtime.interpret
+MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a turn more, in 32 bits
 
 
-def check_tensors(operation: str, **tensors: Tensor | None) -> None:
-    """Raise unless all tensors lie on one device that the kernels run on and have dtypes that they take.
+class Argument(NamedTuple):
+    """A tensor that an operation reads.
 
-    The first tensor is the activation that names the dtype of the computation; the others have it, too, or, under autocast,
-    float32.
+    ``shape`` names the size of each axis, as in "P S C", "2*C C" or "1 C 7 7"; the first tensor with a letter alone on an axis
+    sets it, all others are held to it. ``optional``: None may stand for it. ``activation``: autocast casts it; one behind the
+    first may have any of ``DTYPES``.
     """
-    (first, activation), *others = tensors.items()
-    if activation.dtype not in DTYPES:
-        raise TypeError(f"{operation}: {first} is {activation.dtype}; accepted: {', '.join(map(str, DTYPES))}")
-    if not activation.is_cuda and not INTERPRETED:
-        raise ValueError(
-            f"{operation}: {first} is on device {str(activation.device)!r}; the kernel takes CUDA tensors "
-            "(on the CPU only in Triton's interpreter, TRITON_INTERPRET=1)"
-        )
-    for name, tensor in others:
-        if tensor is None:
-            continue
-        if tensor.device != activation.device:
+
+    name: str
+    shape: str
+    optional: bool = False
+    activation: bool = False
+
+
+class Description(NamedTuple):
+    """What an operation reads: its errors and the model's reasons against it are both made from this.
+
+    ``arguments``: its tensors; the first names dtype and device of the computation. ``limits(sizes)``: reasons against sizes by
+    their names. ``numbers(given)``: the sizes that its other arguments set, and reasons against those. ``together``: names of
+    tensors that are given or left out together.
+    """
+
+    name: str
+    arguments: tuple[Argument, ...]
+    limits: Callable[[dict[str, Any]], list[str]]
+    numbers: Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[str]]] = lambda given: ({}, [])
+    together: tuple[str, ...] = ()
+
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Raise unless the kernels take these arguments, by name; the weights may be float32, as under autocast.
+
+        Raises:
+            TypeError: a dtype. ValueError: a device, a shape, a number, a tensor that is missing; each with what is accepted.
+        """
+        name = self.arguments[0].name
+        first = given[name]
+        if first is None:
+            raise ValueError(f"{self.name}: {name} is None; it is needed")
+        if first.dtype in DTYPES and not first.is_cuda and not INTERPRETED:
             raise ValueError(
-                f"{operation}: {name} is on {str(tensor.device)!r}, {first} on {str(activation.device)!r}; move one"
+                f"{self.name}: {name} is on device {str(first.device)!r}; the kernel takes CUDA tensors "
+                "(on the CPU only in Triton's interpreter, TRITON_INTERPRET=1)"
             )
-        if tensor.dtype not in (activation.dtype, torch.float32):
-            raise TypeError(
-                f"{operation}: {name} is {tensor.dtype}, {first} is {activation.dtype}; "
-                f"accepted: {activation.dtype}, or torch.float32 under autocast"
-            )
+        if found := self.wrong_types(given, first.dtype, autocast=True):
+            raise TypeError(f"{self.name}: {'; '.join(found)}")
+        if found := self.wrong_values(given, first.device):
+            raise ValueError(f"{self.name}: {'; '.join(found)}")
+
+    def prepare(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """The tensors, in the order of ``arguments``, as the operation takes them.
+
+        Activations in autocast's dtype where it is on; weights as they are, the kernels round them on loading.
+
+        Raises:
+            TypeError: autocast is off, and the dtypes differ.
+            NotImplementedError: a tensor carries a tangent of forward-mode differentiation or is a torch.func transform's.
+        """
+        if not torch.compiler.is_compiling():
+            given = [x for x in tensors if x is not None]
+            dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+            if dual or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given):
+                raise NotImplementedError(
+                    f"{self.name}: the kernels have no forward-mode derivatives and no batching rule (dual tensors, "
+                    f"torch.func); take tnt_fast.reference.{self.name}, or a model with backend='reference'"
+                )
+        kind = tensors[0].device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)  # autocast leaves float64 as it is
+            return [
+                x.to(dtype) if argument.activation and x.dtype in DTYPES else x
+                for argument, x in zip(self.arguments, tensors, strict=True)
+            ]
+        found = self.wrong_types(dict(zip([a.name for a in self.arguments], tensors, strict=True)), tensors[0].dtype, False)
+        if found:
+            raise TypeError(f"{self.name}: {'; '.join(found)}")
+        return list(tensors)
+
+    def wrong_types(self, given: Mapping[str, Any], dtype: torch.dtype, autocast: bool) -> list[str]:
+        """Reasons against the dtypes of those tensors that are given, for a computation in ``dtype``."""
+        first = self.arguments[0].name
+        if dtype not in DTYPES:
+            return [f"{first} is {dtype}; accepted: {', '.join(map(str, DTYPES))}"]
+        found = []
+        for name, _, _, mixed in self.arguments:  # two activations of two dtypes give a result in the wider one
+            tensor = given.get(name)
+            if tensor is None or tensor.dtype == dtype or (autocast and tensor.dtype == torch.float32):
+                continue
+            if mixed and tensor.dtype in DTYPES:
+                continue
+            accepted = ", ".join(map(str, DTYPES)) if mixed else f"{dtype}, or torch.float32 under autocast"
+            found.append(f"{name} is {tensor.dtype}, {first} is {dtype}; accepted: {accepted}")
+        return found
+
+    def wrong_values(self, given: Mapping[str, Any], device: torch.device, sizes: Mapping[str, int] | None = None) -> list[str]:
+        """Reasons against all else that is given; without the activations, ``sizes`` holds their sizes."""
+        first = self.arguments[0].name
+        numbers, found = self.numbers(given)
+        if found:
+            return found
+        sizes = {**(sizes or {}), **numbers}
+        known = True
+        for name, shape, optional, _ in self.arguments:
+            if name not in given:
+                continue
+            tensor = given[name]
+            if tensor is None:
+                if not optional:
+                    found.append(f"{name} is None; it is needed")
+                    known = False
+                continue
+            if tensor.device != device:
+                found.append(f"{name} is on {str(tensor.device)!r}, {first} on {str(device)!r}; move one")
+            if tensor.layout != torch.strided:
+                found.append(f"{name} is laid out as {tensor.layout}; accepted: torch.strided")
+            axes, actual = shape.split(), tuple(tensor.shape)
+            known = known and len(axes) == len(actual)
+            if len(axes) == len(actual):
+                for axis, size in zip(axes, actual, strict=True):
+                    if axis.isalpha():
+                        sizes.setdefault(axis, size)
+            expected = tuple([_size(axis, sizes) for axis in axes])
+            if actual != expected:
+                found.append(f"{name} has shape {actual}; expected ({', '.join(map(str, expected))}{',' * (len(axes) == 1)})")
+        if len({given.get(name) is None for name in self.together}) > 1:
+            found.append(f"{' and '.join(self.together)} are given or left out together")
+        return self.limits(sizes) + found if known else found
 
 
-def check_shape(operation: str, name: str, tensor: Tensor | None, *shape: int) -> None:
-    """Raise ValueError unless ``tensor`` is None or has this shape."""
-    if tensor is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"{operation}: {name} has shape {tuple(tensor.shape)}; expected {shape}")
+def wrong_eps(given: Mapping[str, Any]) -> list[str]:
+    """A reason against an eps that is no number."""
+    eps = given["eps"]
+    return [] if isinstance(eps, int | float) else [f"eps={eps!r}; accepted: a number"]
 
 
-def under_autocast(*activations: Tensor) -> tuple[Tensor, ...]:
-    """The activations in autocast's dtype where it is on; weights stay as they are, the kernels round them on loading."""
-    kind = activations[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return activations
-    return tuple(x.to(torch.get_autocast_dtype(kind)) if x.is_floating_point() else x for x in activations)
+def _size(axis: str, sizes: Mapping[str, int]) -> int | str:
+    """The size that "C", "7" or "2*C" stands for; the text itself where a size is not known."""
+    factors = [int(factor) if factor.isdigit() else sizes.get(factor) for factor in axis.split("*")]
+    return axis if None in factors else prod(factors)
+
+
+def zeros_for_none(bias: Tensor | None, weight: Tensor) -> Tensor:
+    """The bias of a norm as a kernel reads it: contiguous, and zeros where there is none."""
+    return torch.zeros_like(weight, memory_format=torch.contiguous_format) if bias is None else bias.contiguous()
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -115,7 +222,14 @@ def register(
     """
     operation = torch.library.custom_op(f"tnt_fast::{name}", function, mutates_args=())
     operation.register_fake(empty)
-    backward_operation = torch.library.custom_op(f"tnt_fast::{name}_backward", gradients, mutates_args=())
+
+    @functools.wraps(gradients)  # with its signature, from which torch.library makes the schema
+    def without_autocast(gradient: Tensor, *arguments: Any) -> list[Tensor]:
+        # autocast has chosen the dtypes in the forward; in a backward that runs under it, it must not do so again
+        with torch.autocast(gradient.device.type, enabled=False):
+            return gradients(gradient, *arguments)
+
+    backward_operation = torch.library.custom_op(f"tnt_fast::{name}_backward", without_autocast, mutates_args=())
 
     @backward_operation.register_fake
     def _(gradient, *arguments):
@@ -128,6 +242,12 @@ def register(
         ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
 
     def backward(ctx, gradient):
+        batched = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)
+        if not torch.compiler.is_compiling() and any(is_batched(gradient) for is_batched in batched):
+            raise NotImplementedError(
+                f"the backward of {name} takes one gradient, not a batch (is_grads_batched, vectorize=True, torch.func.vmap); "
+                "compute them one by one, or take a model with backend='reference'"
+            )
         needed = [i for i, wanted in enumerate(ctx.needs_input_grad) if wanted]
         arguments = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
         if like_gradient is not None:

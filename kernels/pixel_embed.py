@@ -22,7 +22,8 @@ which training does not ask for, is gathered: each of its pixels looks up the wi
 gives the same bits. Bytes moved: image and g once each for the weight, g and the weights from the caches for the image.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -32,13 +33,13 @@ from torch import Tensor
 
 from tnt_fast.kernels.operation import (
     DTYPES,
-    check_shape,
-    check_tensors,
+    MOST_ROWS,
+    Argument,
+    Description,
     precision,
     programs,
     register,
     start,
-    under_autocast,
 )
 from tnt_fast.kernels.tile import Launch
 
@@ -56,6 +57,7 @@ WEIGHT_CONFIGS = {
 }
 IMAGE_BLOCK = 32  # pixels of the image a program, for the image's gradient
 WINDOW = 7
+LONGEST_SIDE = 2**20
 
 
 @triton.jit
@@ -128,7 +130,7 @@ def _pixel_embed_fwd_kernel(
             mask = live[:, None] & (ch < C)[None, :]
             acc += tl.load(pixel_pos_ptr + ch[None, :] * S + s[:, None], mask=mask, other=0.0).to(tl.float32)
         for c in tl.static_range(CHANNELS):
-            x = tl.load(image_ptr + c * stride_c + at, mask=inside, other=0.0).to(DT)  # [BLOCK, 64]
+            x = tl.load(image_ptr + tl.cast(c, tl.int64) * stride_c + at, mask=inside, other=0.0).to(DT)  # [BLOCK, 64]
             acc = tl.dot(x, weights[c], acc, input_precision=PRECISION)
         tl.store(y_ptr + token[:, None] * C + ch[None, :], acc.to(DT), mask=live[:, None] & (ch < C)[None, :])
 
@@ -147,6 +149,7 @@ def _pixel_embed_weight_bwd_kernel(
     workers = tl.num_programs(0) // GROUPS
     worker = tl.program_id(0) // GROUPS
     first = tl.program_id(0) % GROUPS * GROUP
+    leader = tl.zeros((1, 1), tl.int32) + first  # for masks: a scalar in them is no boolean in Triton 3.9's interpreter
     k = tl.arange(0, 64)
     ch = tl.arange(0, C_PAD)
     sums = ()
@@ -164,12 +167,12 @@ def _pixel_embed_weight_bwd_kernel(
         new = ()
         for c in tl.static_range(GROUP):
             channel = image_ptr + (first + c).to(tl.int64) * stride_c
-            x = tl.load(channel + at, mask=inside & (first + c < CHANNELS), other=0.0).to(DT)  # [BLOCK, 64]
+            x = tl.load(channel + at, mask=inside & (leader + c < CHANNELS), other=0.0).to(DT)  # [BLOCK, 64]
             new = new + (tl.dot(tl.trans(x), g, sums[c], input_precision=PRECISION),)
         sums = new
     for c in tl.static_range(GROUP):
-        to = sums_ptr + ((worker * CHANNELS + first + c) * 64 + k).to(tl.int64)[:, None] * C + ch[None, :]
-        tl.store(to, sums[c], mask=(ch < C)[None, :] & (first + c < CHANNELS))
+        to = sums_ptr + ((worker.to(tl.int64) * CHANNELS + first + c) * 64 + k)[:, None] * C + ch[None, :]
+        tl.store(to, sums[c], mask=(ch < C)[None, :] & (leader + c < CHANNELS))
 
 
 @triton.jit
@@ -231,9 +234,54 @@ def unsupported(sizes: dict[str, Any]) -> list[str]:
         reasons.append(f"C={sizes['C']} channels a pixel; accepted: 1 to 128")
     if not 1 <= sizes["channels"] <= 8:
         reasons.append(f"{sizes['channels']} channels of the image; accepted: 1 to 8")
-    if sizes["kernel"] != WINDOW:
-        reasons.append(f"a {sizes['kernel']}×{sizes['kernel']} convolution; accepted: {WINDOW}×{WINDOW}")
     return reasons
+
+
+def _numbers(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Rows and columns of a patch's pixels, and reasons against the sizes and strides that set them."""
+    numbers = {name: given[name] for name in ("patch_size", "patch_stride", "stride")}
+    reasons = [
+        f"{name}={value!r}; accepted: two positive integers, vertical and horizontal"
+        for name, value in numbers.items()
+        if name != "stride" and (not isinstance(value, (tuple, list)) or len(value) != 2 or min(value) < 1)
+    ]
+    stride = numbers["stride"]
+    if not isinstance(stride, int) or stride < 1:
+        reasons.append(f"stride={stride!r}; accepted: a positive integer")
+    elif not reasons and any(size % stride for name in ("patch_size", "patch_stride") for size in numbers[name]):
+        size, step = tuple(numbers["patch_size"]), tuple(numbers["patch_stride"])
+        reasons.append(f"stride {stride} does not divide patch_size {size} and patch_stride {step}")
+    if reasons:
+        return {}, reasons
+    return numbers | {"rows": given["patch_size"][0] // stride, "columns": given["patch_size"][1] // stride}, []
+
+
+def _limits(sizes: dict[str, Any]) -> list[str]:
+    """Reasons against the sizes of a call, by the letters of ``DESCRIPTION``; B, the images, may be unknown."""
+    reasons = unsupported(sizes)
+    longest = max(sizes["height"], sizes["width"])
+    if longest > LONGEST_SIDE:
+        reasons.append(f"the image has a side of {longest} pixels; accepted: up to {LONGEST_SIDE}")
+    for side, size, step in zip((sizes["height"], sizes["width"]), sizes["patch_size"], sizes["patch_stride"], strict=True):
+        if side < size or (side - size) % step:
+            reasons.append(f"{side} pixels of the image are not covered by patches of {size} every {step}")
+    if not reasons:
+        grid = _grid(sizes["height"], sizes["width"], sizes["patch_size"], sizes["patch_stride"])
+        tokens = sizes.get("B", 0) * prod(grid) * sizes["rows"] * sizes["columns"]
+        if max(tokens, sizes.get("B", 0) * sizes["height"] * sizes["width"]) > MOST_ROWS:
+            reasons.append(f"{sizes['B']} images have {tokens} pixel tokens; accepted: up to {MOST_ROWS}, and of image pixels")
+    return reasons
+
+
+DESCRIPTION = Description(
+    "pixel_embed",
+    (
+        Argument("image", "B channels height width", activation=True), Argument("weight", "C channels 7 7"),
+        Argument("bias", "C", optional=True), Argument("pixel_pos", "1 C rows columns", optional=True),
+    ),
+    _limits,
+    numbers=_numbers,
+)  # fmt: skip
 
 
 def gradients_unsupported(sizes: dict[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
@@ -310,23 +358,8 @@ def _pixel_embed(
     patch_stride: list[int],
     legacy: bool,
 ) -> Tensor:
-    check_tensors("pixel_embed", image=image, weight=weight, bias=bias, pixel_pos=pixel_pos)
-    if image.ndim != 4 or weight.ndim != 4:
-        raise ValueError(
-            f"pixel_embed: image {tuple(image.shape)}, weight {tuple(weight.shape)}; expected (B, channels, H, W) "
-            "and (C, channels, 7, 7)"
-        )
+    DESCRIPTION.check(locals())
     (B, channels, height, width), C = image.shape, weight.shape[0]
-    check_shape("pixel_embed", "weight", weight, C, channels, WINDOW, WINDOW)
-    check_shape("pixel_embed", "bias", bias, C)
-    for side, size, step in zip((height, width), patch_size, patch_stride, strict=True):
-        if side < size or (side - size) % step:
-            raise ValueError(f"pixel_embed: {side} pixels of the image are not covered by patches of {size} every {step}")
-        if size % stride or step % stride:
-            raise ValueError(
-                f"pixel_embed: stride {stride} does not divide patch_size {patch_size} and patch_stride {patch_stride}"
-            )
-    check_shape("pixel_embed", "pixel_pos", pixel_pos, 1, C, patch_size[0] // stride, patch_size[1] // stride)
     rows, columns = _grid(height, width, patch_size, patch_stride)
     spec = _specialise(
         channels, C, patch_size, stride, patch_stride, legacy, bias is not None, pixel_pos is not None, DTYPES[image.dtype],
@@ -427,5 +460,8 @@ def pixel_embed(
     Raises:
         TypeError, ValueError: a tensor of another dtype, device or shape; named, with what is accepted.
     """
-    (image,) = under_autocast(image)
-    return _operation(image, weight, bias, pixel_pos, list(patch_size), stride, list(patch_stride), legacy)
+    reasons = _numbers({"patch_size": patch_size, "stride": stride, "patch_stride": patch_stride})[1]
+    if reasons:  # before the schema of the operation, which wants lists, says less
+        raise ValueError(f"pixel_embed: {'; '.join(reasons)}")
+    tensors = DESCRIPTION.prepare(image, weight, bias, pixel_pos)
+    return _operation(*tensors, list(patch_size), stride, list(patch_stride), legacy)

@@ -67,3 +67,15 @@ def gelu(x, FAST: tl.constexpr):
         return half * _asm(u, "tanh.approx.f32 $0, $1;") + half
     else:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def centred(x, real, SIZE: tl.constexpr, EXACT: tl.constexpr):
+    """x − mean of each row of SIZE values, 0 in the columns that are not ``real``, with which x is zero.
+
+    EXACT, for float32 input: the rounding of a large mean is seen there, so what it left is taken off, too.
+    """
+    x = tl.where(real[None, :], x - (tl.sum(x, 1) * (1.0 / SIZE))[:, None], 0.0)
+    if EXACT:
+        x = tl.where(real[None, :], x - (tl.sum(x, 1) * (1.0 / SIZE))[:, None], 0.0)
+    return x

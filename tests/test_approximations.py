@@ -33,10 +33,9 @@ def test_gelu_in_pairs_of_float16_over_every_float16():
     source = inspect.getsource(inner._gelu.fn)
     constants = {name: int(word, 16) for name, word in re.findall(r"mov\.b32 (\w+), 0x([0-9A-F]{8})", source)}
     assert all(word >> 16 == word & 0xFFFF for word in constants.values())  # the same in both halves
-    c0, c1, c2, top, low = (np.uint16(constants[n] & 0xFFFF).view(np.float16) for n in ("c0", "c1", "c2", "top", "low"))
-    assert (top, low) == (np.float16(32752), np.float16(-32752))
+    c0, c1, c2 = (np.uint16(constants[n] & 0xFFFF).view(np.float16) for n in ("c0", "c1", "c2"))
     h = np.arange(65536, dtype=np.uint32).astype(np.uint16).view(np.float16)
-    h = np.clip(h[~np.isnan(h)], low, top)
+    h = h[np.abs(h) <= 32752]  # what the kernels' halving leaves
     exact = erf_gelu(8 * h.astype(np.float64))
 
     def fma(a, b, c):  # one rounding, as the instruction

@@ -17,6 +17,7 @@ from torch import nn
 from tnt_fast import TNT, dispatch, kernels, reference, why_not_fused
 
 ROOT = Path(__file__).resolve().parents[1]
+DESCRIPTIONS = {name: module.DESCRIPTION for name, module in kernels.OPERATIONS.items()}  # of the real kernels
 
 
 def tiny(**kwargs) -> TNT:
@@ -33,7 +34,8 @@ def stand_ins(monkeypatch):
             calls[name] += 1
             return getattr(reference, name)(*args, **kwargs)
 
-        limits = dict(unsupported=lambda sizes: [], gradients_unsupported=lambda sizes, dtype, device: [])
+        takes_all = SimpleNamespace(wrong_types=lambda *given: [], wrong_values=lambda *given: [])
+        limits = dict(DESCRIPTION=takes_all, gradients_unsupported=lambda sizes, dtype, device: [])
         return SimpleNamespace(**{name: operation}, **limits)
 
     monkeypatch.setattr(kernels, "OPERATIONS", {name: counted(name) for name in dispatch.OPERATIONS})
@@ -119,7 +121,7 @@ SPOILED = {
         "pixel_embed.proj is a",
     ),
     "another norm": (lambda m: setattr(m, "norm1_proj", nn.RMSNorm(192)), "norm1_proj is a"),
-    "a norm without weights": (_norm, "blocks.1.norm_in lacks weight or bias"),
+    "a norm without weights": (_norm, "blocks.1.norm_in lacks a weight of its normalized_shape (12,)"),
     "another activation": (lambda m: setattr(m.blocks[0].mlp_in, "act", nn.ReLU()), "blocks.0.mlp_in.act is a"),
     "another GELU": (lambda m: setattr(m.blocks[0].mlp_in, "act", nn.GELU("tanh")), "approximates GELU by tanh"),
     "a forward hook": (lambda m: m.blocks[0].attn_in.register_forward_hook(print), "blocks.0.attn_in has hooks"),
@@ -160,6 +162,82 @@ def test_what_is_done_to_a_submodule_is_a_reason(stand_ins, what):
         assert dispatch.choose(model, image) is False
 
 
+def changed(name: str, value) -> list:
+    """Other values of an attribute: of the same type, and those that its module accepts."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [value + 1, value - 1, value * 2, value + 0.5, 0, None]
+    if isinstance(value, str):
+        return ["reflect", "replicate", "circular", "tanh", "none", "same", ""]
+    if isinstance(value, tuple | list):
+        return [tuple(x + d for x in value) for d in (-1, 1)] + [value[:-1], (*value, 1), value[0] if value else 1]
+    return [None] if value is not None else [1]
+
+
+def attributes(module: nn.Module, run) -> list[str]:
+    """The attributes of a submodule that can matter: its own, and whatever its forward is seen to read."""
+    cls, read = type(module), set()
+
+    def seen(self, name):
+        read.add(name)
+        return super(cls, self).__getattribute__(name)
+
+    module.__class__ = type(cls.__name__, (cls,), {"__getattribute__": seen})
+    try:
+        run()
+    finally:
+        module.__class__ = cls
+    own = {name for name in vars(module) if not name.startswith("_") and name != "training"}
+    return sorted(own | {name for name in read if name in vars(module) and not callable(getattr(module, name))})
+
+
+@pytest.mark.parametrize("options", [{}, {"legacy": True, "qkv_bias": True, "drop_path_rate": 0.3}], ids=["", "legacy"])
+def test_each_attribute_of_each_submodule_changed_is_the_references_answer_or_a_reason(stand_ins, options, monkeypatch):
+    for name, module in kernels.OPERATIONS.items():
+        if name != "outer":
+            module.DESCRIPTION = DESCRIPTIONS[name]
+    monkeypatch.delitem(kernels.OPERATIONS, "outer")  # its submodules are called
+    model, image = tiny(depth=1, **options).train(), torch.randn(2, 3, 32, 32)
+    model.backend = "fused"
+
+    def answer(backend):
+        model.backend = backend
+        torch.manual_seed(3)
+        try:
+            return model(image).detach()
+        except Exception as error:
+            return error
+
+    passed_over = [path for path, *_ in dispatch._STEM] + [f"blocks.0.{path}" for path, *_ in dispatch._BLOCK]
+    counts = {"answer": 0, "reason": 0}
+    for path in [*passed_over, "pixel_embed"]:
+        module = model.get_submodule(path) if "norm2_proj" not in path or not options else None
+        if module is None:
+            continue
+        for name in attributes(module, lambda: answer("reference")):
+            value = getattr(module, name)
+            for other in changed(name, value):
+                try:
+                    setattr(module, name, other)
+                    expected, reasons, found = answer("reference"), why_not_fused(model, image), answer("fused")
+                finally:
+                    setattr(module, name, value)
+                what = f"{path}.{name} = {other!r}: {reasons}, {found!r}, the reference: {expected!r}"
+                if reasons:
+                    assert isinstance(found, RuntimeError), what
+                    assert "backend='fused' cannot run" in str(found), what
+                    counts["reason"] += 1
+                elif isinstance(expected, Exception):
+                    assert isinstance(found, Exception), what
+                else:
+                    assert torch.equal(found.isnan(), expected.isnan()), what
+                    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True), what
+                    counts["answer"] += 1
+    assert counts["reason"] > 50, counts
+    assert counts["answer"] > 30, counts
+
+
 @pytest.mark.parametrize("child", ["norm", "head", "head_drop", "pos_drop", "blocks.0", "pixel_embed"])
 def test_modules_that_are_still_called_may_have_hooks(stand_ins, child):
     model, seen = tiny(backend="fused", drop_path_rate=0.1), []
@@ -169,8 +247,9 @@ def test_modules_that_are_still_called_may_have_hooks(stand_ins, child):
 
 
 def test_the_limits_of_a_kernel_are_reasons(stand_ins):
-    kernels.OPERATIONS["inner"].unsupported = lambda sizes: [f"S={sizes['S']} is above 8"]
-    assert why_not_fused(tiny()) == ["inner: S=16 is above 8"]
+    description = kernels.OPERATIONS["inner"].DESCRIPTION
+    description.wrong_values = lambda given, device, sizes: [f"S={sizes['S']} is above 8"]
+    assert why_not_fused(tiny()) == ["inner: S=16 is above 8 (blocks.0)"]
 
 
 def test_gradients_that_pytorch_computes_are_told_once(stand_ins):

@@ -96,6 +96,15 @@ def embed_case(B, channels, H, W, C, patch, stride, step, legacy):
     return tensors, dict(patch_size=patch, stride=stride, patch_stride=step, legacy=legacy)
 
 
+def case(operation: str):
+    """Tensors and other arguments of a small call."""
+    if operation == "pixel_embed":
+        return embed_case(2, 3, 32, 32, 12, (16, 16), 4, (16, 16), False)
+    if operation == "inner":
+        return inner_tensors(3, 16, 12, 48, bias=True), dict(num_heads=2)
+    return fold_tensors(2, 3, 16, 12, 24, False) | {"proj_bias": normal(24)}, {}
+
+
 # ---- pixel_embed ----
 
 
@@ -216,6 +225,143 @@ def test_dropped_branches_leave_the_input_and_its_gradient_as_they_are(dtype):
     assert torch.equal(out[1], given["pixel"][1])
     assert torch.equal(gradient[1], upstream[1])
     assert not torch.equal(out[0], given["pixel"][0])
+
+
+@pytest.mark.parametrize(
+    "absent", [("norm1_bias",), ("norm2_bias",), ("proj_bias",), ("norm1_bias", "norm2_bias")], ids="+".join
+)
+@pytest.mark.parametrize("legacy", [False, True], ids=["norms", "legacy"])
+def test_fold_without_biases(absent, legacy):
+    tensors = fold_tensors(2, 5, 16, 12, 40, legacy) | dict.fromkeys(absent)
+    check("fold", tensors, {}, torch.float32)
+
+
+def test_folds_second_bias_alone_is_not_read():
+    tensors = fold_tensors(2, 5, 16, 12, 40, False) | {"norm2_weight": None}
+    given = {k: None if v is None else v.float().to(DEVICE).requires_grad_() for k, v in tensors.items()}
+    fold = kernels.OPERATIONS["fold"].fold
+    out = fold(**given)
+    assert torch.equal(out, fold(**(given | {"norm2_bias": None})))
+    assert torch.autograd.grad(out.sum(), given["norm2_bias"], allow_unused=True) == (None,)
+    (found,) = torch.ops.tnt_fast.fold_backward(
+        out.detach(), *(v if v is None else v.detach() for v in given.values()), 1e-5, [7]
+    )
+    assert torch.equal(found, torch.zeros(40, device=DEVICE))
+
+
+@pytest.mark.parametrize("absent", ["norm1_bias", "proj_bias", "norm2_bias", "fc1_bias", "fc2_bias", "all"])
+def test_inner_without_biases(absent):
+    every = ("norm1_bias", "proj_bias", "norm2_bias", "fc1_bias", "fc2_bias")
+    tensors = inner_tensors(5, 16, 24, 96) | dict.fromkeys(every if absent == "all" else (absent,))
+    check("inner", tensors, dict(num_heads=4), torch.float32)
+
+
+@pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
+def test_any_strides_of_any_tensor(operation):
+    """Values between those of a tensor are NaN; expanded ones are the same throughout."""
+    tensors, others = case(operation)
+    given = {k: None if v is None else v.float().to(DEVICE) for k, v in tensors.items()}
+    function = getattr(kernels.OPERATIONS[operation], operation)
+
+    def results(given):
+        given = {k: v if v is None else v.detach().requires_grad_() for k, v in given.items()}
+        out = function(**given, **others)
+        return [out, *torch.autograd.grad(out.square().sum(), [v for v in given.values() if v is not None])]
+
+    expected = results(given)
+    for name, tensor in given.items():
+        if tensor is None:
+            continue
+        wide = torch.full([2 * size + 3 for size in tensor.shape], float("nan"), device=DEVICE)
+        gaps = wide[tuple(slice(3, None, 2) for _ in tensor.shape)]
+        gaps.copy_(tensor)
+        turned = tensor.permute(*reversed(range(tensor.ndim))).contiguous().permute(*reversed(range(tensor.ndim)))
+        for strided in (gaps, turned):
+            for found, right in zip(results(given | {name: strided}), expected, strict=True):
+                assert torch.equal(found, right), name
+                assert found.is_contiguous(), name
+        if tensor.ndim == 1:
+            flat = tensor[:1].expand_as(tensor)
+            for found, right in zip(results(given | {name: flat}), results(given | {name: flat.contiguous()}), strict=True):
+                assert torch.equal(found, right), name
+
+
+@DTYPES
+@pytest.mark.parametrize(("S", "C", "H", "scale"), [(3, 63, 3, 45), (3, 24, 1, 20), (2, 12, 2, 30)], ids=str)
+def test_gradients_of_saturated_attention(S, C, H, scale, dtype):
+    """Where P is 1, what is taken off dP is dP itself. Few keys, or ties between two of them decide instead."""
+    tensors = inner_tensors(7, S, C, 4 * C)
+    tensors["qk_weight"] *= scale / 1.5
+    check("inner", tensors, dict(num_heads=H), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("P", "S"), [(5, 9), (7, 16), (3, 4), (1, 1)], ids=str)
+def test_inner_without_an_eps(P, S, dtype):
+    check("inner", inner_tensors(P, S, 24, 96), dict(num_heads=4, eps=0.0), dtype)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 1e-3, 1e-1], ids=str)
+@pytest.mark.parametrize("legacy", [False, True], ids=["norms", "legacy"])
+@pytest.mark.parametrize(("S", "C"), [(16, 12), (16, 24), (9, 5)], ids=str)
+def test_rows_that_are_nearly_constant_far_from_zero(S, C, legacy, spread):
+    pixel = 1000 + spread * normal(6, S, C)
+    # of equal pixels that are no power of two, the gradient of q and k is 0 to the bit in PyTorch, and rounding here
+    gradients = spread > 0 or S == 16
+    check("inner", inner_tensors(6, S, C, 4 * C) | {"pixel": pixel}, dict(num_heads=1), torch.float32, gradients)
+    check("fold", fold_tensors(2, 3, S, C, 20, legacy) | {"pixel": pixel}, {}, torch.float32)
+
+
+@pytest.mark.parametrize("value", [1000.0, 777.7])
+def test_folds_second_norm_of_rows_that_are_nearly_constant_far_from_zero(value):
+    tensors = fold_tensors(2, 3, 16, 12, 24, False)
+    tensors["proj_weight"] *= 1e-4
+    check("fold", tensors | {"proj_bias": torch.full((24,), value, dtype=torch.float64)}, {}, torch.float32)
+
+
+@pytest.mark.parametrize("scales", [False, True], ids=["", "drop-path"])
+@pytest.mark.parametrize(
+    ("name", "factor", "gradients"),
+    [
+        ("fc2_weight", 1.0, True), ("fc2_weight", 2e4, False), ("fc2_weight", 1e-7, False), ("fc1_weight", 3e3, True),
+        ("norm2_weight", 3e3, True), ("fc1_bias", 6e4, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gelu_in_pairs_takes_weights_of_any_size(name, factor, gradients, scales, monkeypatch):
+    """What bfloat16 does on a GPU, here with float16 for it: its results have to stay in range, the weights need not."""
+    inner, specialise = kernels.OPERATIONS["inner"], kernels.OPERATIONS["inner"]._specialise
+
+    def in_pairs(*arguments):
+        spec = specialise(*arguments)
+        return spec._replace(constants=spec.constants | {"PAIRS": True})
+
+    tensors = {k: v if v is None else v.half().float() for k, v in inner_tensors(5, 16, 24, 96).items()}
+    tensors[name] = tensors[name] * factor
+    small = 1e-5 if name == "fc2_weight" and factor > 1 else 1.0  # hidden values of 1e-5, or the result overflows
+    tensors |= {k: tensors[k] * small for k in ("norm2_weight", "norm2_bias", "fc1_bias")}
+    if factor < 1:
+        tensors |= {k: tensors[k] * 1e-4 for k in ("pixel", "proj_weight", "proj_bias", "fc2_bias")}
+    others = dict(num_heads=4, eps=1e-12)
+    if scales:
+        others |= dict.fromkeys(("attn_scale", "mlp_scale"), torch.tensor([0, 2, 1, 0, 1.25]))
+    results = []
+    for function, device, kind in (
+        (inner.inner, DEVICE, torch.float32), (inner.inner, DEVICE, torch.float32), (reference.inner, "cpu", torch.float64),
+    ):  # fmt: skip
+        monkeypatch.setattr(inner, "_specialise", specialise if results else in_pairs)
+        given = {k: v if v is None else v.to(device, kind).requires_grad_() for k, v in tensors.items()}
+        fixed = {k: v.to(device, kind) if isinstance(v, torch.Tensor) else v for k, v in others.items()}
+        with torch.autocast(device, torch.float16, enabled=function is inner.inner):  # float32 weights, float16 products
+            out = function(**given, **fixed).to(kind)
+        wanted = [v for v in given.values() if v is not None] if gradients else []
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
+        results.append([out.detach().cpu(), *(g.cpu() for g in (torch.autograd.grad(out, wanted, upstream) if wanted else ()))])
+    for found, plain, exact in zip(*results, strict=True):
+        assert found.isfinite().all()
+        own = (plain.double() - exact).abs().max()  # without pairs: not finite where fc2's weights are not
+        rounding = 4 * torch.finfo(torch.float16).eps * exact.abs().max()
+        assert (found.double() - exact).abs().max() <= (2 * own + rounding if own.isfinite() else 2 * rounding)
 
 
 # ---- all ----

@@ -4,21 +4,15 @@ Whatever compiles runs in a process of its own, once a session: a process with T
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from helpers import run_once
 
 pytest.importorskip("triton")
 
 from benchmarks import static_cost
 from tnt_fast import kernels
-
-ROOT = Path(__file__).parent.parent
 
 TOYS = """
 import sys
@@ -108,31 +102,11 @@ sys.exit(static_cost.main(sys.argv[1:]))
 """
 
 
-def _run_once(tmp_path_factory, name, script, *arguments):
-    """Run a script in a new folder, once for all workers of pytest-xdist: (the folder, how the script ended).
-
-    Jit functions need a source file, and must not be made for Triton's interpreter.
-    """
-    own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            (folder / "script.py").write_text(script)
-            command = [sys.executable, "script.py", *arguments]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-            ending = {"status": done.returncode, "out": done.stdout, "err": done.stderr}
-            (folder / "ending.json").write_text(json.dumps(ending))
-    return folder, json.loads((folder / "ending.json").read_text())
-
-
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory):
     """The report on the toy kernels: the folder with its files, and how it ended."""
     targets = [f"--target={name}" for name in ("sm_89", "sm_90", "gfx942")]
-    folder, ending = _run_once(tmp_path_factory, "toys", TOYS, *targets, "--json", "rows.json", "--sass", "sass")
+    folder, ending = run_once(tmp_path_factory, "toys", TOYS, *targets, "--json", "rows.json", "--sass", "sass")
     assert (folder / "rows.json").exists(), ending["err"]
     return folder, ending
 
@@ -333,7 +307,7 @@ Path("rows.json").write_text(json.dumps(table))
 @pytest.fixture(scope="session")
 def shipped(tmp_path_factory):
     """Rows of the shipped launches."""
-    folder, ending = _run_once(tmp_path_factory, "shipped", SHIPPED)
+    folder, ending = run_once(tmp_path_factory, "shipped", SHIPPED)
     assert ending["status"] == 0, ending["err"]
     return json.loads((folder / "rows.json").read_text())
 

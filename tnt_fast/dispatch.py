@@ -10,10 +10,13 @@ Drop-path is none: its factors are drawn outside the kernels, the same numbers o
 
 import warnings
 from types import ModuleType
+from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
 
 from tnt_fast import kernels
 
@@ -21,7 +24,7 @@ BACKENDS = ("auto", "fused", "reference")
 OPERATIONS = ("pixel_embed", "inner", "fold", "outer")
 REQUIRED = ("pixel_embed", "inner", "fold")  # an operation outside of these runs through its modules where it has no kernel
 
-_warned: set[tuple[str, ...]] = set()
+_warned: set[str] = set()
 
 
 def check_backend(backend: str) -> None:
@@ -50,7 +53,7 @@ def choose(model: nn.Module, image: Tensor, warn: bool = True) -> bool:
     if backend == "fused" or not reasons:  # the model is only looked through where it can matter
         reasons = reasons + _model_reasons(model, image)
     if not reasons:
-        if warn and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if warn and torch.is_grad_enabled():
             _warn("computes gradients with PyTorch: ", _gradient_reasons(model, image))
         return True
     if backend == "fused":
@@ -59,17 +62,24 @@ def choose(model: nn.Module, image: Tensor, warn: bool = True) -> bool:
             + "".join([f"  - {reason}\n" for reason in reasons])
             + "Remove these reasons, or take backend='auto' (falls back with a warning) or 'reference' (--backend)."
         )
-    if warn and not torch.compiler.is_compiling():
+    if warn:
         _warn("takes the reference path: ", reasons)
     return False
 
 
 def _warn(what: str, reasons: list[str]) -> None:
-    """Warn once per set of reasons."""
-    if reasons and tuple(reasons) not in _warned:
-        _warned.add(tuple(reasons))
-        text = f"tnt_fast {what}" + "; ".join(reasons) + ". (model.backend = 'reference' silences this.)"
-        warnings.warn(text, stacklevel=5)
+    """Warn once per set of reasons; while torch.compile traces the model, too, which traces no warnings."""
+    if reasons:
+        _warn_once(f"tnt_fast {what}" + "; ".join(reasons) + ". (model.backend = 'reference' silences this.)")
+
+
+@torch.compiler.assume_constant_result  # called as it is, once a trace
+def _warn_once(text: str) -> bool:
+    new = text not in _warned
+    if new:
+        _warned.add(text)
+        warnings.warn(text, stacklevel=6)
+    return new
 
 
 def why_not_fused(model: nn.Module, image: Tensor | None = None, gradients: bool = False) -> list[str]:
@@ -88,10 +98,7 @@ def why_not_fused(model: nn.Module, image: Tensor | None = None, gradients: bool
 def _gradient_reasons(model: nn.Module, image: Tensor | None) -> list[str]:
     """Why PyTorch computes the gradients of an operation that is fused."""
     like = model.cls_token if image is None else image
-    dtype, kind = like.dtype, like.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    sizes = model.sizes()
+    sizes, dtype = model.sizes(), _computed(like)
     return [
         f"{name}: {reason}"
         for name, module in kernels.OPERATIONS.items()
@@ -108,6 +115,8 @@ def _machine_reasons(image: Tensor | None, backend: str) -> list[str]:
     reasons.extend(kernels.unsupported())
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         reasons.append("a torch.func transform is active, and the kernels' gradients are torch.autograd's; use 'reference'")
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        reasons.append("forward-mode differentiation is active, which the kernels do not take part in; use 'reference'")
     if kernels.INTERPRETED and backend == "auto":
         reasons.append("Triton interprets the kernels here (TRITON_INTERPRET=1), slowly; only backend='fused' does that")
     if image is not None and not image.is_cuda and not kernels.INTERPRETED:
@@ -116,31 +125,113 @@ def _machine_reasons(image: Tensor | None, backend: str) -> list[str]:
 
 
 def _model_reasons(model: nn.Module, image: Tensor | None) -> list[str]:
-    """What was done to the model, and the limits of the kernels for its sizes."""
+    """What was done to the model, and the limits of the kernels for what it hands them."""
     reasons: list[str] = []
-    dtypes: set[torch.dtype] = set()
-    _check_modules("", model, _STEM, reasons, dtypes)
-    for i, block in enumerate(model.blocks):
-        if block.has_inner:
-            _check_modules(f"blocks.{i}.", block, _BLOCK, reasons, dtypes)
-    reasons.extend(_dtype_reasons(dtypes, image))
-    conv = model.pixel_embed.proj
-    if not reasons and (conv.padding, conv.dilation, conv.groups) != ((3, 3), (1, 1), 1):
-        reasons.append("pixel_embed.proj has other padding, dilation or groups than TNT's; the kernels take 3, 1 and 1")
-    if not reasons:  # the sizes of a model that was changed are not to be relied on
-        for name, module in kernels.OPERATIONS.items():
-            reasons.extend([f"{name}: {reason}" for reason in module.unsupported(model.sizes())])
+    if isinstance(image, torch.fx.Proxy):  # all of the model's parameters are proxies, too
+        return reasons
+    owners = [("", model)] + [(f"blocks.{i}.", block) for i, block in enumerate(model.blocks) if block.has_inner]
+    for prefix, owner in owners:
+        _check_modules(prefix, owner, _BLOCK if prefix else _STEM, reasons)
+    reasons.extend(_global_hook_reasons())
+    if not reasons:  # else what a model that was changed hands over is not to be relied on
+        _check_embed(model, reasons)
+        handed = _handed(owners)
+        _check_dtypes(model, handed, image, reasons)
+        if not reasons and all(name in kernels.OPERATIONS for name in REQUIRED):
+            _check_arguments(model, handed, image, reasons)
     return reasons
 
 
-def _dtype_reasons(dtypes: set[torch.dtype], image: Tensor | None) -> list[str]:
+def _global_hook_reasons() -> list[str]:
+    """Hooks on all modules; those of PyTorch's own tools (FlopCounterMode) only look where they are."""
+    kinds = ("forward_pre", "forward", "backward_pre", "backward")
+    hooks = [hook for kind in kinds for hook in getattr(module_hooks, f"_global_{kind}_hooks").values()]
+    foreign = [hook for hook in hooks if not (getattr(hook, "__module__", None) or "").startswith("torch.")]
+    if not foreign:
+        return []
+    return ["hooks on all modules are registered (torch.nn.modules.module), which the kernels would pass over; remove them"]
+
+
+def _check_embed(model: nn.Module, reasons: list[str]) -> None:
+    """The stem's convolution has a module of its own, whose attributes the reference reads, and the kernel does not."""
+    embed = model.pixel_embed
+    conv, stride = embed.proj, embed.stride
+    if not isinstance(stride, int) or stride < 1:
+        reasons.append(f"pixel_embed.stride={stride!r}; the kernels take a positive integer")
+        return
+    expected = dict(padding=(3, 3), stride=(stride, stride), dilation=(1, 1), groups=1, padding_mode="zeros")
+    if wrong := [f"{name}={getattr(conv, name)!r}" for name, value in expected.items() if getattr(conv, name) != value]:
+        reasons.append(f"pixel_embed.proj has other {', '.join(wrong)} than TNT's; the kernels compute {expected}")
+        return
+    for name in ("img_size", "patch_size", "patch_stride"):
+        if not isinstance(pair := getattr(embed, name), tuple) or len(pair) != 2:
+            reasons.append(f"pixel_embed.{name}={pair!r}; the kernels take a height and a width")
+            return
+    size, step = (tuple([side // stride for side in pair]) for pair in (embed.patch_size, embed.patch_stride))
+    cut = dict(new_patch_size=size, pixel_step=step)
+    if wrong := [f"{name}={getattr(embed, name)!r}" for name, value in cut.items() if getattr(embed, name) != value]:
+        reasons.append(f"pixel_embed has {', '.join(wrong)}; its sizes and strides make {cut}")
+
+
+def _handed(owners: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, str, dict[str, Any]]]:
+    """What the fused operations are given: (prefix, owner, operation, arguments), once for blocks that hand over the same."""
+    found, seen = [], []
+    for prefix, owner in owners:
+        for operation, given in owner.fused_arguments().items():
+            same = [operation, *[(type(x), x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in given.values()]]
+            if same not in seen:
+                seen.append(same)
+                found.append((prefix, owner, operation, given))
+    return found
+
+
+def _is_sharded(weight: Any) -> bool:
+    """Whether it is FSDP's, which is a plain parameter by the time its block runs, perhaps of another dtype."""
+    return type(weight).__name__ == "DTensor"
+
+
+def _check_dtypes(model: nn.Module, handed: list[tuple], image: Tensor | None, reasons: list[str]) -> None:
     """The weights that the kernels read share one dtype with the image; under autocast the operations cast by themselves."""
+    weights = [(prefix, operation, *item) for prefix, _, operation, given in handed for item in given.items()]
+    weights += [("", "fold", "cls_token", model.cls_token), ("", "fold", "patch_pos", model.patch_pos)]
+    weights = [weight for weight in weights if isinstance(weight[-1], Tensor) and not _is_sharded(weight[-1])]
+    for prefix, operation, name, weight in weights:
+        if type(weight) not in (nn.Parameter, Tensor) and type(weight).__name__ != "FakeTensor":  # torch.export's stand-in
+            reasons.append(f"{prefix}{operation}: {name} is a {type(weight).__name__}; the kernels take plain parameters")
+    dtypes = {weight[-1].dtype for weight in weights}
     names = ", ".join(sorted([str(dtype) for dtype in dtypes]))
     if len(dtypes) > 1:
-        return [f"the parameters have mixed dtypes ({names}); cast them with model.to(dtype)"]
-    if isinstance(image, Tensor) and dtypes and image.dtype not in dtypes and not torch.is_autocast_enabled(image.device.type):
-        return [f"the image is {image.dtype}, the parameters are {names}; cast one of them"]
-    return []
+        reasons.append(f"the parameters have mixed dtypes ({names}); cast them with model.to(dtype)")
+    elif image is not None and dtypes and image.dtype not in dtypes and not torch.is_autocast_enabled(image.device.type):
+        reasons.append(f"the image is {image.dtype}, the parameters are {names}; cast one of them")
+
+
+def _computed(image: Tensor) -> torch.dtype:
+    """The dtype that the operations compute in."""
+    kind, dtype = image.device.type, image.dtype
+    if kind == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def _check_arguments(model: nn.Module, handed: list[tuple], image: Tensor | None, reasons: list[str]) -> None:
+    """Hold what the operations will be given to their own descriptions, once for blocks that hand over the same."""
+    like = model.cls_token if image is None else image
+    dtype, autocast = _computed(like), like.device.type != "meta" and torch.is_autocast_enabled(like.device.type)
+    sizes, embed = model.sizes(), model.pixel_embed
+    S, C, E = sizes["S"], sizes["C"], sizes["E"]
+    known = {
+        "pixel_embed": dict(channels=model.in_chans, height=embed.img_size[0], width=embed.img_size[1], C=C),
+        "inner": dict(S=S, C=C),
+        "fold": dict(S=S, C=C, E=E),
+    }
+    for prefix, owner, operation, given in handed:
+        # without a second norm (legacy) the first is over each pixel, else over all of a patch
+        known["fold"]["W"] = C if owner.norm2_proj is None else S * C
+        description = kernels.OPERATIONS[operation].DESCRIPTION
+        wrong = description.wrong_types({k: None if _is_sharded(x) else x for k, x in given.items()}, dtype, autocast)
+        wrong += description.wrong_values(given, like.device, known[operation])
+        reasons.extend([f"{operation}: {reason}" + (f" ({prefix[:-1]})" if prefix else "") for reason in wrong])
 
 
 def _split(*expected: tuple[str, type | str]) -> tuple[tuple[str, str, str, type | str], ...]:
@@ -161,8 +252,11 @@ _BLOCK = _split(
 )  # fmt: skip
 
 
-def _check_modules(prefix: str, owner: nn.Module, expected: tuple, reasons: list[str], dtypes: set[torch.dtype]) -> None:
-    """Add what was done to the submodules of ``owner`` that the fused path would pass over, and their weights' dtypes.
+def _check_modules(prefix: str, owner: nn.Module, expected: tuple, reasons: list[str]) -> None:
+    """Add what was done to the submodules of ``owner`` that the fused path would pass over.
+
+    What a module's forward reads is either handed to the operations (weights, eps, heads, drop-path's rate), or held here to
+    what the kernels compute; a test finds what it reads by running it.
 
     It runs at every forward, so it touches each submodule once, past ``Module.__getattr__``, which is slow, and puts names
     together only where there is a reason.
@@ -187,12 +281,16 @@ def _check_modules(prefix: str, owner: nn.Module, expected: tuple, reasons: list
         if module is None:
             continue
         if kind is nn.LayerNorm:
-            if module.weight is None or module.bias is None:
-                reasons.append(f"{prefix}{path} lacks weight or bias; the kernels take LayerNorms with both")
+            weight = module.weight
+            if weight is None or module.normalized_shape != weight.shape:
+                reasons.append(
+                    f"{prefix}{path} lacks a weight of its normalized_shape {module.normalized_shape}; the kernels take "
+                    "LayerNorms with one"
+                )
             eps[path] = module.eps
         elif kind is nn.GELU and module.approximate != "none":
             reasons.append(f"{prefix}{path} approximates GELU by {module.approximate}; the kernels compute approximate='none'")
-        elif kind is nn.Dropout and module.p > 0 and module.training:
+        elif kind is nn.Dropout and module.p != 0 and (module.training or not 0 < (module.p or -1) <= 1):
             reasons.append(
                 f"{prefix}{path} drops with p={module.p} in training; inside the kernels there is drop-path only (set p to 0)"
             )
@@ -200,12 +298,6 @@ def _check_modules(prefix: str, owner: nn.Module, expected: tuple, reasons: list
             reasons.append(f"{prefix}{path} has hooks that the kernels would pass over; remove them, or hook the block")
         if "forward" in module.__dict__:
             reasons.append(f"{prefix}{path}.forward was replaced on the instance; the kernels would pass it over")
-        for name, weight in module._parameters.items():
-            kind = type(weight).__name__
-            if weight is not None and kind != "DTensor":  # FSDP's, which is a plain parameter by the time its block runs
-                dtypes.add(weight.dtype)
-                if type(weight) not in (nn.Parameter, Tensor) and kind != "FakeTensor":  # torch.export's stand-in
-                    reasons.append(f"{prefix}{path}.{name} is a {type(weight).__name__}; the kernels take plain parameters")
     for first, second in (("norm_in", "norm_mlp_in"), ("norm1_proj", "norm2_proj")):
         if first in eps and second in eps and eps[first] != eps[second]:
             reasons.append(f"{prefix}{first} and .{second} have eps {eps[first]} and {eps[second]}; the kernels take one")

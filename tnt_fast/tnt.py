@@ -151,14 +151,15 @@ class Block(nn.Module):
     def inner(self, pixel: Tensor, fused: bool = False) -> Tensor:
         """``reference.inner`` over the pixels ``(B·N, S, C)`` of every patch."""
         if fused and not torch.jit.is_scripting():
-            return self._fused_transformer("inner", pixel, self.norm_in, self.attn_in, self.norm_mlp_in, self.mlp_in)
+            weights = _transformer_arguments(self.norm_in, self.attn_in, self.norm_mlp_in, self.mlp_in)
+            return self._fused_transformer("inner", pixel, weights)
         pixel = pixel + self.drop_path(self.attn_in(self.norm_in(pixel)))
         return pixel + self.drop_path(self.mlp_in(self.norm_mlp_in(pixel)))
 
     def fold(self, pixel: Tensor, patch: Tensor, fused: bool = False) -> Tensor:
         """``reference.fold``: add the projected pixels onto the patches ``(B, 1 + N, E)``."""
         if fused and not torch.jit.is_scripting():
-            return _fused_fold(pixel, patch, self.norm1_proj, self.proj, self.norm2_proj)
+            return _fused_fold(self, pixel, patch)
         B, T = patch.shape[0], patch.shape[1]
         if self.norm2_proj is None:
             x = self.proj(self.norm1_proj(pixel).reshape(B, T - 1, pixel.shape[1] * pixel.shape[2]))
@@ -169,7 +170,8 @@ class Block(nn.Module):
     def outer(self, patch: Tensor, fused: bool = False) -> Tensor:
         """``reference.outer`` over the patches ``(B, 1 + N, E)``, with SE where the block has it."""
         if fused and not torch.jit.is_scripting() and self._outer_is_fused():
-            return self._fused_transformer("outer", patch, self.norm_out, self.attn_out, self.norm_mlp, self.mlp)
+            weights = _transformer_arguments(self.norm_out, self.attn_out, self.norm_mlp, self.mlp)
+            return self._fused_transformer("outer", patch, weights)
         patch = patch + self.drop_path(self.attn_out(self.norm_out(patch)))
         x = self.mlp(self.norm_mlp(patch))
         if self.has_se:
@@ -181,15 +183,35 @@ class Block(nn.Module):
         return not self.has_se and dispatch.kernel("outer") is not None
 
     @torch.jit.unused
-    def _fused_transformer(
-        self, operation: str, x: Tensor, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module
-    ) -> Tensor:
-        weights = (
-            norm1.weight, norm1.bias, attn.qk.weight, attn.qk.bias, attn.v.weight, attn.v.bias, attn.proj.weight,
-            attn.proj.bias, norm2.weight, norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-        )  # fmt: skip
-        scales = _drop_path_scale(self.drop_path, x), _drop_path_scale(self.drop_path, x)
-        return getattr(dispatch.kernel(operation), operation)(x, *weights, attn.num_heads, norm1.eps, *scales)
+    def _fused_transformer(self, operation: str, x: Tensor, weights: dict[str, Any]) -> Tensor:
+        scales = dict(attn_scale=_drop_path_scale(self.drop_path, x), mlp_scale=_drop_path_scale(self.drop_path, x))
+        return getattr(dispatch.kernel(operation), operation)(x, **weights, **scales)
+
+    @torch.jit.ignore
+    def fused_arguments(self) -> dict[str, dict[str, Any]]:
+        """What each fused operation of the block is given besides activations and drop-path's factors, by its name."""
+        if not self.has_inner:
+            return {}
+        inner = _transformer_arguments(self.norm_in, self.attn_in, self.norm_mlp_in, self.mlp_in)
+        return {"inner": inner, "fold": _fold_arguments(self)}
+
+
+def _transformer_arguments(norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module) -> dict[str, Any]:
+    return dict(
+        norm1_weight=norm1.weight, norm1_bias=norm1.bias, qk_weight=attn.qk.weight, qk_bias=attn.qk.bias,
+        v_weight=attn.v.weight, v_bias=attn.v.bias, proj_weight=attn.proj.weight, proj_bias=attn.proj.bias,
+        norm2_weight=norm2.weight, norm2_bias=norm2.bias, fc1_weight=mlp.fc1.weight, fc1_bias=mlp.fc1.bias,
+        fc2_weight=mlp.fc2.weight, fc2_bias=mlp.fc2.bias, num_heads=attn.num_heads, eps=norm1.eps,
+    )  # fmt: skip
+
+
+def _fold_arguments(owner: nn.Module) -> dict[str, Any]:
+    """Of a block, or of the model for its stem."""
+    norm1, proj, norm2 = owner.norm1_proj, owner.proj, owner.norm2_proj
+    return dict(
+        norm1_weight=norm1.weight, norm1_bias=norm1.bias, proj_weight=proj.weight, proj_bias=proj.bias,
+        norm2_weight=None if norm2 is None else norm2.weight, norm2_bias=None if norm2 is None else norm2.bias, eps=norm1.eps,
+    )  # fmt: skip
 
 
 def _drop_path_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
@@ -201,10 +223,8 @@ def _drop_path_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
     return scale.div_(keep) if keep > 0.0 and drop_path.scale_by_keep else scale
 
 
-def _fused_fold(pixel: Tensor, patch: Tensor, norm1: nn.Module, proj: nn.Module, norm2: nn.Module | None) -> Tensor:
-    second = (None, None) if norm2 is None else (norm2.weight, norm2.bias)
-    fold = dispatch.kernel("fold").fold
-    return fold(pixel, patch, norm1.weight, norm1.bias, proj.weight, proj.bias, *second, eps=norm1.eps)
+def _fused_fold(owner: nn.Module, pixel: Tensor, patch: Tensor) -> Tensor:
+    return dispatch.kernel("fold").fold(pixel, patch, **_fold_arguments(owner))
 
 
 class PixelEmbed(nn.Module):
@@ -279,10 +299,7 @@ class PixelEmbed(nn.Module):
         if not torch.jit.is_scripting():  # a symbolic trace cannot check, a script keeps PyTorch's own errors
             self._check_image(x)
             if fused:
-                return dispatch.kernel("pixel_embed").pixel_embed(
-                    x, self.proj.weight, self.proj.bias, pixel_pos,
-                    self.patch_size, self.stride, self.patch_stride, self.legacy,
-                )  # fmt: skip
+                return self._fused(x, pixel_pos)
         if self.legacy:
             x = reference.cut_patches(self.proj(x), self.new_patch_size, self.pixel_step)
         else:
@@ -290,6 +307,18 @@ class PixelEmbed(nn.Module):
         if pixel_pos is not None:
             x = x + pixel_pos
         return reference.as_pixels(x)
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor, pixel_pos: Tensor | None) -> Tensor:
+        return dispatch.kernel("pixel_embed").pixel_embed(x, **self.fused_arguments(pixel_pos))
+
+    @torch.jit.ignore
+    def fused_arguments(self, pixel_pos: Tensor | None) -> dict[str, Any]:
+        """What the fused operation is given besides the image."""
+        return dict(
+            weight=self.proj.weight, bias=self.proj.bias, pixel_pos=pixel_pos, patch_size=self.patch_size, stride=self.stride,
+            patch_stride=self.patch_stride, legacy=self.legacy,
+        )  # fmt: skip
 
     @torch.jit.unused
     def _check_image(self, x: Tensor) -> None:
@@ -482,11 +511,16 @@ class TNT(nn.Module):
         for block in self.blocks:
             inner = block if block.has_inner else inner
         return {
-            "channels": self.in_chans, "kernel": embed.proj.kernel_size[0], "stride": embed.stride, "legacy": embed.legacy,
-            "N": self.num_patches, "S": embed.new_patch_size[0] * embed.new_patch_size[1], "C": embed.in_dim,
-            "E": self.embed_dim, "H": inner.attn_in.num_heads if inner else 1,
-            "M": inner.mlp_in.fc1.out_features if inner else 4 * embed.in_dim,
+            "channels": self.in_chans, "stride": embed.stride, "legacy": embed.legacy, "N": self.num_patches,
+            "S": embed.new_patch_size[0] * embed.new_patch_size[1], "C": embed.proj.weight.shape[0],
+            "E": self.cls_token.shape[-1], "H": inner.attn_in.num_heads if inner else 1,
+            "M": inner.mlp_in.fc1.weight.shape[0] if inner else 4 * embed.proj.weight.shape[0],
         }  # fmt: skip
+
+    @torch.jit.ignore
+    def fused_arguments(self) -> dict[str, dict[str, Any]]:
+        """What each fused operation of the stem is given besides activations, by its name."""
+        return {"pixel_embed": self.pixel_embed.fused_arguments(self.pixel_pos), "fold": _fold_arguments(self)}
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -525,7 +559,7 @@ class TNT(nn.Module):
             base = base + self.patch_pos
         patch = base.expand(pixel.shape[0] // self.num_patches, -1, -1)
         if fused and not torch.jit.is_scripting():
-            return self.pos_drop(_fused_fold(pixel, patch, self.norm1_proj, self.proj, self.norm2_proj))
+            return self.pos_drop(_fused_fold(self, pixel, patch))
         flat = pixel.reshape(patch.shape[0], self.num_patches, pixel.shape[1] * pixel.shape[2])
         x = self.norm2_proj(self.proj(self.norm1_proj(flat)))
         return self.pos_drop(torch.cat([patch[:, :1], patch[:, 1:] + x], dim=1))

@@ -1,0 +1,361 @@
+"""No address of a kernel overflows: intervals.py proves it for what is shipped, and is itself put to the test."""
+
+import json
+import math
+import mmap
+import operator
+import random
+
+import pytest
+import torch
+from helpers import TINY, run_once
+
+pytest.importorskip("triton")
+
+import intervals
+from intervals import RULES, Interval
+
+from tnt_fast import TNT, kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+SCRIPT = """
+import json
+from pathlib import Path
+
+import triton
+import triton.language as tl
+
+from intervals import Interval, compiled, proofs, prove
+from tnt_fast.kernels import fold, inner, pixel_embed
+from tnt_fast.kernels.tile import Launch
+
+
+@triton.jit
+def channels(x_ptr, stride, HOW: tl.constexpr):
+    c = tl.program_id(0) % 4
+    if HOW == "narrow":
+        at = c * stride
+    elif HOW == "late":
+        at = (c * stride).to(tl.int64)
+    elif HOW == "chosen":
+        at = tl.where(c < 3, c * stride, 0)
+    elif HOW == "wide":
+        at = c.to(tl.int64) * stride
+    tl.store(x_ptr + at, 0.0)
+
+
+@triton.jit
+def blocks(x_ptr, n, BLOCK: tl.constexpr, HOW: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wide = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if HOW == "narrow":
+        tl.store(x_ptr + at, 0.0, mask=wide < n)
+    elif HOW == "mask":
+        tl.store(x_ptr + wide, 0.0, mask=at < n)
+    elif HOW == "wide":
+        tl.store(x_ptr + wide, 0.0, mask=wide < n)
+
+
+@triton.jit
+def loop(x_ptr, n, BLOCK: tl.constexpr, HOW: tl.constexpr):
+    for turn in range(tl.program_id(0), (n + BLOCK - 1) // BLOCK if HOW == "bounded" else n, tl.num_programs(0)):
+        tl.store(x_ptr + turn * BLOCK + tl.arange(0, BLOCK), 0.0)
+
+
+@triton.jit
+def beyond(x_ptr, i_ptr, n, HOW: tl.constexpr):
+    if HOW == "looked up":
+        tl.store(x_ptr + tl.load(i_ptr), 0.0)
+    elif HOW == "carried":
+        for _ in range(n):
+            tl.store(x_ptr, 0.0)
+            x_ptr += n
+    elif HOW == "atomic":
+        tl.atomic_add(x_ptr + n, 1.0)
+    elif HOW == "branch":
+        at = n
+        if n > 3:
+            tl.store(x_ptr, 1.0)
+            at = n - 3
+        tl.store(x_ptr + at, 0.0)
+
+
+def found(kernel, how, kind, **ranges):
+    pointers = {name: {"x_ptr": "fp32", "i_ptr": "i32"}[name] for name in kernel.arg_names if name.endswith("_ptr")}
+    integers = tuple(name for name in ("n", "stride") if name in kernel.arg_names)
+    constants = {"HOW": how} | ({"BLOCK": 64} if "BLOCK" in kernel.arg_names else {})
+    launch = Launch(kernel, pointers, integers, constants, 4, 1, 1)
+    ranges = {"program_id": Interval(0, 2**30 - 1), "num_programs": Interval(1, 2**30)} | ranges
+    try:
+        return [str(f) for f in compiled(launch, dict.fromkeys(integers, kind)).findings([ranges])]
+    except ValueError as error:
+        return f"error: {error}"
+
+
+toys = {}
+for kind, most in (("i32", 2**31 - 1), ("i64", 2**44)):
+    for how in ("narrow", "late", "chosen", "wide"):
+        toys[f"channels {how} {kind}"] = found(channels, how, kind, stride=Interval(0, most))
+    for how in ("narrow", "mask", "wide"):
+        toys[f"blocks {how} {kind}"] = found(blocks, how, kind, n=Interval(1, 2**30))
+    for how in ("bounded", "unbounded"):
+        toys[f"loop {how} {kind}"] = found(loop, how, kind, n=Interval(1, 2**30))
+    toys[f"loop endless {kind}"] = found(loop, "bounded", kind, n=Interval(1, 2**31 - 1))
+    for how in ("looked up", "carried", "atomic", "branch"):
+        toys[f"beyond {how} {kind}"] = found(beyond, how, kind, n=Interval(0, 2**20))
+
+
+def widest():
+    # launches at the ends of what unsupported() accepts, and such as the named variants have none of
+    for channels, C, legacy, step in ((8, 128, True, 1), (1, 24, False, 4)):
+        forward = pixel_embed._specialise(channels, C, [16, 16], step, [step, step], legacy, True, True, "bf16", "ieee")
+        backward = (pixel_embed._specialise_weight_bwd, pixel_embed._specialise_image_bwd)
+        yield from (("pixel_embed", launch) for launch in (forward, *(make(forward, "bf16") for make in backward)))
+    for S, C, H, M, backward in ((64, 96, 3, 384, False), (49, 24, 4, 96, False), (9, 62, 2, 248, True)):
+        forward = inner._specialise(S, C, H, M, True, True, "bf16", "ieee", True)
+        yield "inner", forward
+        if backward:
+            yield from (("inner", launch) for launch in inner._specialise_backward(forward, True))
+    for legacy in (False, True):
+        yield "fold", fold._specialise(64, 128, 1024, legacy, True, True, "bf16", "ieee")
+        for grouped in (False, True):
+            yield "fold", fold._specialise_norm_bwd(128 if legacy else 64 * 128, True, grouped, True, True, "bf16")
+
+
+results = []
+for operation, launch in widest():
+    for far in ("i32", "i64"):
+        accesses, found = prove(operation, launch, {n: far if "stride" in n else "i32" for n in launch.integers})
+        results.append((f"{operation} {launch.kernel.__name__} {launch.constants}", accesses, found))
+Path("results.json").write_text(json.dumps({"toys": toys, "shipped": list(proofs()), "widest": results}))
+"""
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    folder, ending = run_once(tmp_path_factory, "addresses", SCRIPT)
+    assert ending["status"] == 0, ending["err"]
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("operation", kernels.OPERATIONS)
+class TestShipped:
+    @staticmethod
+    def _check(results, operation):
+        launches = [(name, accesses, found) for name, accesses, found in results if name.split()[0] == operation]
+        assert launches
+        assert all(accesses >= 2 for _, accesses, _ in launches)
+        overflows = [f"{name}, {text}" for name, _, found in launches for text in found]
+        assert not overflows, "\n".join(overflows)
+        return launches
+
+    def test_no_address_overflows(self, results, operation):
+        assert len(self._check(results["shipped"], operation)) == len(list(kernels.OPERATIONS[operation].launches()))
+
+    def test_none_does_at_the_widest(self, results, operation):
+        self._check(results["widest"], operation)
+
+
+@pytest.mark.parametrize(
+    ("toy", "found"),
+    [
+        ("channels narrow i32", "arith.muli gives 0 to 6442450941 in 32 bits"),
+        ("channels late i32", "arith.muli gives 0 to 6442450941 in 32 bits"),
+        ("channels chosen i32", "arith.muli gives 0 to 6442450941 in 32 bits"),
+        ("channels wide i32", None),
+        ("channels narrow i64", None),
+        ("channels wide i64", None),
+        ("blocks narrow i32", "arith.muli gives 0 to 68719476672 in 32 bits"),
+        ("blocks narrow i64", "arith.muli gives 0 to 68719476672 in 32 bits"),
+        ("blocks mask i32", "arith.muli gives 0 to 68719476672 in 32 bits"),
+        ("blocks wide i32", None),
+        ("blocks wide i64", None),
+        ("loop bounded i32", None),
+        ("loop unbounded i32", "arith.muli gives 0 to 68719476672 in 32 bits"),
+        ("loop endless i32", "arith.addi gives 64 to 2147483710 in 32 bits"),  # n + BLOCK - 1
+        ("loop bounded i64", None),
+    ],
+)
+def test_planted_overflows_are_found(results, toy, found):
+    texts = results["toys"][toy]
+    if found is None:
+        assert texts == []
+    else:
+        assert [text.split(": ")[1] for text in texts if "script.py:" in text][:1] == [found]
+
+
+@pytest.mark.parametrize(
+    ("toy", "error"),
+    [
+        ("beyond looked up", "no rule for tt.load, of which an address is made"),
+        ("beyond carried", "no rule for addresses in scf.for"),
+        ("beyond atomic", "no rule for addresses in tt.atomic_rmw"),
+        ("beyond branch", "it comes out of a loop or a branch|no rule for scf.if"),
+    ],
+)
+def test_what_has_no_rule_is_an_error(results, toy, error):
+    text = results["toys"][f"{toy} i32"]
+    assert isinstance(text, str), text
+    assert any(part in text for part in error.split("|")), text
+
+
+EXACT = {
+    "arith.addi": operator.add,
+    "arith.subi": operator.sub,
+    "arith.muli": operator.mul,
+    "arith.divsi": lambda x, y: math.trunc(x / y),
+    "arith.minsi": min,
+    "arith.maxsi": max,
+    "tt.addptr": operator.add,
+}
+ENCLOSED = {
+    "arith.remsi": lambda x, y: int(math.fmod(x, y)),
+    "arith.andi": operator.and_,
+    "arith.ori": operator.or_,
+    "arith.xori": operator.xor,
+    "arith.cmpi": operator.lt,
+}
+
+
+def _random_interval(low=-12):
+    return Interval(*sorted(random.randint(low, 12) for _ in range(2)))
+
+
+@pytest.mark.parametrize("name", [*EXACT, *ENCLOSED])
+def test_rules_hold_every_value(name):
+    random.seed(0)
+    operation = (EXACT | ENCLOSED)[name]
+    for _ in range(500):
+        a, b = (_random_interval(0 if name in ("arith.andi", "arith.ori", "arith.xori") else -12) for _ in range(2))
+        divisors = [y for y in range(b.low, b.high + 1) if y or name not in ("arith.divsi", "arith.remsi")]
+        values = [operation(x, y) for x in range(a.low, a.high + 1) for y in divisors]
+        if not values:
+            continue
+        ruled = RULES[name](a, b)
+        assert ruled.low <= min(values) <= max(values) <= ruled.high, (a, b)
+        if name in EXACT:
+            assert ruled == (min(values), max(values)), (a, b)
+
+
+def test_other_rules():
+    random.seed(0)
+    for _ in range(500):
+        a, b = _random_interval(), _random_interval()
+        assert RULES["arith.select"](Interval(0, 1), a, b) == (min(a.low, b.low), max(a.high, b.high))
+        unsigned = [x % 2**32 for x in range(a.low, a.high + 1)]
+        extended = RULES["arith.extui"](a)
+        assert extended.low <= min(unsigned) <= max(unsigned) <= extended.high
+        step = Interval(*sorted(random.randint(1, 5) for _ in range(2)))
+        turns = [i for x in range(a.low, a.high + 1) for s in range(step.low, step.high + 1) for i in range(x, b.high, s)]
+        ruled = intervals._induction(a, b, step)
+        assert all(ruled.low <= i <= ruled.high for i in turns)
+    assert RULES["arith.remsi"](Interval(0, 100), Interval(1, 16)) == (0, 15)
+    assert RULES["arith.remsi"](Interval(3, 7), Interval(8, 16)) == (3, 7)
+    assert set(RULES) - set(EXACT) - set(ENCLOSED) == {
+        "arith.select", "arith.extui", "arith.extsi", "arith.trunci",
+        "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans",
+    }  # fmt: skip
+
+
+IR = """
+#loc = loc("folder/kernel.py":7:0)
+#loc1 = loc(unknown)
+module {
+  tt.func public @kernel(%arg0: !tt.ptr<f32> {tt.divisibility = 16 : i32} loc("x_ptr"(#loc)), %arg1: i32 loc(unknown)) {
+    %c2_i32 = arith.constant 2 : i32 loc(#loc1)
+    %c9_i32 = arith.constant 9 : i32 loc(#loc1)
+    scf.for %arg2 = %c2_i32 to %arg1 step %c9_i32  : i32 {
+      %1 = arith.muli %arg2, %c9_i32 : i32 loc(#loc4)
+      %2 = tt.addptr %arg0, %1 : !tt.ptr<f32>, i32 loc(#loc1)
+      tt.store %2, %cst : !tt.ptr<f32> loc(#loc1)
+    } loc(#loc3)
+    %1 = OPERATION loc(#loc3)
+    %2 = tt.addptr %arg0, %1 : !tt.ptr<f32>, i32 loc(#loc1)
+    tt.store %2, %cst : !tt.ptr<f32> loc(#loc1)
+    tt.return loc(#loc1)
+  } loc(#loc)
+} loc(#loc)
+#loc2 = loc("folder/kernel.py":8:10)
+#loc3 = loc("turn"(#loc2))
+#loc4 = loc(callsite(#loc5 at #loc2))
+#loc5 = loc("folder/helper.py":3:10)
+"""
+
+
+def test_regions_use_names_again():
+    kernel = intervals.Kernel(IR.replace("OPERATION", "arith.addi %c2_i32, %c9_i32 : i32"), ["x_ptr", "n"])
+    assert kernel.findings([{"n": Interval(0, 2**31 // 9)}]) == []
+    (found,) = kernel.findings([{"n": Interval(0, 2**31 // 9 + 2)}])
+    assert str(found) == "helper.py:3: arith.muli gives 18 to 2147483655 in 32 bits"
+    found, _ = kernel.findings([{"n": Interval(0, 2**31 - 1)}])  # the loop's variable itself, one turn past its end
+    assert str(found) == "kernel.py:8: scf.for gives 11 to 2147483655 in 32 bits"
+
+
+@pytest.mark.parametrize(
+    ("operation", "error"),
+    [
+        ("arith.shrui %arg1, %c2_i32 : i32", "no rule for arith.shrui"),
+        ("arith.extsi %b : i1 to i32", "no rule for arith.extsi of booleans"),
+        ("arith.addi %arg1, %arg2 : i32", "no rule for %arg2: it comes out of a loop"),
+        ("arith.constant 2.0 : f32", "a constant that is no integer"),
+    ],
+)
+def test_what_is_not_understood_is_an_error(operation, error):
+    with pytest.raises(ValueError, match=error):
+        intervals.Kernel(IR.replace("OPERATION", operation), ["x_ptr", "n"])
+
+
+def _started(monkeypatch, run):
+    """(operation, launch, grid, integers by name) of what ``run`` starts."""
+    seen = []
+    for operation, module in kernels.OPERATIONS.items():
+
+        def start(spec, grid, *arguments, _operation=operation, _start=module.start):
+            seen.append((_operation, spec, grid, dict(zip(spec.kernel.arg_names, arguments, strict=False))))
+            _start(spec, grid, *arguments)
+
+        monkeypatch.setattr(module, "start", start)
+    run()
+    return seen
+
+
+@pytest.mark.parametrize(("batch", "legacy"), [(1, True), (2, False)])
+def test_launchers_pass_what_the_proof_assumes(monkeypatch, batch, legacy):
+    """Their integers lie in one piece of the ranges, all together, and so does the grid."""
+    model = TNT(**TINY, legacy=legacy, backend="fused").to(DEVICE)
+    image = torch.randn(batch, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_()
+    seen = _started(monkeypatch, lambda: model(image).sum().backward())
+    assert {spec.kernel.__name__ for _, spec, _, _ in seen} >= {"_pixel_embed_fwd_kernel", "_fold_norm_bwd_kernel"}
+    for operation, spec, grid, arguments in seen:
+        passed = {name: arguments[name] for name in spec.integers} | {"num_programs": grid, "program_id": grid - 1}
+        pieces = list(intervals.ranges(operation, spec, dict.fromkeys(spec.integers, "i64")))
+        assert any(all(low <= passed[name] <= high for name, (low, high) in piece.items()) for piece in pieces), (
+            spec.kernel.__name__,
+            passed,
+        )
+
+
+def _storage(size):
+    """float16 values, of which only those take memory that are touched; on a GPU all do."""
+    if DEVICE == "cpu":
+        return torch.frombuffer(mmap.mmap(-1, 2 * size), dtype=torch.float16)
+    if torch.cuda.mem_get_info()[0] < 4 * size:
+        pytest.skip(f"needs {4 * size >> 30} GiB of free GPU memory")
+    return torch.empty(size, dtype=torch.float16, device=DEVICE)
+
+
+def test_channels_may_lie_far_apart():
+    """An image whose third channel is 2^31 values and more behind the first: the same bits as those of its copy."""
+    apart = 1_100_000_000
+    # so far into the storage that an address that wraps round is in it, too: a wrong result, no crash
+    image = _storage(2**32 + 1024).as_strided((1, 3, 16, 16), (768, apart, 16, 1), 2**32 - 2 * apart)
+    image.copy_(torch.randn(image.shape))
+    weight = torch.randn(12, 3, 7, 7).to(image).requires_grad_()
+    results = []
+    for given in (image, image.contiguous()):
+        out = kernels.OPERATIONS["pixel_embed"].pixel_embed(given, weight, None, None, (16, 16), 4, (16, 16))
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), weight)))
+    for far, near in zip(*results, strict=True):
+        assert far.isfinite().all()
+        assert torch.equal(far, near)

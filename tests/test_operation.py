@@ -1,0 +1,222 @@
+"""What all operations share on the host: what they read, named errors, dtypes, autocast, and what is not differentiated."""
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+from helpers import TINY, perturb
+
+pytest.importorskip("triton")
+
+from test_kernels import case, check, fold_tensors, inner_tensors, normal
+
+from tnt_fast import TNT, dispatch, kernels, reference, why_not_fused
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPERATIONS = pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
+
+
+def given(operation: str, dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
+    tensors, others = case(operation)
+    return {k: None if v is None else v.to(DEVICE, dtype) for k, v in tensors.items()}, others
+
+
+def run(operation: str, tensors: dict, others: dict) -> torch.Tensor:
+    return getattr(kernels.OPERATIONS[operation], operation)(**tensors, **others)
+
+
+@OPERATIONS
+def test_the_description_is_of_the_references_arguments(operation):
+    tensors, others = case(operation)
+    described = [argument.name for argument in kernels.OPERATIONS[operation].DESCRIPTION.arguments]
+    assert set(described) == set(tensors) | ({"attn_scale", "mlp_scale"} if operation == "inner" else set())
+
+
+@OPERATIONS
+def test_none_is_computed_as_the_reference_does_or_named(operation):
+    for name in given(operation)[0]:
+        tensors, others = given(operation)
+        tensors[name] = None
+        try:
+            expected = getattr(reference, operation)(**tensors, **others)
+        except (TypeError, AttributeError):
+            with pytest.raises((ValueError, AttributeError), match=rf"{operation}: .*{name} is None; it is needed|NoneType"):
+                run(operation, tensors, others)
+            continue
+        if name in ("qk_bias", "v_bias"):
+            with pytest.raises(ValueError, match="inner: qk_bias and v_bias are given or left out together"):
+                run(operation, tensors, others)
+        else:
+            torch.testing.assert_close(run(operation, tensors, others), expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@OPERATIONS
+def test_shapes_that_do_not_fit_are_named(operation):
+    others_of = {"pixel": "norm1_weight", "patch": "proj_weight"}  # activations set the sizes that weights are held to
+    for name in given(operation)[0]:
+        tensors, others = given(operation)
+        for spoil in (lambda x: x.new_ones(()), lambda x: x[None], lambda x: x.repeat(*[1] * (x.ndim - 1), 2)):
+            if operation == "pixel_embed" and name == "image" and spoil(tensors[name]).ndim == 4:
+                continue  # a wider image is one
+            with pytest.raises(ValueError, match=rf"{operation}: .*\b({name}|{others_of.get(name, name)})\b"):
+                run(operation, {**tensors, name: spoil(tensors[name])}, others)
+
+
+@OPERATIONS
+def test_dtypes_that_differ_without_autocast_are_named_and_taken_with_it(operation):
+    tensors, others = given(operation)
+    activations = [a.name for a in kernels.OPERATIONS[operation].DESCRIPTION.arguments if a.activation]
+    first = activations[0]
+    mixed = {**tensors, **{name: tensors[name].half() for name in activations}}
+    with pytest.raises(
+        TypeError, match=rf"{operation}: \w+ is torch\.float32, {first} is torch\.float16; accepted: torch\.float16"
+    ):
+        run(operation, mixed, others)
+    with torch.autocast(DEVICE, torch.float16):
+        assert run(operation, mixed, others).dtype == torch.float16
+        assert run(operation, tensors, others).dtype == torch.float16
+        with pytest.raises(TypeError, match=rf"{operation}: {first} is torch\.float64; accepted: torch\.bfloat16"):
+            run(operation, {**tensors, first: tensors[first].double()}, others)
+    with (
+        torch.autocast(DEVICE, torch.bfloat16),
+        pytest.raises(TypeError, match=rf"{operation}: \w+ is torch\.float16, {first} is torch\.bfloat16; accepted"),
+    ):
+        run(operation, {k: v.half() for k, v in tensors.items()}, others)
+
+
+@pytest.mark.parametrize(
+    ("pixel", "patch"),
+    [(torch.float16, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.float16)],
+    ids=str,
+)
+def test_folds_result_has_the_references_dtype(pixel, patch):
+    tensors = {k: None if v is None else v.to(DEVICE, pixel) for k, v in fold_tensors(2, 5, 16, 12, 24, False).items()}
+    tensors["patch"] = normal(2, 6, 24).to(DEVICE, patch)
+    tensors = {k: None if v is None else v.requires_grad_() for k, v in tensors.items()}
+    expected, found = reference.fold(**tensors), run("fold", tensors, {})
+    assert found.dtype == expected.dtype == torch.promote_types(pixel, patch)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    wanted = [v for v in tensors.values() if v is not None]
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), wanted) for x in (found, expected)), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        (dict(stride=0), "stride=0; accepted: a positive integer"),
+        (dict(stride=5), r"stride 5 does not divide patch_size \(16, 16\)"),
+        (dict(patch_size=16), "patch_size=16; accepted: two positive integers"),
+        (dict(patch_size=(16, 0)), r"patch_size=\(16, 0\); accepted: two positive integers"),
+        (dict(patch_stride=(16,)), r"patch_stride=\(16,\); accepted: two positive integers"),
+        (dict(patch_size=(16, 20)), "32 pixels of the image are not covered by patches of 20 every 16"),
+    ],
+    ids=str,
+)
+def test_numbers_of_pixel_embed_that_do_not_fit_are_named(spoilt, message):
+    tensors, others = given("pixel_embed")
+    with pytest.raises(ValueError, match=f"pixel_embed: .*{message}"):
+        run("pixel_embed", tensors | {"pixel_pos": None}, others | spoilt)
+
+
+def test_more_than_the_kernels_can_count_is_named():
+    pixel = torch.empty(1, device=DEVICE).expand(2**27, 16, 24)
+    tensors = given("inner")[0] | {k: v.float().to(DEVICE) for k, v in inner_tensors(1, 16, 24, 96, bias=True).items()}
+    with pytest.raises(ValueError, match=f"inner: {2**31} pixels of all patches; accepted: up to {2**30}"):
+        run("inner", tensors | {"pixel": pixel}, dict(num_heads=4))
+
+
+# ---- autocast ----
+
+
+@pytest.mark.parametrize("sizes", [(64, 16, 24, 96), (5, 16, 36, 144)], ids=["kernel", "by PyTorch"])
+def test_a_backward_under_autocast_is_the_same_backward(sizes):
+    tensors = {k: None if v is None else v.float().to(DEVICE).requires_grad_() for k, v in inner_tensors(*sizes).items()}
+    wanted = [v for v in tensors.values() if v is not None]
+    out = run("inner", tensors, dict(num_heads=4))
+    upstream = torch.randn_like(out) * 100
+    expected = torch.autograd.grad(out, wanted, upstream, retain_graph=True)
+    with torch.autocast(DEVICE, torch.float16):
+        found = torch.autograd.grad(out, wanted, upstream)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+# ---- derivatives that there are none of ----
+
+
+@OPERATIONS
+def test_forward_mode_and_batched_gradients_are_named_errors(operation):
+    tensors, others = given(operation)
+    first = next(iter(tensors))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tensors[first], torch.ones_like(tensors[first]))
+        with pytest.raises(NotImplementedError, match=f"{operation}: the kernels have no forward-mode derivatives"):
+            run(operation, {**tensors, first: dual}, others)
+        run(operation, tensors, others)  # without a tangent there is nothing to lose
+
+    def of_first(x):
+        return run(operation, {**tensors, first: x}, others).sum()
+
+    with pytest.raises(NotImplementedError, match=f"{operation}: the kernels have no forward-mode derivatives"):
+        torch.func.jvp(of_first, (tensors[first],), (torch.ones_like(tensors[first]),))
+    with pytest.raises(NotImplementedError, match=f"{operation}: the kernels have no forward-mode derivatives"):
+        torch.func.vmap(of_first)(tensors[first][None])
+    x = tensors[first].clone().requires_grad_()
+    out = run(operation, {**tensors, first: x}, others)
+    with pytest.raises(NotImplementedError, match=f"the backward of {operation} takes one gradient, not a batch"):
+        torch.autograd.grad(out, x, torch.ones(2, *out.shape, device=DEVICE), is_grads_batched=True)
+    with pytest.raises(NotImplementedError, match="one gradient, not a batch|no forward-mode derivatives"):
+        torch.autograd.functional.jacobian(lambda x: of_first(x).expand(2), x, vectorize=True)
+
+
+def test_forward_mode_is_a_reason_against_the_fused_model():
+    model, image = TNT(**TINY, backend="fused").to(DEVICE), torch.randn(1, 3, 32, 32, device=DEVICE)
+    with torch.autograd.forward_ad.dual_level():
+        assert any("forward-mode differentiation is active" in reason for reason in why_not_fused(model, image))
+        with pytest.raises(RuntimeError, match="forward-mode differentiation is active"):
+            model(torch.autograd.forward_ad.make_dual(image, torch.ones_like(image)))
+
+
+# ---- real and fake ----
+
+
+@OPERATIONS
+def test_fake_and_real_agree_on_transposed_weights(operation):
+    tensors, others = given(operation)
+    tensors = {k: v if v.ndim != 2 else v.t().contiguous().t() for k, v in tensors.items()}
+    numbers = [list(v) if isinstance(v, tuple) else v for v in others.values()]
+    numbers = {"inner": [2, 1e-5, None, None], "fold": [1e-5]}.get(operation, numbers)
+    arguments = [v.requires_grad_() for v in tensors.values()]
+    torch.library.opcheck(getattr(torch.ops.tnt_fast, operation).default, (*arguments, *numbers))
+
+
+def test_a_model_of_transposed_weights_compiles_with_its_gradients():
+    model = perturb(TNT(**{**TINY, "depth": 1}, backend="fused")).to(DEVICE)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(module.weight.detach().t().contiguous().t())
+    image = torch.randn(2, 3, 32, 32, device=DEVICE)
+    expected = torch.autograd.grad(model(image).square().sum(), list(model.parameters()))
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager_decomp_partition")
+    found = torch.autograd.grad(compiled(image).square().sum(), list(compiled.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_model_tells_once_that_it_falls_back(monkeypatch):
+    monkeypatch.setattr(dispatch, "_warned", set())
+    model, image = TNT(**TINY).to(DEVICE), torch.randn(1, 3, 32, 32, device=DEVICE)
+    model.blocks[0].attn_in.qk = torch.nn.Sequential(model.blocks[0].attn_in.qk)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with pytest.warns(UserWarning, match=re.escape("takes the reference path: ")):
+        expected = compiled(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(compiled(image), expected)
+    check("inner", inner_tensors(2, 4, 6, 24), dict(num_heads=2), torch.float32)  # and the kernels are still there
