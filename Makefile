@@ -1,20 +1,24 @@
-# make demo · test · check · bench · gpu · sanitize. Everything is installed into .venv, at the versions of $(CONSTRAINTS).
+# make demo · test · test-newest · test-oldest · fuzz · check · bench · gpu · sanitize. Everything is installed into $(VENV), at
+# the versions of $(CONSTRAINTS).
 PYTHON ?= python3
 CONSTRAINTS ?= .ci/constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OUT := $(or $(OUT),benchmarks/results/$(shell date +%Y-%m-%d-%H%M))
-TIMM_SOURCE := .cache/timm
+TIMM_SOURCE := $(VENV)/timm
 MINUTES ?= 5
+N ?= 10000
+SEED ?= 0
+PROCESSES ?= $(shell nproc)
 
-.PHONY: demo test check bench gpu sanitize clean
+.PHONY: demo test test-newest test-oldest fuzz check bench gpu sanitize clean
 .DELETE_ON_ERROR:
 
 $(READY): setup.py pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e ".[dev]"
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install -q -e ".[dev]"
 	touch $@
 
 # Train on real handwritten digits, then classify the held-out image files with the checkpoint. Stopped, it continues.
@@ -28,9 +32,17 @@ demo: $(READY)
 test: check $(TIMM_SOURCE)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --timm-source=$(TIMM_SOURCE) tests
 
+# The same with the newest releases, and with the oldest that setup.py declares; each in an environment of its own.
+test-newest test-oldest: test-%:
+	$(MAKE) test VENV=.venv-$* CONSTRAINTS=.ci/$*.txt
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# N random cases against the reference; `make test` has a few hundred. Fails where one is wrong, with the command that repeats it.
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz --count $(N) --seed $(SEED) --processes $(PROCESSES) --json benchmarks/results/fuzz.json
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -67,4 +79,4 @@ $(TIMM_SOURCE): $(READY)
 	tar -xzf $@/timm-$$version.tar.gz -C $@ --strip-components 1 || echo "timm's source is not at hand"
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info
+	rm -rf .venv .venv-newest .venv-oldest .cache build dist *.egg-info

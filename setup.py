@@ -10,8 +10,10 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "tnt_fast" / "__init__.
 
 PICTURES = ["matplotlib>=3.7"]
 TRAIN = ["torchvision>=0.23", "scikit-learn>=1.3", "tqdm>=4.60", "pillow>=10", *PICTURES]
-BENCH = ["pytest>=7.4", "pytest-benchmark>=5.1", "tqdm>=4.60", *PICTURES]
-DEV = ["pytest-xdist>=3.5", "ruff>=0.8", "setuptools>=70", "wheel", *TRAIN, *BENCH]
+# pytest-benchmark 5.1 needs pytest 8.1, whose 8.1.0 was withdrawn
+BENCH = ["pytest>=8.1.1", "pytest-benchmark>=5.1", "tqdm>=4.60", *PICTURES]
+# before 0.9 ruff formats otherwise, before 0.13 it asks for isinstance(x, A | B)
+DEV = ["pytest-xdist>=3.5", "ruff>=0.13", "setuptools>=70", "wheel", *TRAIN, *BENCH]
 
 setup(
     name="tnt_fast",

@@ -2,9 +2,9 @@
 
 One file an operation: forward, backward, registration, and beside them ``unsupported(...)``, the limits of that
 operation. ``OPERATIONS`` maps an operation's name (``pixel_embed``, ``inner``, ``fold``, ``outer``) to its module, which
-has the function of that name, with the signature of its twin in ``tnt_fast.reference``, ``unsupported(sizes)``, the
-reasons against sizes as ``TNT.sizes()`` gives them, and ``gradients_unsupported(sizes, dtype, device)``, the reasons why
-PyTorch computes their gradients. Nothing here knows the model.
+has the function of that name, with the signature of its twin in ``tnt_fast.reference``, ``DESCRIPTION``, what it reads and
+what stands against it, ``unsupported(sizes)``, the part of that which depends on sizes as ``TNT.sizes()`` gives them, and
+``gradients_unsupported(sizes, dtype, device)``, the reasons why PyTorch computes their gradients. Nothing here knows the model.
 """
 
 from importlib.util import find_spec

@@ -257,6 +257,7 @@ def _inner_fwd_kernel(
 ):  # fmt: skip
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     EXACT: tl.constexpr = tl.float32 == DTYPE
+    APART: tl.constexpr = HAS_SCALE or EXACT  # float32 would see what is summed onto a large x rounded many times
     BY_PRODUCT: tl.constexpr = RESIDENT and not EXACT  # float32 products are slow
     UNIT: tl.constexpr = C / C_PAD  # a power of two apart, what the products make of x − mean
     M: tl.constexpr = G * T
@@ -385,7 +386,7 @@ def _inner_fwd_kernel(
         if T > S:  # without an eps, rows of padding are not finite, and keys and values of their patch
             h = tl.where((token < S)[:, None], h, 0.0).to(DTYPE)
         h = _columns(h, M, C_PAD, TRIM)
-        total = tl.zeros((M, C_PAD), tl.float32) if HAS_SCALE else x
+        total = tl.zeros((M, C_PAD), tl.float32) if APART else x
         total += proj_bias[None, :]
         for i in tl.static_range(len(wq)):
             q = tl.reshape(_dot(h, wq[i], PRECISION).to(DTYPE), (G, T, W))
@@ -406,11 +407,11 @@ def _inner_fwd_kernel(
             mine = turn * G + patch
             x += total * tl.load(attn_scale_ptr + mine, mask=mine < n_patches, other=0.0)[:, None]
         else:
-            x = total
+            x = x + total if APART else total
 
         h = _normalise(_centre(x, real, C, EXACT), one, eps, C, 1, DTYPE)
         h = _columns(h, M, C_PAD, TRIM)
-        total = tl.zeros((M, C_PAD), tl.float32) if HAS_SCALE else x * up
+        total = tl.zeros((M, C_PAD), tl.float32) if APART else x * up
         total += fc2_bias[None, :]
         for start in tl.static_range(0, MLP, SLICE):
             if RESIDENT:
@@ -438,7 +439,7 @@ def _inner_fwd_kernel(
             mine = turn * G + patch
             x += total * (tl.load(mlp_scale_ptr + mine, mask=mine < n_patches, other=0.0) * down)[:, None]
         else:
-            x = total * down
+            x = x + total if APART else total * down
         tl.store(y_ptr + first + offset, tl.where(real[None, :], x, 0.0).to(DTYPE), mask=live)
 
 
@@ -631,6 +632,7 @@ def _inner_bwd_mlp_kernel(
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     EXACT: tl.constexpr = tl.float32 == DTYPE
+    APART: tl.constexpr = HAS_SCALE or EXACT
     UNIT: tl.constexpr = C / C_PAD
     M: tl.constexpr = G * T
     W: tl.constexpr = HG * D_PAD
@@ -687,7 +689,7 @@ def _inner_bwd_mlp_kernel(
         else:
             x = tokens.to(tl.float32)
             h, _ = _standardise(_centre(x, real, C, EXACT), alive, eps, C, 1, DTYPE)
-        total = tl.zeros((M, C_PAD), tl.float32) if HAS_SCALE else x
+        total = tl.zeros((M, C_PAD), tl.float32) if APART else x
         total += proj_bias[None, :]
         for i in tl.static_range(len(heads)):
             wq, wk, wv, wp = heads[i]
@@ -699,7 +701,7 @@ def _inner_bwd_mlp_kernel(
             scale = tl.load(mlp_scale_ptr + mine, mask=mine < n_patches, other=0.0)
             dz = (dy.to(tl.float32) * scale[:, None]).to(DTYPE)
         else:
-            x = total
+            x = x + total if APART else total
             dz = dy
 
         h, inverse = _standardise(_centre(x, real, C, EXACT), alive, eps, C, 1, DTYPE)

@@ -78,9 +78,14 @@ class Description(NamedTuple):
         Activations in autocast's dtype where it is on; weights as they are, the kernels round them on loading.
 
         Raises:
-            TypeError: autocast is off, and the dtypes differ.
+            TypeError: what is no tensor; autocast is off, and the dtypes differ. ValueError: a needed one is None.
             NotImplementedError: a tensor carries a tangent of forward-mode differentiation or is a torch.func transform's.
         """
+        for argument, x in zip(self.arguments, tensors, strict=True):
+            if x is None and not argument.optional:
+                raise ValueError(f"{self.name}: {argument.name} is None; it is needed")
+            if x is not None and not isinstance(x, Tensor):
+                raise TypeError(f"{self.name}: {argument.name} is a {type(x).__name__}; accepted: torch.Tensor")
         if not torch.compiler.is_compiling():
             given = [x for x in tensors if x is not None]
             dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
@@ -155,7 +160,7 @@ class Description(NamedTuple):
 def wrong_eps(given: Mapping[str, Any]) -> list[str]:
     """A reason against an eps that is no number."""
     eps = given["eps"]
-    return [] if isinstance(eps, int | float) else [f"eps={eps!r}; accepted: a number"]
+    return [] if isinstance(eps, (int, float)) else [f"eps={eps!r}; accepted: a number"]
 
 
 def _size(axis: str, sizes: Mapping[str, int]) -> int | str:

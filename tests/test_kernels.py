@@ -183,7 +183,7 @@ def test_fold_onto_an_expanded_patch():
     ("P", "S", "C", "H", "M"),
     [
         (11, 16, 24, 4, 96), (5, 16, 40, 4, 160), (9, 16, 12, 2, 48), (3, 64, 6, 2, 24), (7, 4, 96, 4, 384), (6, 16, 24, 8, 48),
-        (5, 16, 32, 1, 64), (2, 16, 64, 4, 128), (1, 4, 24, 1, 96), (3, 9, 24, 4, 96),
+        (5, 16, 32, 1, 64), (2, 16, 64, 4, 128), (1, 4, 24, 3, 96), (3, 9, 24, 4, 96),
     ],
     ids=lambda v: str(v),
 )  # fmt: skip
@@ -315,7 +315,7 @@ def test_rows_that_are_nearly_constant_far_from_zero(S, C, legacy, spread):
 @pytest.mark.parametrize("value", [1000.0, 777.7])
 def test_folds_second_norm_of_rows_that_are_nearly_constant_far_from_zero(value):
     tensors = fold_tensors(2, 3, 16, 12, 24, False)
-    tensors["proj_weight"] *= 1e-4
+    tensors["proj_weight"] *= 0
     check("fold", tensors | {"proj_bias": torch.full((24,), value, dtype=torch.float64)}, {}, torch.float32)
 
 

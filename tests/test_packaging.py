@@ -1,13 +1,16 @@
 """Installed, editable or bare: the package imports the same way, and its kernels only as tnt_fast.kernels."""
 
 import importlib.metadata
+import runpy
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 import tomllib
+from packaging.requirements import Requirement
 
 import tnt_fast
 
@@ -91,3 +94,15 @@ def test_info_prints_versions_paths_and_reasons():
 def test_the_build_system_is_declared():
     config = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     assert config["build-system"]["build-backend"] == "setuptools.build_meta"
+
+
+def test_the_oldest_environment_is_the_oldest_that_setup_declares(monkeypatch):
+    declared = {}
+    monkeypatch.setattr(setuptools, "setup", declared.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    del declared["extras_require"]["xformers"]  # no environment has it: each of its wheels belongs to one torch
+    lines = sum(declared["extras_require"].values(), declared["install_requires"])
+    bounds = {r.name: str(r.specifier) for r in map(Requirement, lines) if r.specifier}
+    oldest = (ROOT / ".ci" / "oldest.txt").read_text("utf-8").splitlines()
+    pins = dict(line.split("==") for line in oldest if "==" in line)
+    assert {name: f">={pin}" for name, pin in pins.items()} == bounds

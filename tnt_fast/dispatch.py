@@ -88,11 +88,11 @@ def why_not_fused(model: nn.Module, image: Tensor | None = None, gradients: bool
     Args:
         model: a ``tnt_fast.TNT``.
         image: ``(B, channels, height, width)``; None: only what does not depend on it is considered.
-        gradients: also why the gradients of an operation would come from PyTorch although its forward is fused: the backward
-            kernels take fewer sizes.
+        gradients: also, where there are no such reasons, why the gradients of an operation would come from PyTorch although
+            its forward is fused: the backward kernels take fewer sizes.
     """
     reasons = _machine_reasons(image, model.backend) + _model_reasons(model, image)
-    return reasons + _gradient_reasons(model, image) if gradients else reasons
+    return reasons + _gradient_reasons(model, image) if gradients and not reasons else reasons
 
 
 def _gradient_reasons(model: nn.Module, image: Tensor | None) -> list[str]:
@@ -129,7 +129,10 @@ def _model_reasons(model: nn.Module, image: Tensor | None) -> list[str]:
     reasons: list[str] = []
     if isinstance(image, torch.fx.Proxy):  # all of the model's parameters are proxies, too
         return reasons
-    owners = [("", model)] + [(f"blocks.{i}.", block) for i, block in enumerate(model.blocks) if block.has_inner]
+    if not isinstance(model.blocks, (nn.ModuleList, nn.Sequential)):
+        return [f"blocks is a {type(model.blocks).__name__}; the kernels compute a ModuleList of TNT blocks"]
+    blocks = [(f"blocks.{i}.", block) for i, block in enumerate(model.blocks) if getattr(block, "has_inner", False)]
+    owners = [("", model), *blocks]
     for prefix, owner in owners:
         _check_modules(prefix, owner, _BLOCK if prefix else _STEM, reasons)
     reasons.extend(_global_hook_reasons())

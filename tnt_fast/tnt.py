@@ -509,7 +509,7 @@ class TNT(nn.Module):
         embed = self.pixel_embed
         inner = None
         for block in self.blocks:
-            inner = block if block.has_inner else inner
+            inner = block if getattr(block, "has_inner", False) else inner
         return {
             "channels": self.in_chans, "stride": embed.stride, "legacy": embed.legacy, "N": self.num_patches,
             "S": embed.new_patch_size[0] * embed.new_patch_size[1], "C": embed.proj.weight.shape[0],
