@@ -287,6 +287,8 @@ def unsupported(sizes: dict[str, Any]) -> list[str]:
         reasons.append(f"C={sizes['C']} channels a pixel; accepted: 1 to 128")
     if not 1 <= sizes["E"] <= 1024:
         reasons.append(f"E={sizes['E']} channels a patch; accepted: 1 to 1024")
+    if sizes["S"] < 1:
+        reasons.append(f"S={sizes['S']} pixels a patch; accepted: at least 1")
     if sizes["S"] * sizes["C"] > WIDEST:
         reasons.append(f"S·C={sizes['S'] * sizes['C']} values a patch; accepted: up to {WIDEST}")
     return reasons

@@ -91,7 +91,7 @@ def _gelu(x, FAST: tl.constexpr, PAIRS: tl.constexpr):
     """GELU; with PAIRS GELU(8x)/4 in float16: the caller scales the weights around it by 1/8 and 4, which is exact.
 
     The polynomial of tile.gelu in x²/64, which the saturating product clamps at 1. Largest error 3e-3 for |8x| below 4, where
-    rounding the exact value to bfloat16 makes 7.8e-3. |x| has to stay below 32752 (see _halving), so that 2x is finite.
+    rounding the exact value to bfloat16 makes 7.8e-3. |x| has to stay below 32752 (see _halvings), so that 2x is finite.
     """
     if PAIRS and FAST:
         return tl.inline_asm_elementwise(
