@@ -192,14 +192,17 @@ def rounded_softmax(dtype: torch.dtype) -> Iterator[None]:
         del Tensor.softmax  # of TensorBase, which is as it was
 
 
-def off_by_rounding(x: Tensor, dtype: torch.dtype, draw: int) -> Tensor:
+def off_by_rounding(x: Tensor, dtype: torch.dtype, draw: int, beside: float = 0.0) -> Tensor:
     """A weight, or what flows back, off by eps, up or down: two roundings, as the terms of a sum of products have them.
+
+    ``beside``: the largest value that it is added to, and rounded with.
 
     Of a few values, or where large terms cancel, PyTorch's own error may be small by luck; the largest of several ``DRAWS`` is
     what is due to the terms. Activations are as exact as given.
     """
     signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(draw)) * 2 - 1
-    return (x.double() * (1 + torch.finfo(dtype).eps * signs.to(x.device))).to(x.dtype)
+    off = torch.finfo(dtype).eps * signs.to(x.device)
+    return (x.double() * (1 + off) + beside / 2 * off).to(x.dtype)
 
 
 # ---- operations ----
@@ -249,14 +252,18 @@ class Call:
             on = self.autocast[where] and dtype is None and (fused or where == 0)
             return torch.autocast(DEVICE, self.half) if on else nullcontext()
 
-        given = {}
+        given, largest = {}, 0.0
+        if draw and self.operation == "inner":  # whose biases are added onto the pixels with all else
+            finite = self.activation.detach().double().nan_to_num(0.0, 0.0, 0.0).abs()
+            largest = finite.max().item() if finite.numel() else 0.0
         for i, (name, x) in enumerate(self.tensors.items()):
             if isinstance(x, Tensor):
                 x = (
                     x.detach() if dtype in (None, torch.float64) else x.detach().to(self.dtype)
                 )  # what is in half is of half's values
                 x = x if dtype is None else x.to(dtype, copy=True)
-                x = off_by_rounding(x, self.dtype, draw) if draw and i > 0 and name != "patch" else x
+                if draw and i > 0 and name != "patch":
+                    x = off_by_rounding(x, self.dtype, draw, largest if name in ("proj_bias", "fc2_bias") else 0.0)
                 x.requires_grad_(name in self.wanted)
             given[name] = x
         with on(0):
