@@ -121,6 +121,7 @@ SPOILED = {
         "pixel_embed.proj is a",
     ),
     "another norm": (lambda m: setattr(m, "norm1_proj", nn.RMSNorm(192)), "norm1_proj is a"),
+    "a stem without its second norm": (lambda m: setattr(m, "norm2_proj", None), "norm2_proj is a builtins.NoneType"),
     "a norm without weights": (_norm, "blocks.1.norm_in lacks a weight of its normalized_shape (12,)"),
     "another activation": (lambda m: setattr(m.blocks[0].mlp_in, "act", nn.ReLU()), "blocks.0.mlp_in.act is a"),
     "another GELU": (lambda m: setattr(m.blocks[0].mlp_in, "act", nn.GELU("tanh")), "approximates GELU by tanh"),

@@ -273,7 +273,7 @@ def _check_modules(prefix: str, owner: nn.Module, expected: tuple, reasons: list
         module = (children[parent]._modules if parent else children).get(name)
         kind = type(module)
         if kind is not cls and not (
-            (path == "norm2_proj" and module is None)  # legacy
+            (path == "norm2_proj" and module is None and prefix)  # a legacy block; the stem has both norms
             or (path == "drop_path" and kind is nn.Identity)
             or (cls == "Attention" and kind.__name__ == cls and kind.__module__ == "tnt_fast.tnt")
         ):
