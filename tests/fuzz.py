@@ -244,9 +244,17 @@ class Call:
         return self.half if self.autocast[0] else self.activation.dtype
 
     def compute(
-        self, function: Callable[..., Tensor], dtype: torch.dtype | None = None, fused: bool = False, draw: int = 0
+        self,
+        function: Callable[..., Tensor],
+        dtype: torch.dtype | None = None,
+        fused: bool = False,
+        draw: int = 0,
+        recomputed: bool = False,
     ) -> dict[str, Tensor]:
-        """Output and gradients; ``dtype``: of all tensors, exact or cast before (None: their own); ``draw``: of rounding."""
+        """Output and gradients; ``dtype``: of all tensors, exact or cast before (None: their own); ``draw``: of rounding.
+
+        ``recomputed``: the weights are not rounded to half before, as in the gradients that PyTorch computes for the kernels.
+        """
 
         def on(where: int):
             on = self.autocast[where] and dtype is None and (fused or where == 0)
@@ -258,9 +266,9 @@ class Call:
             largest = finite.max().item() if finite.numel() else 0.0
         for i, (name, x) in enumerate(self.tensors.items()):
             if isinstance(x, Tensor):
-                x = (
-                    x.detach() if dtype in (None, torch.float64) else x.detach().to(self.dtype)
-                )  # what is in half is of half's values
+                x = x.detach()
+                if dtype not in (None, torch.float64) and (i == 0 or name == "patch" or not recomputed):
+                    x = x.to(self.dtype)  # what is in half is of half's values
                 x = x if dtype is None else x.to(dtype, copy=True)
                 if draw and i > 0 and name != "patch":
                     x = off_by_rounding(x, self.dtype, draw, largest if name in ("proj_bias", "fc2_bias") else 0.0)
@@ -287,6 +295,7 @@ class Call:
         function = getattr(reference, self.operation)
         casts = [None] + [self.half] * self.autocast[0] + [torch.float32] * (self.dtype in HALVES)
         found = [self.compute(function, cast, draw=draw) for draw in (0, *DRAWS) for cast in casts]
+        found += [self.compute(function, cast, recomputed=True) for cast in casts if cast == torch.float32]
         with rounded_softmax(self.dtype):
             return [*found, *(self.compute(function, torch.float64, draw=draw) for draw in DRAWS)]
 
@@ -1015,6 +1024,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=KINDS, help="one kind of cases")
     parser.add_argument("--case", metavar="KIND:INDEX", help="one case, in this process, told in full")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="only the wrong cases of a result, of which it writes anew")
     args = parser.parse_args(arguments)
     if args.case:
         kind, _, index = args.case.partition(":")
@@ -1025,6 +1035,14 @@ def main(arguments: list[str] | None = None) -> int:
         return int(verdict == "wrong")
     cases = [(args.only or kind_of(args.seed, i), i) for i in range(args.count)]
     counts: dict[str, Counter] = {kind: Counter() for kind in KINDS}
+    before: dict[str, Any] = {}
+    if args.again:  # after a mend that no other case can have become wrong by; the file says which were judged again
+        args.json, before = args.again, json.loads(args.again.read_text("utf-8"))
+        args.seed, judged = before["seed"], [w["case"].split(":") for w in before["wrong"]]
+        cases = [(kind, int(index)) for kind, index in judged]
+        counts |= {kind: Counter(row) for kind, row in before["counts"].items()}
+        for kind, _ in cases:
+            counts[kind]["wrong"] -= 1
     wrong, began, stopped = [], time.monotonic(), False
     results = run(args.seed, cases, args.processes)
     try:
@@ -1038,15 +1056,17 @@ def main(arguments: list[str] | None = None) -> int:
         results.close()
     done = sum(sum(c.values()) for c in counts.values())
     table = {kind: {v: c[v] for v in VERDICTS} for kind, c in counts.items() if c}
-    print(f"{done} of {len(cases)} cases, {len(wrong)} wrong, seed {args.seed}, {time.monotonic() - began:.0f} s")
+    asked = before.get("asked", len(cases))
+    print(f"{done} of {asked} cases, {len(wrong)} wrong, seed {args.seed}, {time.monotonic() - began:.0f} s")
     for kind, row in table.items():
         print(f"  {kind}: " + ", ".join([f"{n} {v}" for v, n in row.items() if n]))
     if args.json:
         versions = {m.__name__: m.__version__ for m in (torch, triton, timm, numpy)} | {"python": platform.python_version()}
         device = torch.cuda.get_device_name() if DEVICE == "cuda" else "Triton's interpreter on the CPU"
         result = {
-            "seed": args.seed, "count": done, "asked": len(cases), "device": device, "versions": versions,
-            "seconds": round(time.monotonic() - began), "counts": table, "wrong": wrong,
+            "seed": args.seed, "count": done, "asked": asked, "device": device, "versions": versions,
+            "seconds": round(time.monotonic() - began) + before.get("seconds", 0), "counts": table, "wrong": wrong,
+            "judged_again": before.get("judged_again", []) + [f"{kind}:{i}" for kind, i in cases] * bool(args.again),
         }  # fmt: skip
         args.json.parent.mkdir(parents=True, exist_ok=True)
         beside = args.json.with_name(args.json.name + ".part")

@@ -286,3 +286,20 @@ def test_stopped_it_says_what_it_found_so_far(monkeypatch, tmp_path, capsys):
     assert "3 of 100000 cases, 0 wrong" in capsys.readouterr().out
     result = json.loads((tmp_path / "fuzz.json").read_text("utf-8"))
     assert (result["count"], result["asked"]) == (3, 100000)
+
+
+def test_the_wrong_cases_of_a_result_can_be_judged_again(monkeypatch, tmp_path):
+    file, verdicts = tmp_path / "fuzz.json", {1: "wrong", 2: "wrong"}
+    monkeypatch.setattr(fuzz, "run", lambda seed, cases, processes: ((k, i, verdicts.get(i, "right"), "x") for k, i in cases))
+    assert fuzz.main(["--only", "fold", "--count", "5", "--json", str(file)]) == 1
+    verdicts[1] = "right"
+    assert fuzz.main(["--again", str(file)]) == 1
+    result = json.loads(file.read_text("utf-8"))
+    assert (result["count"], result["asked"], result["counts"]["fold"]["right"], result["counts"]["fold"]["wrong"]) == (
+        5,
+        5,
+        4,
+        1,
+    )
+    assert [w["case"] for w in result["wrong"]] == ["fold:2"]
+    assert result["judged_again"] == ["fold:1", "fold:2"]
