@@ -1,0 +1,682 @@
+"""A machine for PTX: runs a compiled kernel on the CPU, and faults on what would be undefined on a GPU.
+
+    Kernel(ptx, shared, name).run(grid, arguments)
+
+Many programs (CTAs) run together: a register is one array over the threads of all of them. Threads that branch apart run one
+way after the other, and meet again where the ways do (``_order``).
+
+Faults, each with the instruction, the source line, the program and the thread:
+
+- a global access outside of the tensors that were passed (a view's gaps are outside, too), or unaligned;
+- a read of shared memory that nobody wrote, or that an asynchronous copy has not delivered;
+- two threads at the same shared bytes, one of them writing, with no barrier between them (within a warp, bar.warp.sync);
+- two programs at the same global bytes, one of them writing;
+- a barrier, a shuffle or a matrix instruction that not all threads of a warp reach, or that a program reaches in parts;
+- a program that does not end.
+
+Registers that nobody wrote hold NaN: compilers read such, and drop the value. Approximate instructions err by the most that
+PTX allows, in the direction of ``error``; sums of matrix instructions are exact and then truncated to float32, as tensor cores
+do (Fasi et al. 2021; the ISA says no more than "at least single precision").
+
+Not seen: what ptxas makes of the PTX, and time.
+"""
+
+import linecache
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import networkx
+import numpy as np
+import torch
+
+from .language import UNSIGNED, Instruction, Translator, Unknown, odd, parse
+
+SPACE = 44  # a storage begins at (its number) << SPACE
+TOGETHER = 4096  # threads that run together, unless one program has more
+SHARED_TOGETHER = 8 << 20  # bytes of their shared memory
+ENDLESS = 1 << 20  # blocks; a kernel that runs more does not end
+POISON = {t: (np.array(np.nan, t) if t is np.float32 else np.invert(np.zeros((), t)) if t is not np.bool_ else np.False_)
+          for t in (np.bool_, np.float32, *UNSIGNED.values())}  # fmt: skip
+
+
+class Fault(Exception):
+    """What would be undefined on a GPU."""
+
+
+class Cost(NamedTuple):
+    """What one instruction did in a run, over all warps.
+
+    ``warps``: warps that executed it. ``wavefronts`` of shared memory: turns that its banks needed, ``least`` of them without
+    conflicts. Global memory: ``sectors`` of 32 bytes that were touched, ``bytes`` that were asked for (each once a warp).
+    """
+
+    instruction: Instruction
+    warps: int
+    wavefronts: int = 0
+    least: int = 0
+    sectors: int = 0
+    bytes: int = 0
+
+
+class Storage:
+    """A tensor's memory, the part of it that was passed, and which programs touched it."""
+
+    def __init__(self, tensor: torch.Tensor, granule: int):
+        storage = tensor.untyped_storage()
+        self.bytes = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),)).numpy()
+        self.offset = storage.data_ptr() % 256  # alignment is as it really is
+        self.granule = granule
+        self.ranges: list[tuple[int, int]] = []
+        self.allowed: np.ndarray | None = None  # by granule, for views with gaps
+        count = -(-storage.nbytes() // granule)
+        self.writer = np.zeros(count, np.int32)  # 1 + the program that wrote it; pages that nobody touches cost nothing
+        self.reader = np.zeros(count, np.int32)  # 1 + the program that read it, −1: several
+        self.words = {1 << k: self.bytes[: len(self.bytes) >> k << k].view(UNSIGNED[8 << k]) for k in range(4)}
+
+    def allow(self, tensor: torch.Tensor) -> None:
+        size, start = tensor.element_size(), tensor.storage_offset() * tensor.element_size()
+        dense = sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
+        length = 1
+        for stride, count in dense:
+            if stride != length and not (stride == 0):
+                break
+            length *= 1 if stride == 0 else count
+        else:
+            if tensor.numel():
+                self.ranges.append((start, start + length * size))
+            return
+        if self.allowed is None:
+            self.allowed = np.zeros(len(self.writer), bool)
+        step = size // self.granule
+        shape, strides = (*tensor.shape, step), (*(s * step for s in tensor.stride()), 1)
+        np.lib.stride_tricks.as_strided(self.allowed[start // self.granule :], shape, strides)[...] = True
+
+    def holds(self, offset: np.ndarray, size: int) -> np.ndarray:
+        inside = np.zeros(offset.shape, bool)
+        for low, high in self.ranges:
+            inside |= (offset >= low) & (offset + size <= high)
+        if self.allowed is not None and not inside.all():
+            g = offset[:, None] // self.granule + np.arange(size // self.granule)
+            ok = (g >= 0) & (g < len(self.allowed))
+            inside |= (ok & self.allowed[np.where(ok, g, 0)]).all(1)
+        return inside
+
+
+class Memory:
+    """The storages of a launch at addresses far apart."""
+
+    def __init__(self, granule: int):
+        self.storages: list[Storage] = []
+        self.granule, self.known = granule, {}
+
+    def address(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        if not storage.nbytes():
+            return 0
+        key = storage.data_ptr()
+        if key not in self.known:
+            self.storages.append(Storage(tensor, self.granule))
+            self.known[key] = len(self.storages)
+        number = self.known[key]
+        self.storages[number - 1].allow(tensor)
+        return (number << SPACE) + self.storages[number - 1].offset + tensor.storage_offset() * tensor.element_size()
+
+
+class State:
+    """Programs that run together: registers, shared memory, and the checks on both memories."""
+
+    def __init__(self, kernel: "Kernel", memory: Memory, parameters, programs: np.ndarray, grid: int, error: int, costs):
+        self.kernel, self.memory, self.error, self.costs = kernel, memory, error, costs
+        threads = kernel.code.threads
+        self.programs, self.threads, self.lanes = programs, threads, len(programs) * threads
+        self.lane = np.arange(self.lanes)
+        self.place = self.lane // threads  # of a thread's program among those that run together
+        self.program = programs[self.place].astype(np.int32)
+        self.warp = self.lane // 32
+        ones = np.ones(self.lanes, np.uint32)
+        thread = (self.lane % threads).astype(np.uint32)
+        self.special = {"%tid.x": thread, "%ctaid.x": self.program.view(np.uint32), "%laneid": thread % np.uint32(32)}
+        self.special |= {"%ntid.x": ones * np.uint32(threads), "%nctaid.x": ones * np.uint32(grid)}
+        for axis in "yz":
+            self.special |= {
+                f"%tid.{axis}": ones - 1,
+                f"%ctaid.{axis}": ones - 1,
+                f"%nctaid.{axis}": ones,
+                f"%ntid.{axis}": ones,
+            }
+        self.parameters = {name: np.full(self.lanes, value) for name, value in parameters.items()}
+        self._constants: dict[tuple, np.ndarray] = {}
+        poison = {t: np.full(self.lanes, value, t) for t, value in POISON.items()}
+        self.registers = [poison[t] for t in kernel.translator.storage]
+
+        self.granule = kernel.shared_granule
+        self.stride = -(-max(kernel.shared, 16) // 16) * 16
+        size = self.stride * len(programs)
+        self.shared = {8 * k: np.full(size, 0xFF, np.uint8).view(UNSIGNED[8 * k]) for k in (1,)}
+        self.shared |= {8 * k: self.shared[8].view(UNSIGNED[8 * k]) for k in (2, 4, 8)}
+        count = size // self.granule
+        self.written = np.zeros(count, bool)
+        self.pending = np.zeros(count, bool)
+        self.writer = np.full(count, -1, np.int32)  # threads
+        self.reader = np.full(count, -1, np.int32)
+        self.several = np.zeros(count, np.int8)  # readers since the barrier: 1, several threads of a warp; 2, several warps
+        self.wrote, self.wrote_warp = np.full(count, -1, np.int32), np.full(count, -1, np.int32)  # since which barrier
+        self.read, self.read_warp = np.full(count, -1, np.int32), np.full(count, -1, np.int32)
+        self.epoch = np.zeros(len(programs), np.int32)  # barriers of a program, and of a warp
+        self.warp_epoch = np.zeros(self.lanes // 32, np.int32)
+        self.group: list[list] = [[] for _ in programs]  # copies since the last commit
+        self.groups: list[list] = [[] for _ in programs]
+
+    # helpers
+
+    def constant(self, value) -> np.ndarray:
+        key = (value.dtype, value.tobytes())
+        if key not in self._constants:
+            self._constants[key] = np.full(self.lanes, value)
+        return self._constants[key]
+
+    def fault(self, number: int, what: str, lanes: np.ndarray | None = None) -> Fault:
+        ins = self.kernel.instructions[number]
+        who = ""
+        if lanes is not None and len(lanes):
+            who = f", program {self.program[lanes[0]]}, thread {lanes[0] % self.threads}"
+        return Fault(f"{self.kernel.name}, {ins.where}{who}: {what}: `{ins.text}`")
+
+    def _on(self, mask: np.ndarray | None) -> np.ndarray:
+        return self.lane if mask is None else np.flatnonzero(mask)
+
+    def _whole(self, mask: np.ndarray | None, each: int, number: int, what: str) -> np.ndarray | None:
+        """Which warps (or programs) of ``each`` threads take part; a fault if one does in parts. None: all."""
+        if mask is None or mask.all():
+            return None
+        parts = mask.reshape(-1, each)
+        whole = parts.all(1)
+        if (torn := parts.any(1) & ~whole).any():
+            missing = np.flatnonzero(torn)[0] * each + np.flatnonzero(~parts[np.flatnonzero(torn)[0]])[:1]
+            raise self.fault(number, f"not all threads of a {what} reach it", missing)
+        return whole
+
+    # barriers
+
+    def barrier(self, mask, number):
+        whole = self._whole(mask, self.threads, number, "program")
+        if whole is None:
+            self.epoch += 1
+            self.warp_epoch += 1
+        else:
+            self.epoch += whole
+            self.warp_epoch += np.repeat(whole, self.threads // 32)
+
+    def warp_barrier(self, mask, number):
+        whole = self._whole(mask, 32, number, "warp")
+        self.warp_epoch += 1 if whole is None else whole
+
+    # shared memory
+
+    def _place(self, lanes, address, size, number) -> tuple[np.ndarray, np.ndarray]:
+        """(first byte, granules) of each access."""
+        offset = address.astype(np.int64)
+        wrong = (offset < 0) | (offset + size > self.kernel.shared)
+        if wrong.any():
+            raise self.fault(number, f"shared address {offset[wrong][0]} of {self.kernel.shared}", lanes[wrong])
+        if (wrong := offset % size != 0).any():
+            raise self.fault(number, f"shared address {offset[wrong][0]} is not aligned to {size}", lanes[wrong])
+        at = self.place[lanes] * self.stride + offset
+        return at, at[:, None] // self.granule + np.arange(size // self.granule)
+
+    def _foreign(self, lane, other, epoch, warp_epoch):
+        """Whether ``other`` threads' accesses at these epochs have no barrier before those of ``lane``."""
+        near = other // 32 == lane // 32
+        now, now_warp = self.epoch[lane // self.threads], self.warp_epoch[lane // 32]
+        return (other != lane) & np.where(near, warp_epoch == now_warp, epoch == now)
+
+    def _check_write(self, lanes, g, number, what) -> np.ndarray:
+        """Faults; which granules another thread wrote since the barrier (the same value may be written again)."""
+        lane = np.broadcast_to(lanes[:, None], g.shape)
+        if (wrong := self.pending[g]).any():
+            raise self.fault(number, f"{what} where an asynchronous copy writes", lanes[wrong.any(1)])
+        recent = self.read[g] == self.epoch[lane // self.threads]
+        reader, several = self.reader[g], self.several[g]
+        near = (reader // 32 == lane // 32) & (several < 2)
+        here = ((reader != lane) | (several == 1)) & (self.read_warp[g] == self.warp_epoch[lane // 32])
+        wrong = recent & (reader >= 0) & np.where(near, here, True)
+        if wrong.any():
+            raise self.fault(number, f"{what} what another thread read since the last barrier", lanes[wrong.any(1)])
+        return self.written[g] & self._foreign(lane, self.writer[g], self.wrote[g], self.wrote_warp[g])
+
+    def _mark_written(self, lanes, g):
+        self.written[g], self.writer[g] = True, lanes[:, None]
+        self.wrote[g] = self.epoch[self.place[lanes]][:, None]
+        self.wrote_warp[g] = self.warp_epoch[lanes // 32][:, None]
+
+    def _shared_read(self, lanes, address, size, number) -> np.ndarray:
+        """[len(lanes), words] of 32 bits, or of 16 where that is the size."""
+        at, g = self._place(lanes, address, size, number)
+        lane = np.broadcast_to(lanes[:, None], g.shape)
+        if (wrong := self.pending[g]).any():
+            raise self.fault(number, "reads what an asynchronous copy has not delivered", lanes[wrong.any(1)])
+        if (wrong := ~self.written[g]).any():
+            raise self.fault(number, "reads shared memory that nobody wrote", lanes[wrong.any(1)])
+        if (wrong := self._foreign(lane, self.writer[g], self.wrote[g], self.wrote_warp[g])).any():
+            raise self.fault(number, "reads what another thread wrote since the last barrier", lanes[wrong.any(1)])
+        now, now_warp = self.epoch[lane // self.threads], self.warp_epoch[lane // 32]
+        recent = self.read[g] == now
+        reader = self.reader[g]
+        same_warp = reader // 32 == lane // 32
+        several = np.where(recent, self.several[g], 0)
+        several = np.where(recent & ~same_warp, 2, several)
+        fresh = same_warp & (self.read_warp[g] != now_warp) & (several < 2)
+        several = np.where(recent & same_warp & ~fresh & (reader != lane) & (several < 2), 1, np.where(fresh, 0, several))
+        self.several[g], self.reader[g], self.read[g], self.read_warp[g] = several, lane, now, now_warp
+        again = self.reader[g]  # several threads of this very instruction
+        if (clash := again != lane).any():
+            here, other = g[clash], (again // 32 != lane // 32)[clash]
+            self.several[here] = np.maximum(self.several[here], 1)
+            self.several[here[other]] = 2
+        unit = min(size, 4)
+        return self.shared[8 * unit][at[:, None] // unit + np.arange(size // unit)]
+
+    def _shared_write(self, lanes, address, words, number, what="overwrites"):
+        unit = words.dtype.itemsize
+        size = unit * words.shape[1]
+        at, g = self._place(lanes, address, size, number)
+        clash = self._check_write(lanes, g, number, what)
+        where = at[:, None] // unit + np.arange(words.shape[1])
+        memory = self.shared[8 * unit]
+        if clash.any() and (wrong := clash.any(1) & (memory[where] != words).any(1)).any():
+            raise self.fault(number, f"{what} what another thread wrote since the last barrier", lanes[wrong])
+        memory[where] = words
+        if (wrong := memory[where] != words).any():
+            raise self.fault(number, "threads write different values to one place", lanes[wrong.any(1)])
+        self._mark_written(lanes, g)
+
+    def load_shared(self, address, width, count, mask, number):
+        lanes = self._on(mask)
+        words = self._shared_read(lanes, address[lanes], width // 8 * count, number)
+        if self.costs is not None:
+            self._count_shared(lanes, address[lanes], width // 8 * count, number)
+        return self._spread(lanes, words, width, count)
+
+    def _spread(self, lanes, words, width, count):
+        """Values as one array over all threads each; zero in those that did not read."""
+        values = np.ascontiguousarray(words).view(UNSIGNED[width])
+        if len(lanes) < self.lanes:
+            all_ = np.zeros((self.lanes, count), UNSIGNED[width])
+            all_[lanes] = values
+            values = all_
+        return [np.ascontiguousarray(values[:, i]) for i in range(count)]
+
+    @staticmethod
+    def _words(values, lanes):
+        data = np.stack([np.ascontiguousarray(v[lanes]) for v in values], 1)
+        unit = min(data.dtype.itemsize * data.shape[1], 4)
+        return data.view(UNSIGNED[8 * unit])
+
+    def store_shared(self, address, values, mask, number):
+        lanes = self._on(mask)
+        words = self._words([self._unsigned(v) for v in values], lanes)
+        self._shared_write(lanes, address[lanes], words, number)
+        if self.costs is not None:
+            self._count_shared(lanes, address[lanes], words.dtype.itemsize * words.shape[1], number)
+
+    @staticmethod
+    def _unsigned(v):
+        return v.view(UNSIGNED[8 * v.dtype.itemsize])
+
+    def _rows(self, address, count, mask, number):
+        """Threads whose addresses a matrix access takes, and those that take part (None: all)."""
+        whole = self._whole(mask, 32, number, "warp")
+        warps = np.arange(self.lanes // 32) if whole is None else np.flatnonzero(whole)
+        lanes = (warps[:, None] * 32 + np.arange(8 * count)).reshape(-1)
+        return warps, lanes
+
+    def ldmatrix(self, address, count, trans, mask, number):
+        warps, lanes = self._rows(address, count, mask, number)
+        words = self._shared_read(lanes, address[lanes], 16, number)
+        if self.costs is not None:
+            self._count_shared(lanes, address[lanes], 16, number)
+        tiles = words.view(np.uint16).reshape(len(warps), count, 8, 8)
+        if trans:
+            tiles = tiles.transpose(0, 1, 3, 2)
+        words = np.ascontiguousarray(tiles).view(np.uint32).reshape(len(warps), count, 32)
+        out = np.zeros((count, self.lanes // 32, 32), np.uint32)
+        out[:, warps] = words.transpose(1, 0, 2)
+        return [tile.reshape(-1) for tile in out]
+
+    def stmatrix(self, address, values, trans, mask, number):
+        count = len(values)
+        warps, lanes = self._rows(address, count, mask, number)
+        words = np.stack([v.reshape(-1, 32)[warps] for v in values], 1)
+        tiles = np.ascontiguousarray(words).view(np.uint16).reshape(-1, count, 8, 8)
+        if trans:
+            tiles = tiles.transpose(0, 1, 3, 2)
+        self._shared_write(lanes, address[lanes], np.ascontiguousarray(tiles).reshape(-1, 8).view(np.uint32), number)
+        if self.costs is not None:
+            self._count_shared(lanes, address[lanes], 16, number)
+
+    # asynchronous copies
+
+    def copy(self, target, source, size, read, mask, number):
+        lanes = self._on(mask)
+        if not len(lanes):
+            return
+        data = np.zeros((len(lanes), size), np.uint8)
+        wanted = np.full(len(lanes), size) if read is None else read[lanes].astype(np.int64)
+        for bytes_ in np.unique(wanted[wanted > 0]):
+            some = wanted == bytes_
+            words = self._global_read(lanes[some], source[lanes[some]], int(bytes_), number, align=size)
+            data[some, :bytes_] = words.view(np.uint8)
+        at, g = self._place(lanes, target[lanes], size, number)
+        foreign = self._check_write(lanes, g, number, "copies over")
+        if foreign.any():
+            raise self.fault(number, "copies over what another thread wrote since the last barrier", lanes[foreign.any(1)])
+        self.pending[g] = True
+        for place in np.unique(self.place[lanes]):
+            mine = self.place[lanes] == place
+            self.group[place].append((lanes[mine], at[mine], data[mine].view(np.uint32), g[mine], number))
+        if self.costs is not None:
+            self._count_shared(lanes, target[lanes], size, number)
+
+    def _programs(self, mask, number) -> np.ndarray:
+        whole = self._whole(mask, self.threads, number, "program")
+        return np.arange(len(self.programs)) if whole is None else np.flatnonzero(whole)
+
+    def commit(self, mask, number):
+        for place in self._programs(mask, number):
+            self.groups[place].append(self.group[place])
+            self.group[place] = []
+
+    def wait(self, left, mask, number):
+        for place in self._programs(mask, number):
+            while len(self.groups[place]) > left:
+                for lanes, at, words, g, _ in self.groups[place].pop(0):
+                    self.pending[g] = False
+                    self.shared[32][at[:, None] // 4 + np.arange(words.shape[1])] = words
+                    self._mark_written(lanes, g)
+
+    # global memory
+
+    def _find(self, lanes, address, size, number, align=None) -> tuple[Storage, np.ndarray]:
+        index = address >> np.uint64(SPACE)
+        first = int(index[0])
+        if (wrong := index != first).any():
+            raise self.fault(number, "one access to two tensors", lanes[wrong])
+        if not 0 < first <= len(self.memory.storages):
+            raise self.fault(number, f"address {int(address[0]):#x} is in no tensor", lanes)
+        storage = self.memory.storages[first - 1]
+        raw = (address & np.uint64((1 << SPACE) - 1)).astype(np.int64)
+        if (wrong := raw % (align or size) != 0).any():
+            raise self.fault(number, f"address is not aligned to {align or size}", lanes[wrong])
+        offset = raw - storage.offset
+        if (wrong := ~storage.holds(offset, size)).any():
+            raise self.fault(number, f"byte {offset[wrong][0]} is outside of the tensors of that storage", lanes[wrong])
+        return storage, offset
+
+    def _global_read(self, lanes, address, size, number, align=None) -> np.ndarray:
+        storage, offset = self._find(lanes, address, size, number, align)
+        g = offset[:, None] // storage.granule + np.arange(-(-size // storage.granule))
+        me = (self.program[lanes] + 1)[:, None]
+        if (wrong := (storage.writer[g] > 0) & (storage.writer[g] != me)).any():
+            raise self.fault(number, "reads what another program wrote", lanes[wrong.any(1)])
+        reader = storage.reader[g]
+        storage.reader[g] = np.where((reader == 0) | (reader == me), me, -1)
+        storage.reader[g[storage.reader[g] != me]] = -1
+        unit = min(size & -size, 4)
+        if self.costs is not None:
+            self._count_global(lanes, address, size, number)
+        return storage.words[unit][offset[:, None] // unit + np.arange(size // unit)]
+
+    def load_global(self, address, width, count, mask, number):
+        lanes = self._on(mask)
+        if not len(lanes):
+            return [self.constant(UNSIGNED[width](0))] * count
+        return self._spread(lanes, self._global_read(lanes, address[lanes], width // 8 * count, number), width, count)
+
+    def store_global(self, address, values, mask, number):
+        lanes = self._on(mask)
+        if not len(lanes):
+            return
+        words = self._words([self._unsigned(v) for v in values], lanes)
+        unit = words.dtype.itemsize
+        size = unit * words.shape[1]
+        storage, offset = self._find(lanes, address[lanes], size, number)
+        g = offset[:, None] // storage.granule + np.arange(size // storage.granule)
+        me = (self.program[lanes] + 1)[:, None]
+        if (wrong := (storage.writer[g] > 0) & (storage.writer[g] != me)).any():
+            raise self.fault(number, "overwrites what another program wrote", lanes[wrong.any(1)])
+        if (wrong := (storage.reader[g] != 0) & (storage.reader[g] != me)).any():
+            raise self.fault(number, "overwrites what another program read", lanes[wrong.any(1)])
+        storage.writer[g] = me
+        if (wrong := storage.writer[g] != me).any():
+            raise self.fault(number, "two programs write to one place", lanes[wrong.any(1)])
+        where = offset[:, None] // unit + np.arange(words.shape[1])
+        memory = storage.words[unit]
+        memory[where] = words
+        if (wrong := memory[where] != words).any():
+            raise self.fault(number, "threads write different values to one place", lanes[wrong.any(1)])
+        if self.costs is not None:
+            self._count_global(lanes, address[lanes], size, number)
+
+    # between threads
+
+    def shuffle(self, mode, value, by, clamp, mask, number):
+        self._whole(mask, 32, number, "warp")
+        lane = self.lane % 32
+        by, clamp = by.astype(np.int64), clamp.astype(np.int64)
+        keep, top = (clamp >> 8) & 31, clamp & 31
+        low, high = lane & keep, (lane & keep) | (top & ~keep & 31)
+        source = {"bfly": lane ^ by, "idx": low | (by & ~keep & 31), "down": lane + by, "up": lane - by}[mode]
+        source = np.where(source >= high if mode == "up" else source <= high, source, lane)
+        return value[self.lane - lane + source]
+
+    def mma(self, kind, a, b, c, mask, number):
+        self._whole(mask, 32, number, "warp")
+        warps = self.lanes // 32
+        if kind == "tf32":  # one value a register, 4 columns of k each; the low 13 bits are not read
+
+            def tile(r):
+                return (r & np.uint32(0xFFFFE000)).view(np.float32).reshape(warps, 8, 4)
+
+            wide = 4
+        else:
+
+            def tile(r):
+                half = np.ascontiguousarray(r).view(np.uint16)
+                if kind == "f16":
+                    return half.view(np.float16).reshape(warps, 8, 8)
+                return (half.astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(warps, 8, 8)
+
+            wide = 8
+        left = np.empty((warps, 16, wide * len(b)))
+        right = np.empty((warps, wide * len(b), 8))
+        for i in range(len(b)):
+            left[:, :8, wide * i : wide * (i + 1)] = tile(a[2 * i])
+            left[:, 8:, wide * i : wide * (i + 1)] = tile(a[2 * i + 1])
+            right[:, wide * i : wide * (i + 1)] = tile(b[i]).transpose(0, 2, 1)
+        total = np.empty((warps, 16, 8))
+        total[:, :8] = np.stack((c[0], c[1]), 1).reshape(warps, 8, 8)
+        total[:, 8:] = np.stack((c[2], c[3]), 1).reshape(warps, 8, 8)
+        total += left @ right
+        near = total.astype(np.float32)
+        outside = (np.abs(near) > np.abs(total)) & np.isfinite(total)
+        near = np.where(outside, np.nextafter(near, np.float32(0)), near)
+        low, high = near[:, :8].reshape(-1, 2), near[:, 8:].reshape(-1, 2)
+        return [np.ascontiguousarray(x) for x in (low[:, 0], low[:, 1], high[:, 0], high[:, 1])]
+
+    # counting
+
+    def _count_shared(self, lanes, address, size, number):
+        """Banks are 4 bytes wide, 32 of them; wider accesses go by halves or quarters of a warp."""
+        per = {16: 8, 8: 16}.get(size, 32)
+        phase = lanes // per
+        words = (address.astype(np.int64) // 4)[:, None] + np.arange(max(1, size // 4))
+        phases = np.broadcast_to(phase[:, None], words.shape).reshape(-1)
+        different = np.unique(phases << 40 | words.reshape(-1))  # equal words are one access
+        banks, counts = np.unique(different >> 40 << 8 | (different & 31), return_counts=True)
+        worst = np.zeros(int(phase.max()) + 1 if len(phase) else 0, np.int64)
+        np.maximum.at(worst, banks >> 8, counts)
+        self.costs[number]["wavefronts"] += int(worst.sum())
+        self.costs[number]["least"] += int((worst > 0).sum())
+
+    def _count_global(self, lanes, address, size, number):
+        warp = self.warp[lanes]
+        first = address.astype(np.int64)
+        sectors = np.unique((warp << 50) | (first >> 5))
+        last = np.unique((warp << 50) | ((first + size - 1) >> 5))
+        self.costs[number]["sectors"] += len(np.union1d(sectors, last))
+        self.costs[number]["bytes"] += size * len(np.unique((warp << 50) | first))
+
+
+def _order(ways: networkx.DiGraph, entry: int) -> list[int]:
+    """Blocks so that one comes behind all that lead to it, and behind a whole loop that does; a loop's own likewise inside.
+
+    Of threads that wait at several blocks the first in this order goes on: then all have met before any goes past.
+    """
+    ways = ways.copy()
+    ways.remove_edges_from(list(ways.in_edges(entry)))
+    loops = networkx.condensation(ways)
+    order = []
+    for number in networkx.lexicographical_topological_sort(loops, key=lambda n: min(loops.nodes[n]["members"])):
+        members = loops.nodes[number]["members"]
+        if len(members) == 1:
+            order += members
+        else:
+            header = min(m for m in members if any(p not in members for p in ways.predecessors(m)))
+            order += _order(ways.subgraph(members), header)
+    return order
+
+
+class Kernel:
+    """A compiled kernel.
+
+    Args:
+        ptx: its text, as Triton's compiler gives it.
+        shared: bytes of shared memory of a program.
+        name: how faults call it.
+
+    Raises:
+        Unknown: an instruction, or a text, that the machine does not know; named.
+    """
+
+    def __init__(self, ptx: str, shared: int, name: str = ""):
+        try:
+            self.code = parse(ptx)
+            self.name, self.shared = name or self.code.name, shared
+            self.translator = Translator(self.code)
+            self.instructions: list[Instruction] = []
+            self.first: list[int] = []  # instruction of each block
+            shared_sizes, global_sizes = [16], [4]
+            for block in self.code.blocks:
+                self.first.append(len(self.instructions))
+                for ins in block:
+                    self.instructions.append(ins)
+                    if ins.parts[0] in ("ld", "st") and ins.parts[1] in ("shared", "global"):
+                        count = next((int(m[1]) for m in ins.parts if m in ("v2", "v4")), 1)
+                        size = int(ins.type[1:]) // 8 * count
+                        (shared_sizes if ins.parts[1] == "shared" else global_sizes).append(size)
+                    if ins.parts[0] == "cp" and len(ins.operands) > 2:
+                        shared_sizes.append(int(ins.operands[2], 0))
+            self.shared_granule, self.global_granule = min(shared_sizes), min(2, *global_sizes)
+            self._sources = [self._source(i, masked=False) for i in range(len(self.code.blocks))]
+        except Unknown as error:
+            raise Unknown(f"{name or 'PTX'}: {error}") from None
+        self._functions: dict[tuple[int, bool], object] = {}
+        ways = networkx.DiGraph()
+        for i, block in enumerate(self.code.blocks):
+            last = block[-1] if block else None
+            ways.add_node(i)
+            if last and last.parts[0] == "bra":
+                ways.add_edge(i, self.code.labels[last.operands[0]])
+            if i + 1 < len(self.code.blocks) and not (last and last.parts[0] in ("bra", "ret", "exit") and not last.guard):
+                ways.add_edge(i, i + 1)
+        reached = {0, *networkx.descendants(ways, 0)}
+        self._rank = {block: rank for rank, block in enumerate(_order(ways.subgraph(reached), 0))}
+
+    def _source(self, index: int, masked: bool) -> str:
+        lines = ["def block(P, R, M):"]
+        for offset, ins in enumerate(self.code.blocks[index]):
+            lines += [f"    {line}" for line in self.translator.statements(ins, self.first[index] + offset, masked)]
+        return "\n".join([*lines, "    return None\n"])
+
+    def _block(self, index: int, masked: bool):
+        if (index, masked) not in self._functions:
+            source = self._source(index, True) if masked else self._sources[index]
+            name = f"<{self.name} {id(self)} block {index}{' masked' * masked}>"
+            linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+            scope = self.translator.scope  # constants come in by translating
+            exec(compile(source, name, "exec"), scope)
+            self._functions[index, masked] = scope["block"]
+        return self._functions[index, masked]
+
+    def run(
+        self,
+        grid: int,
+        arguments: Sequence[torch.Tensor | int | float],
+        error: int = 0,
+        programs: Iterable[int] | None = None,
+        count: bool = False,
+    ) -> list[Cost] | None:
+        """Launch ``grid`` programs, or some of them, on tensors on the CPU; what they write is in the tensors.
+
+        Args:
+            arguments: one for each of the kernel's parameters; those that Triton adds itself may be left out.
+            error: −1, 0 or 1 times the largest error that approximate instructions may have.
+            count: return what each instruction cost.
+
+        Raises:
+            Fault: what would be undefined on a GPU.
+        """
+        if error not in (-1, 0, 1):
+            raise ValueError(f"error={error!r}; accepted: -1, 0, 1")
+        memory, parameters = Memory(self.global_granule), {}
+        extra = len(self.code.parameters) - len(arguments)
+        if not 0 <= extra <= 2:
+            raise ValueError(f"{self.name} has {len(self.code.parameters)} parameters, given are {len(arguments)}")
+        for (type_, name), value in zip(self.code.parameters, [*arguments, *[0] * extra], strict=True):
+            width = int(type_[1:])
+            if isinstance(value, torch.Tensor):
+                value = memory.address(value)
+            if type_[0] == "f":
+                parameters[name] = np.array(value, np.float32).view(np.uint32)[()]
+            else:
+                parameters[name] = UNSIGNED[width](int(value) % (1 << width))
+        chosen = np.arange(grid) if programs is None else np.array(sorted(programs))
+        if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < grid:
+            raise ValueError(f"programs {chosen[0]} to {chosen[-1]} of a grid of {grid}")
+        warps = np.zeros(len(self.code.blocks), np.int64)
+        costs = [Counter() for _ in self.instructions] if count else None
+        together = max(1, min(TOGETHER // self.code.threads, SHARED_TOGETHER // max(self.shared, 1)))
+        with np.errstate(all="ignore"):
+            for start in range(0, len(chosen), together):
+                self._run(State(self, memory, parameters, chosen[start : start + together], grid, error, costs), warps)
+        if not count:
+            return None
+        of = [i for i, block in enumerate(self.code.blocks) for _ in block]
+        return [Cost(ins, int(warps[of[i]]), **costs[i]) for i, ins in enumerate(self.instructions)]
+
+    def _run(self, state: State, warps: np.ndarray) -> None:
+        waiting: dict[int, np.ndarray] = {0: np.ones(state.lanes, bool)}
+        all_ = state.lanes
+        for _ in range(ENDLESS):
+            if not waiting:
+                return
+            index = min(waiting, key=self._rank.__getitem__)
+            mask = waiting.pop(index)
+            masked = int(mask.sum()) < all_
+            warps[index] += int(mask.reshape(-1, 32).any(1).sum())
+            there = self._block(index, masked)(state, state.registers, mask if masked else None)
+            if there == "ret":
+                continue
+            if isinstance(there, tuple):
+                target, taken = there
+                ways = ((target, mask & taken), (index + 1, mask & ~taken))
+            else:
+                ways = ((index + 1 if there is None else there, mask),)
+            for target, lanes in ways:
+                if target < len(self.code.blocks) and lanes.any():
+                    waiting[target] = waiting[target] | lanes if target in waiting else lanes
+        raise Fault(f"{self.name}: a program does not end within {ENDLESS} blocks")
+
+
+__all__ = ["Cost", "Fault", "Kernel", "Unknown", "odd"]
