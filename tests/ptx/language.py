@@ -10,7 +10,6 @@ An instruction, a modifier or a type that is not written here is an error, never
 
 import re
 from collections.abc import Iterator
-from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -267,10 +266,10 @@ def permute(a: np.ndarray, b: np.ndarray, select: np.ndarray) -> np.ndarray:
     return out
 
 
-SCOPE = {
-    f.__name__: f
-    for f in (odd, fma, plus, from_half, to_half, to_tf32, flush, minimum, maximum, saturate, rsqrt, quotient, to_integer, permute)
-} | {"np": np}  # fmt: skip
+_CALLED = (
+    odd, fma, plus, from_half, to_half, to_tf32, flush, minimum, maximum, saturate, rsqrt, quotient, to_integer, permute,
+)  # fmt: skip
+SCOPE = {"np": np} | {function.__name__: function for function in _CALLED}
 
 
 def _numpy(type_: str) -> type:
@@ -376,7 +375,7 @@ class Translator:
         if text.startswith("!"):
             return f"~{self.predicate(text[1:])}"
         if re.fullmatch(r"-?\d+", text):
-            return f"P.constant(np.bool_({text != '0'}))"
+            return f"P.full(np.bool_({text != '0'}))"
         if self.storage[self.numbers[text]] is not np.bool_:
             raise Unknown(f"{text} as a predicate")
         return f"R[{self.numbers[text]}]"
@@ -391,7 +390,7 @@ class Translator:
             raise Unknown(f"address {text}")
         base, plus_ = match[1], int(match[2] or 0)
         if base == "global_smem":
-            return f"P.constant({self._constant(plus_, _numpy(type_))})"
+            return f"P.full({self._constant(plus_, _numpy(type_))})"
         value = self.value(base, type_)
         dtype = _numpy(type_)
         return f"({value} + {self._constant(plus_ % (1 << np.dtype(dtype).itemsize * 8), dtype)})" if plus_ else value
@@ -492,7 +491,7 @@ class _Statement:
         if kind not in ("ca", "cg") or self.ins.parts[3:] != ("shared", "global"):
             raise Unknown("this copy")
         target, source, size, *read = self.ins.operands
-        read = f"np.broadcast_to({self.t.value(read[0], 'b32')}, P.lanes)" if read else "None"
+        read = f"P.full({self.t.value(read[0], 'b32')})" if read else "None"
         addresses = f"{self.t.address(target, 'b32')}, {self.t.address(source, 'b64')}"
         return [f"P.copy({addresses}, {int(size, 0)}, {read}, {self.mask()}, {self.number})"]
 
@@ -533,9 +532,7 @@ class _Statement:
     def _st(self):
         space, *modifiers = self.ins.parts[1:-1]
         type_ = "b" + self.ins.type[1:]
-        values = [
-            f"np.broadcast_to({self.t.value(v, type_)}, P.lanes)" for v in self._access(space, modifiers, self.ins.operands[1])
-        ]
+        values = [f"P.full({self.t.value(v, type_)})" for v in self._access(space, modifiers, self.ins.operands[1])]
         address = self.t.address(self.ins.operands[0], "b32" if space == "shared" else "b64")
         return [f"P.store_{space}({address}, [{', '.join(values)}], {self.mask()}, {self.number})"]
 
@@ -555,7 +552,7 @@ class _Statement:
 
     def _stmatrix(self):
         self._matrix()
-        values = ", ".join(f"np.broadcast_to({self.t.value(v, 'b32')}, P.lanes)" for v in self.t._list(self.ins.operands[1]))
+        values = ", ".join(f"P.full({self.t.value(v, 'b32')})" for v in self.t._list(self.ins.operands[1]))
         address = self.t.address(self.ins.operands[0], "b32")
         return [f"P.stmatrix({address}, [{values}], {'trans' in self.ins.parts}, {self.mask()}, {self.number})"]
 
@@ -570,7 +567,7 @@ class _Statement:
             raise Unknown("these types")
         d, a, b, c = (self.t._list(x) for x in self.ins.operands)
         a, b = (", ".join(self.t.value(v, "b32") for v in x) for x in (a, b))
-        c = ", ".join(f"np.broadcast_to({self.t.value(v, 'f32')}, P.lanes)" for v in c)
+        c = ", ".join(f"P.full({self.t.value(v, 'f32')})" for v in c)
         out = [f"t = P.mma({types[1]!r}, [{a}], [{b}], [{c}], {self.mask()}, {self.number})"]
         return out + [line for i, r in enumerate(d) for line in self.write(r, f"t[{i}]", "f32")]
 
@@ -580,7 +577,7 @@ class _Statement:
             raise Unknown("this form")
         if "|" in self.ins.operands[0] or self.ins.operands[4] != "-1":
             raise Unknown("a shuffle of some threads")
-        value, by, clamp = (f"np.broadcast_to({self.value(i, 'b32')}, P.lanes)" for i in (1, 2, 3))
+        value, by, clamp = (f"P.full({self.value(i, 'b32')})" for i in (1, 2, 3))
         return self.write(
             self.ins.operands[0], f"P.shuffle({mode!r}, {value}, {by}, {clamp}, {self.mask()}, {self.number})", "b32"
         )
@@ -596,19 +593,17 @@ class _Statement:
         if target.startswith("{"):
             parts = self.t._list(target)
             each = width // len(parts)
-            out = [
-                f"t = np.ascontiguousarray(np.broadcast_to({self.value(1, f'b{width}')}, P.lanes)).view(np.uint{each}).reshape(-1, {len(parts)})"
-            ]
+            out = [f"t = P.full({self.value(1, f'b{width}')}).view(np.uint{each}).reshape(-1, {len(parts)})"]
             return out + [x for i, r in enumerate(parts) for x in self.write(r, f"np.ascontiguousarray(t[:, {i}])", f"b{each}")]
         if source.startswith("{"):
             parts = self.t._list(source)
             each = width // len(parts)
-            values = ", ".join(f"np.broadcast_to({self.t.value(p, f'b{each}')}, P.lanes)" for p in parts)
+            values = ", ".join(f"P.full({self.t.value(p, f'b{each}')})" for p in parts)
             return self.write(target, f"np.stack([{values}], 1).view(np.uint{width}).reshape(-1)", f"b{width}")
         type_ = "f32" if width == 32 and self.t.storage[self.t.numbers[target]] is np.float32 else f"b{width}"
         if source in self.t.numbers:
             return self.write(target, self.t.value(source, type_), type_)
-        return self.write(target, f"P.constant({self.t.value(source, type_)})", type_)
+        return self.write(target, f"P.full({self.t.value(source, type_)})", type_)
 
     def _logic(self):
         self._take("pred")
@@ -641,7 +636,7 @@ class _Statement:
             raise Unknown(f"comparison {compare}")
         if len(self.ins.operands) > 3:
             expression = f"({expression} {LOGIC[next(m for m in more if m in LOGIC)]} {self.t.predicate(self.ins.operands[3])})"
-        return self.write(self.ins.operands[0], f"np.broadcast_to({expression}, P.lanes)", "pred")
+        return self.write(self.ins.operands[0], f"P.full({expression})", "pred")
 
     def _selp(self):
         type_ = self.ins.type
@@ -650,7 +645,7 @@ class _Statement:
 
     def _prmt(self):
         self._take("b32")
-        a, b, select = (f"np.broadcast_to({self.value(i, 'b32')}, P.lanes)" for i in (1, 2, 3))
+        a, b, select = (f"P.full({self.value(i, 'b32')})" for i in (1, 2, 3))
         return self.write(self.ins.operands[0], f"permute({a}, {b}, {select})", "b32")
 
     # integers
@@ -660,7 +655,7 @@ class _Statement:
         if packed:
             if name not in ("add",) or width != 16:
                 raise Unknown("packed integers")
-            a, b = (f"np.ascontiguousarray(np.broadcast_to({self.value(i, 'b32')}, P.lanes)).view(np.uint16)" for i in (1, 2))
+            a, b = (f"P.full({self.value(i, 'b32')}).view(np.uint16)" for i in (1, 2))
             return self.write(self.ins.operands[0], f"({a} + {b}).view(np.uint32)", "b32")
         wide = "wide" in self.modifiers
         high = "hi" in self.modifiers
@@ -716,7 +711,7 @@ class _Statement:
         raise Unknown("this instruction")
 
     def _result(self, expression: str, type_: str) -> list[str]:
-        return self.write(self.ins.operands[0], f"np.broadcast_to({expression}, P.lanes)", type_)
+        return self.write(self.ins.operands[0], f"P.full({expression})", type_)
 
     # floating point
 
@@ -730,10 +725,7 @@ class _Statement:
 
     def _half(self, type_: str, packed: bool):
         name, width = self.name, 32 if packed else 16
-        bits = [
-            f"np.ascontiguousarray(np.broadcast_to({self.value(i, f'b{width}')}, P.lanes)).view(np.uint16)"
-            for i in range(1, len(self.ins.operands))
-        ]
+        bits = [f"P.full({self.value(i, f'b{width}')}).view(np.uint16)" for i in range(1, len(self.ins.operands))]
         a = [f"from_half({x}, {type_!r})" for x in bits]
         if name in ("neg", "abs"):
             sign = self.t._constant(0x8000 if name == "neg" else 0x7FFF, np.uint16)
@@ -757,10 +749,7 @@ class _Statement:
     def _float(self, type_: str, packed: bool):
         name, ftz = self.name, "ftz" in self.modifiers
         if packed:
-            a = [
-                f"np.ascontiguousarray(np.broadcast_to({self.value(i, 'b64')}, P.lanes)).view(np.float32)"
-                for i in range(1, len(self.ins.operands))
-            ]
+            a = [f"P.full({self.value(i, 'b64')}).view(np.float32)" for i in range(1, len(self.ins.operands))]
         else:
             a = [self.value(i, type_) for i in range(1, len(self.ins.operands))]
         if ftz:

@@ -79,7 +79,7 @@ class Storage:
         dense = sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
         length = 1
         for stride, count in dense:
-            if stride != length and not (stride == 0):
+            if stride not in (0, length):
                 break
             length *= 1 if stride == 0 else count
         else:
@@ -170,7 +170,10 @@ class State:
 
     # helpers
 
-    def constant(self, value) -> np.ndarray:
+    def full(self, value) -> np.ndarray:
+        """A value of every thread as it is, one value for all of them."""
+        if value.ndim:
+            return value
         key = (value.dtype, value.tobytes())
         if key not in self._constants:
             self._constants[key] = np.full(self.lanes, value)
@@ -430,7 +433,7 @@ class State:
     def load_global(self, address, width, count, mask, number):
         lanes = self._on(mask)
         if not len(lanes):
-            return [self.constant(UNSIGNED[width](0))] * count
+            return [self.full(UNSIGNED[width](0))] * count
         return self._spread(lanes, self._global_read(lanes, address[lanes], width // 8 * count, number), width, count)
 
     def store_global(self, address, values, mask, number):
