@@ -52,7 +52,7 @@ from tnt_fast.kernels.operation import (
     wrong_eps,
     zeros_for_none,
 )
-from tnt_fast.kernels.tile import Launch, centred, exp2, gelu, reciprocal, tanh
+from tnt_fast.kernels.tile import Launch, centred, dot_onto, exp2, gelu, reciprocal, tanh
 
 # (C_PAD, half precision): (rows of a turn, warps, hidden channels at once, stages, programs a multiprocessor, mma_arch).
 # Chosen by static cost for sm_90 on 2026-11-22, not yet timed on a GPU. TNT-Ti, S and B have C_PAD 16, 32 and 64.
@@ -713,11 +713,11 @@ def _inner_bwd_mlp_kernel(
             hidden, dhidden = _gelu_gradient(hidden, dhidden, FAST, PAIRS, DTYPE)
             dh = tl.dot(dhidden, tl.trans(w1[i]), dh, input_precision=PRECISION)
             if NEED_WEIGHTS:
-                new1 = new1 + (tl.dot(tl.trans(h), dhidden, g1[i], input_precision=PRECISION),)
-                new2 = new2 + (tl.dot(tl.trans(dz), hidden, g2[i], input_precision=PRECISION),)
+                new1 = new1 + (dot_onto(g1[i], tl.trans(h), dhidden, EXACT, PRECISION),)
+                new2 = new2 + (dot_onto(g2[i], tl.trans(dz), hidden, EXACT, PRECISION),)
         if NEED_WEIGHTS:
             g1, g2 = new1, new2
-            gb = tl.dot(tl.trans(dz), tl.full((M, 16), 1.0, DTYPE), gb, input_precision=PRECISION)
+            gb = dot_onto(gb, tl.trans(dz), tl.full((M, 16), 1.0, DTYPE), EXACT, PRECISION)
         dx = _norm_gradient(dh, h, inverse, real, C)
         dx -= tl.dot(dy, negative) if not EXACT else -dy
         tl.store(dx_ptr + first + offset, dx.to(DTYPE), mask=live)
@@ -826,13 +826,13 @@ def _inner_bwd_attention_kernel(
             dh = tl.dot(dv, tl.trans(wv), dh, input_precision=PRECISION)
             if NEED_WEIGHTS:
                 o = tl.reshape(o.to(DTYPE), (M, W))
-                newq = newq + (tl.dot(tl.trans(h), dq, gq[i], input_precision=PRECISION),)
-                newk = newk + (tl.dot(tl.trans(h), dk, gk[i], input_precision=PRECISION),)
-                newv = newv + (tl.dot(tl.trans(h), dv, gv[i], input_precision=PRECISION),)
-                newp = newp + (tl.dot(tl.trans(dz), o, gp[i], input_precision=PRECISION),)
+                newq = newq + (dot_onto(gq[i], tl.trans(h), dq, EXACT, PRECISION),)
+                newk = newk + (dot_onto(gk[i], tl.trans(h), dk, EXACT, PRECISION),)
+                newv = newv + (dot_onto(gv[i], tl.trans(h), dv, EXACT, PRECISION),)
+                newp = newp + (dot_onto(gp[i], tl.trans(dz), o, EXACT, PRECISION),)
         if NEED_WEIGHTS:
             gq, gk, gv, gp = newq, newk, newv, newp
-            gb = tl.dot(tl.trans(dz), tl.full((M, 16), 1.0, DTYPE), gb, input_precision=PRECISION)
+            gb = dot_onto(gb, tl.trans(dz), tl.full((M, 16), 1.0, DTYPE), EXACT, PRECISION)
         dx = _norm_gradient(dh, h, inverse, real, C)
         dx += tl.dot(dy, identity) if not EXACT else dy
         tl.store(dx_ptr + first + offset, dx.to(DTYPE), mask=live)

@@ -41,7 +41,7 @@ from tnt_fast.kernels.operation import (
     register,
     start,
 )
-from tnt_fast.kernels.tile import Launch
+from tnt_fast.kernels.tile import Launch, dot_onto
 
 # dtype: (tokens a turn, warps, programs a multiprocessor). Chosen by static cost for sm_90 on 2026-11-22, not yet timed.
 CONFIGS = {
@@ -168,7 +168,7 @@ def _pixel_embed_weight_bwd_kernel(
         for c in tl.static_range(GROUP):
             channel = image_ptr + (first + c).to(tl.int64) * stride_c
             x = tl.load(channel + at, mask=inside & (leader + c < CHANNELS), other=0.0).to(DT)  # [BLOCK, 64]
-            new = new + (tl.dot(tl.trans(x), g, sums[c], input_precision=PRECISION),)
+            new = new + (dot_onto(sums[c], tl.trans(x), g, DT == tl.float32, PRECISION),)
         sums = new
     for c in tl.static_range(GROUP):
         to = sums_ptr + ((worker.to(tl.int64) * CHANNELS + first + c) * 64 + k)[:, None] * C + ch[None, :]

@@ -79,3 +79,16 @@ def centred(x, real, SIZE: tl.constexpr, EXACT: tl.constexpr):
     if EXACT:
         x = tl.where(real[None, :], x - (tl.sum(x, 1) * (1.0 / SIZE))[:, None], 0.0)
     return x
+
+
+@triton.jit
+def dot_onto(total, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a·b, for sums that run over many turns.
+
+    EXACT, for float32 input: the product is summed by itself, so that a large total is rounded once a turn, not once a row.
+    Where max_num_imprecise_acc is 0, as it is by itself, the compiler makes one sum of both again; else it means nothing here.
+    """
+    if EXACT:
+        return total + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
