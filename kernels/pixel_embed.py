@@ -168,7 +168,7 @@ def _pixel_embed_weight_bwd_kernel(
         for c in tl.static_range(GROUP):
             channel = image_ptr + (first + c).to(tl.int64) * stride_c
             x = tl.load(channel + at, mask=inside & (leader + c < CHANNELS), other=0.0).to(DT)  # [BLOCK, 64]
-            new = new + (dot_onto(sums[c], tl.trans(x), g, DT == tl.float32, PRECISION),)
+            new = new + (dot_onto(sums[c], tl.trans(x), g, tl.float32 == DT, PRECISION),)
         sums = new
     for c in tl.static_range(GROUP):
         to = sums_ptr + ((worker.to(tl.int64) * CHANNELS + first + c) * 64 + k)[:, None] * C + ch[None, :]
