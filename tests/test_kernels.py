@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("triton")
 
 from tnt_fast import kernels, reference, why_not_fused
+from tnt_fast.kernels.operation import Gpu, precision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 bf16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
@@ -532,24 +533,22 @@ def test_a_fused_model_trains_compiles_and_exports(legacy):
 
 
 def test_float32_products_follow_pytorchs_settings(monkeypatch):
-    from tnt_fast.kernels import operation
-
-    monkeypatch.setattr(operation, "INTERPRETED", False)
-    assert operation.precision(torch.float32) == "ieee"
+    monkeypatch.setattr("tnt_fast.kernels.operation.runner", Gpu())
+    assert precision(torch.float32) == "ieee"
     matmul = torch.backends.cuda.matmul
     try:
         matmul.allow_tf32 = True
-        assert operation.precision(torch.float32) == "tf32"
-        assert operation.precision(torch.float16) == "ieee"
+        assert precision(torch.float32) == "tf32"
+        assert precision(torch.float16) == "ieee"
         matmul.allow_tf32 = False
         if hasattr(matmul, "fp32_precision"):
             matmul.fp32_precision = "tf32"
-            assert operation.precision(torch.float32) == "tf32"
+            assert precision(torch.float32) == "tf32"
     finally:
         if hasattr(matmul, "fp32_precision"):
             matmul.fp32_precision = "none"
         matmul.allow_tf32 = False
-    assert operation.precision(torch.float32) == "ieee"
+    assert precision(torch.float32) == "ieee"
 
 
 # ---- what only a GPU can show ----
@@ -615,7 +614,7 @@ def test_addresses_past_two_to_the_31():
 
 @pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
 def test_a_tensor_on_the_cpu_is_refused_outside_the_interpreter(operation, monkeypatch):
-    monkeypatch.setattr("tnt_fast.kernels.operation.INTERPRETED", False)
+    monkeypatch.setattr("tnt_fast.kernels.operation.runner", Gpu())
     tensors, others = (
         embed_case(1, 3, 16, 16, 24, (16, 16), 4, (16, 16), False) if operation == "pixel_embed"
         else (inner_tensors(1, 16, 24, 96), dict(num_heads=4)) if operation == "inner"
