@@ -37,17 +37,18 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    chosen = [item for item in items if _is_chosen(item, config)]
-    if len(chosen) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if not _is_chosen(item, config)])
-        items[:] = chosen
+    left_out = [item for item in items if not _is_chosen(item, config)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def _is_chosen(item, config) -> bool:
     """Whether a test runs at all: those on a path by --paths and, where they are compiled, by --wide and their marker."""
-    path, precision = getattr(item, "callspec", None) and item.callspec.params.get("path") or (None, None)
-    if path is None:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if "path" not in parameters:
         return True
+    path, precision = parameters["path"]
     if config.getoption("paths") and path not in config.getoption("paths"):
         return False
     if not path.startswith("sm_") or config.getoption("wide"):
@@ -97,31 +98,32 @@ def pytest_pyfunc_call(pyfuncitem):
 
 def pytest_runtest_logreport(report):
     if report.when == "call":
-        compiled_reports.extend(
-            (value, report.failed, report.duration) for name, value in report.user_properties if name == "compiled"
-        )
+        found = [value for name, value in report.user_properties if name == "compiled"]
+        compiled_reports.extend(value | {"wrong": report.failed, "seconds": report.duration} for value in found)
+
+
+def _row(key, cases):
+    """What a group of compiled cases has in common, how many there are, and how far they are from float64 at most."""
+    ratios = [case["worst_ratio"] for case in cases if case["worst_ratio"] is not None]
+    return {
+        **key,
+        "cases": len(cases),
+        "wrong": sum(case["wrong"] for case in cases),
+        "worst_ratio": max(ratios, default=None),
+        "seconds": round(sum(case["seconds"] for case in cases), 1),
+    }
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if not compiled_reports:
         return
-    groups = defaultdict(list)
-    for summary, wrong, seconds in compiled_reports:
-        groups[summary["operation"], summary["target"], summary["precision"]].append((summary["worst_ratio"], wrong, seconds))
-    rows = [
-        dict(
-            zip(("operation", "target", "precision"), key, strict=True),
-            cases=len(cases),
-            wrong=sum(wrong for _, wrong, _ in cases),
-            worst_ratio=max((ratio for ratio, _, _ in cases if ratio is not None), default=None),
-            seconds=round(sum(seconds for _, _, seconds in cases), 1),
-        )
-        for key, cases in sorted(groups.items())
-    ]
-    count, wrong = (sum(row[name] for row in rows) for name in ("cases", "wrong"))
-    worst = max((row["worst_ratio"] for row in rows if row["worst_ratio"] is not None), default=0)
+    total, groups, names = _row({}, compiled_reports), defaultdict(list), ("operation", "target", "precision")
+    for case in compiled_reports:
+        groups[tuple(case[name] for name in names)].append(case)
     terminalreporter.write_line(
-        f"compiled kernels: {count} cases, {wrong} wrong, {sum(row['seconds'] for row in rows):.0f} s; largest error {worst:.2f} of the allowed"
+        f"compiled kernels: {total['cases']} cases, {total['wrong']} wrong, {total['seconds']:.0f} s; "
+        f"the largest error is {total['worst_ratio'] or 0:.2f} of the allowed"
     )
     if file := config.getoption("compiled_json"):
+        rows = [_row(dict(zip(names, key, strict=True)), cases) for key, cases in sorted(groups.items())]
         file.write_text(json.dumps(rows, indent=1) + "\n")

@@ -99,9 +99,13 @@ def apply(x: torch.Tensor, which: str, fast: bool) -> torch.Tensor:
 )
 def test_the_fast_forms(which, low, high, absolute, relative, path, dtype):
     x = torch.linspace(low, high, 1_000_003 if path.device == "cuda" else 20_011, device=path.device)
+    x = x[1:] if which == "exp2" else x  # the smallest normal number itself may be flushed to 0
     y = apply(x, which, fast=True)
     exact = {"gelu": F.gelu, "pairs": F.gelu, "exp2": torch.exp2, "reciprocal": torch.reciprocal}[which](x.double())
-    assert ((y.double() - exact).abs() <= absolute + relative * exact.abs()).all()
+    allowed = absolute + relative * exact.abs()
+    if path.executor and which == "gelu":
+        allowed += 2**-12 * x.abs()  # by the PTX manual tanh.approx errs by 2^-11 where it is 1, too; a GPU's does not
+    assert ((y.double() - exact).abs() <= allowed).all()
 
 
 @pytest.mark.everywhere

@@ -180,7 +180,8 @@ def test_fold_onto_an_expanded_patch(path, dtype):
 @pytest.mark.parametrize(
     ("P", "S", "C", "H", "M"),
     [
-        pytest.param(11, 16, 24, 4, 96, marks=everywhere), (5, 16, 40, 4, 160), (9, 16, 12, 2, 48), (3, 64, 6, 2, 24), (7, 4, 96, 4, 384), (6, 16, 24, 8, 48),
+        pytest.param(11, 16, 24, 4, 96, marks=everywhere),
+        (5, 16, 40, 4, 160), (9, 16, 12, 2, 48), (3, 64, 6, 2, 24), (7, 4, 96, 4, 384), (6, 16, 24, 8, 48),
         (5, 16, 32, 1, 64), (2, 16, 64, 4, 128), (1, 4, 24, 3, 96), (3, 9, 24, 4, 96),
     ],
     ids=lambda v: str(v),

@@ -103,7 +103,7 @@ class Compiler:
             self.process.stdin.flush()
             answer = pickle.load(self.process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-            status = self.process.poll()
+            status = self.process.wait(timeout=10)
             self.close()
             raise RuntimeError(f"the process that compiles kernels ended, status {status}; its stderr says why") from error
         if isinstance(answer, str):

@@ -59,10 +59,8 @@ class Executor:
     def launch(self, kernel: Any, grid: int, arguments: Sequence[Any], constants: dict, options: dict) -> None:
         compiled = self.compiler.compile(kernel, arguments, constants, options, self.target)
         self.launched.append(Launched(compiled.name, kernel.fn.__module__.rpartition(".")[2], compiled.key, grid))
-        if compiled.shared > SHARED_MEMORY[self.target]:
-            raise RuntimeError(
-                f"{compiled.name} needs {compiled.shared} bytes of shared memory; {self.target} has {SHARED_MEMORY[self.target]}"
-            )
+        if compiled.shared > (most := SHARED_MEMORY[self.target]):
+            raise RuntimeError(f"{compiled.name} needs {compiled.shared} bytes of shared memory; {self.target} has {most}")
         programs = None if self.chosen is None else range(grid)[self.chosen]
         with torch.no_grad():
             _machine(compiled).run(grid, [arguments[i] for i in compiled.parameters], self.error, programs)
