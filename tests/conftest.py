@@ -53,9 +53,9 @@ def _is_chosen(item, config) -> bool:
         return False
     if not path.startswith("sm_") or config.getoption("wide"):
         return True
-    if item.get_closest_marker("everywhere"):
-        return (path, precision) in PART_EVERYWHERE
-    return (path, precision) in PART and not item.get_closest_marker("wide")
+    everywhere, wide = (item.get_closest_marker(name) is not None for name in ("everywhere", "wide"))
+    part = PART if everywhere == wide else PART_EVERYWHERE if everywhere else ()
+    return (path, precision) in part
 
 
 @pytest.fixture(autouse=True)

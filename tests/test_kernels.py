@@ -176,7 +176,7 @@ def test_fold_onto_an_expanded_patch(path, dtype):
 
 
 @paths()
-@pytest.mark.parametrize("bias", [False, True], ids=["", "qkv-bias"])
+@pytest.mark.parametrize("bias", [False, pytest.param(True, marks=wide)], ids=["", "qkv-bias"])
 @pytest.mark.parametrize(
     ("P", "S", "C", "H", "M"),
     [
