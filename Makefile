@@ -57,7 +57,7 @@ gpu:
 	$(PY) -m tnt_fast.cli info | tee $(OUT)/machine.txt
 	failed=; \
 	timeout -k 10 -s INT 230 $(PY) -m pytest tests/test_kernels.py tests/test_approximations.py tests/test_backward.py -q -n 8 \
-	    -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml; \
+	    --paths gpu -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml; \
 	case $$? in 0) ;; 124|137) failed="$$failed kernel-tests-unfinished-after-230-s" ;; *) failed="$$failed kernel-tests" ;; esac; \
 	sed -i 's/ hostname="[^"]*"//' $(OUT)/gpu-tests.xml; \
 	$(PY) -m pytest benchmarks --benchmark-only -q -p no:cacheprovider --minutes $(MINUTES) \

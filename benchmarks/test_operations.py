@@ -106,7 +106,7 @@ def issue(info: dict, seconds: float) -> dict[str, float]:
 
 
 def operation_cases(gpu: bool) -> list[Case]:
-    providers = ["eager", "compiled", "fused"] if gpu else ["eager", "fused"] if kernels.INTERPRETED else ["eager"]
+    providers = ["eager", "compiled", "fused"] if gpu else ["eager", "fused"] if kernels.on_cpu() else ["eager"]
     return [
         operation_case(variant, operation, mode, provider, **WHERE[gpu])
         for variant in (("s", "b") if gpu else ("s",))

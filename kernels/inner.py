@@ -38,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tnt_fast import reference
+from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import (
     DTYPES,
     MOST_ROWS,
@@ -911,9 +912,9 @@ def gradients_unsupported(sizes: dict[str, Any], dtype: torch.dtype, device: tor
         reasons.append(f"S={sizes['S']} pixels a patch; the backward takes 1 to 16")
     if sizes["M"] > 256:
         reasons.append(f"{sizes['M']} hidden channels of the inner MLP; the backward takes 1 to 256")
-    if sizes["C"] > 31 and device.type == "cuda" and not torch.compiler.is_compiling():  # which cannot trace the question
-        shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 17)
-        if shared < 112 << 10:  # sm_86 and sm_89
+    if sizes["C"] > 31 and not torch.compiler.is_compiling():  # which cannot trace the question
+        shared = operation.runner.shared_memory(device)
+        if shared is not None and shared < 112 << 10:  # sm_86 and sm_89
             reasons.append(f"C={sizes['C']} channels a pixel need 112 KiB of shared memory; this GPU has {shared >> 10}")
     return reasons
 

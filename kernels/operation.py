@@ -7,7 +7,6 @@ inputs: nothing else is kept.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,8 +19,52 @@ from torch.utils.flop_counter import register_flop_formula
 from tnt_fast.kernels.tile import Launch
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-INTERPRETED = triton.knobs.runtime.interpret
 MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a turn more, in 32 bits
+
+
+class Gpu:
+    """What runs the kernels: Triton's launcher, on a GPU. All that depends on the machine is asked of ``runner``."""
+
+    on_cpu = False  # takes CPU tensors, slowly, to test the kernels: only where backend="fused" asks for it
+    nvidia = torch.version.hip is None  # compiled for NVIDIA: the fast forms of tile.py, TF32, Launch.mma_arch
+
+    def capability(self, device: torch.device | None = None) -> tuple[int, int] | None:
+        """Compute capability of a device, or of the current one; None where it has none."""
+        return torch.cuda.get_device_capability(device) if self.nvidia else None
+
+    def programs(self, device: torch.device, per_sm: int) -> int:
+        """How many programs run at once, at ``per_sm`` a multiprocessor."""
+        return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+
+    def shared_memory(self, device: torch.device) -> int | None:
+        """Bytes that a program can have on the chip; None where that is not limited."""
+        if device.type != "cuda":
+            return None
+        return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 17)
+
+    def launch(self, kernel: Any, grid: int, arguments: Sequence[Any], constants: dict, options: dict) -> None:
+        """Launch on the current stream of the device of the first argument, a tensor."""
+        with torch.cuda.device_of(arguments[0]):
+            kernel[(grid,)](*arguments, **constants, **options)
+
+
+class Interpreter(Gpu):
+    """Triton's interpreter (TRITON_INTERPRET=1)."""
+
+    on_cpu = True
+    nvidia = False
+
+    def programs(self, device: torch.device, per_sm: int) -> int:
+        return 3  # a few, so that programs do take several turns
+
+    def shared_memory(self, device: torch.device) -> int | None:
+        return None
+
+    def launch(self, kernel: Any, grid: int, arguments: Sequence[Any], constants: dict, options: dict) -> None:
+        kernel[(grid,)](*arguments, **constants)  # which knows no options
+
+
+runner = Interpreter() if triton.knobs.runtime.interpret else Gpu()
 
 
 class Argument(NamedTuple):
@@ -62,7 +105,7 @@ class Description(NamedTuple):
         first = given[name]
         if first is None:
             raise ValueError(f"{self.name}: {name} is None; it is needed")
-        if first.dtype in DTYPES and not first.is_cuda and not INTERPRETED:
+        if first.dtype in DTYPES and not first.is_cuda and not runner.on_cpu:
             raise ValueError(
                 f"{self.name}: {name} is on device {str(first.device)!r}; the kernel takes CUDA tensors "
                 "(on the CPU only in Triton's interpreter, TRITON_INTERPRET=1)"
@@ -176,7 +219,7 @@ def zeros_for_none(bias: Tensor | None, weight: Tensor) -> Tensor:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 products are computed: as PyTorch's ``torch.backends.cuda.matmul`` says."""
-    if dtype != torch.float32 or INTERPRETED:
+    if dtype != torch.float32 or not runner.nvidia:
         return "ieee"
     matmul = torch.backends.cuda.matmul  # asked for allow_tf32 where fp32_precision was set, newer versions raise
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
@@ -185,25 +228,21 @@ def precision(dtype: torch.dtype) -> str:
 
 def is_fast(dtype: torch.dtype) -> bool:
     """Whether the approximations of tile.py are used: half precision, compiled for an NVIDIA GPU."""
-    return dtype != torch.float32 and not INTERPRETED and torch.version.hip is None
+    return dtype != torch.float32 and runner.nvidia
 
 
 def programs(device: torch.device, turns: int, per_sm: int) -> int:
     """Size of the grid of a persistent kernel: what fits on the device at once, at most one program a turn."""
-    if device.type != "cuda":
-        return min(turns, 3)  # the interpreter: a few, so that programs do take several turns
-    return min(turns, per_sm * torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(turns, runner.programs(device, per_sm))
 
 
 def start(spec: Launch, grid: int, *arguments: Any) -> None:
-    """Launch a specialisation on the current device's stream; ``arguments`` are its pointers, integers and floats in order."""
-    device = next(a.device for a in arguments if isinstance(a, Tensor))
-    options = {} if INTERPRETED else {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    if spec.mma_arch and nvidia and torch.cuda.get_device_capability(device)[0] >= 9:
+    """Launch a specialisation; ``arguments`` are its pointers, integers and floats in order, the first a tensor."""
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    capability = runner.capability(arguments[0].device) if spec.mma_arch else None
+    if capability is not None and capability[0] >= 9:
         options["arch"] = spec.mma_arch
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        spec.kernel[(grid,)](*arguments, **spec.constants, **options)
+    runner.launch(spec.kernel, grid, arguments, spec.constants, options)
 
 
 def register(

@@ -1,8 +1,11 @@
+import json
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import PATHS, KernelPath
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test fetches weights
 if not torch.cuda.is_available():
@@ -10,18 +13,117 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
+PART = {("sm_90", "bfloat16"), ("sm_90", "float16")}  # of the compiled cases without --wide
+PART_EVERYWHERE = PART | {("sm_90", "float32"), ("sm_90", "tf32"), ("sm_80", "bfloat16"), ("sm_100", "bfloat16")}
+
+compiled_reports = []
+
 
 def pytest_addoption(parser):
     parser.addoption("--timm-source", type=Path, help="source tree of the installed timm, whose own tests are run on our names")
+    parser.addoption("--wide", action="store_true", help="compiled kernels: every target, every precision, every case")
+    parser.addoption("--paths", type=lambda text: text.split(","), help=f"run the kernels' tests on these: {','.join(PATHS)}")
+    parser.addoption("--compiled-json", type=Path, metavar="FILE", help="how far the compiled kernels are from float64")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_configure(config):
+    unknown = set(config.getoption("paths") or ()) - set(PATHS)
+    if unknown:
+        raise pytest.UsageError(f"--paths {','.join(sorted(unknown))}: unknown; accepted: {', '.join(PATHS)}")
+
+
+def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    left_out = {item for item in items if not _is_chosen(item, config)}
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _is_chosen(item, config) -> bool:
+    """Whether a test runs at all: those on a path by --paths and, where they are compiled, by --wide and their marker."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if "path" not in parameters:
+        return True
+    path, precision = parameters["path"]
+    if config.getoption("paths") and path not in config.getoption("paths"):
+        return False
+    if not path.startswith("sm_") or config.getoption("wide"):
+        return True
+    everywhere, wide = (item.get_closest_marker(name) is not None for name in ("everywhere", "wide"))
+    part = PART if everywhere == wide else PART_EVERYWHERE if everywhere else ()
+    return (path, precision) in part
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def path(request):
+    """Where the kernels run while the test does; ``helpers.paths`` parametrises with it."""
+    name, precision = request.param
+    if name == "interpreter" and torch.cuda.is_available():
+        pytest.skip("the kernels are not interpreted where there is a GPU")
+    path = KernelPath(name, precision)
+    if path.tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with path.running():
+            yield path
+    finally:
+        if path.tf32:
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test of compiled kernels runs twice: with the largest errors of approximate instructions upwards, and downwards."""
+    path = pyfuncitem.funcargs.get("path")
+    executor = getattr(path, "executor", None)
+    if executor is None:
+        return None
+    try:
+        for executor.error in (1, -1):
+            torch.manual_seed(0)
+            pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
+    finally:
+        pyfuncitem.user_properties.append(("compiled", path.summary()))
+    return True
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call":
+        found = [value for name, value in report.user_properties if name == "compiled"]
+        compiled_reports.extend(value | {"wrong": report.failed, "seconds": report.duration} for value in found)
+
+
+def _row(key, cases):
+    """What a group of compiled cases has in common, how many there are, and how far they are from float64 at most."""
+    ratios = [case["worst_ratio"] for case in cases if case["worst_ratio"] is not None]
+    return {
+        **key,
+        "cases": len(cases),
+        "wrong": sum(case["wrong"] for case in cases),
+        "worst_ratio": max(ratios, default=None),
+        "seconds": round(sum(case["seconds"] for case in cases), 1),
+    }
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not compiled_reports:
+        return
+    total, groups, names = _row({}, compiled_reports), defaultdict(list), ("operation", "target", "precision")
+    for case in compiled_reports:
+        groups[tuple(case[name] for name in names)].append(case)
+    terminalreporter.write_line(
+        f"compiled kernels: {total['cases']} cases, {total['wrong']} wrong, {total['seconds']:.0f} s; "
+        f"the largest error is {total['worst_ratio'] or 0:.2f} of the allowed"
+    )
+    if file := config.getoption("compiled_json"):
+        rows = [_row(dict(zip(names, key, strict=True)), cases) for key, cases in sorted(groups.items())]
+        file.write_text(json.dumps(rows, indent=1) + "\n")

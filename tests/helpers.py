@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TESTS = Path(__file__).parent
 
@@ -31,6 +34,99 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the largest expected magnitude."""
     assert actual.shape == expected.shape
     return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+# Where kernels run: Triton's interpreter; compiled for a target, their PTX on the CPU; compiled, on a GPU. In the interpreter
+# products of bfloat16 are wrong.
+PATHS = ("interpreter", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gpu")
+
+
+def paths(
+    interpreter: str = "float32 float16", compiled: str = "bfloat16 float16 float32 tf32", gpu: str | None = None
+) -> pytest.MarkDecorator:
+    """Parametrise a test with ``path``, inside of which it then runs, and ``dtype``; precisions by name, gpu's as compiled.
+
+    Without --wide only a part of the compiled cases runs: sm_90 in half precision; also float32, tf32 and other targets where a
+    case has the marker ``everywhere``; nothing where it has the marker ``wide``.
+    """
+    precisions = dict.fromkeys(PATHS, compiled) | {"interpreter": interpreter, "gpu": compiled if gpu is None else gpu}
+    cases = []
+    for name in PATHS:
+        for precision in precisions[name].split():
+            dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
+            marks = [pytest.mark.gpu] if name == "gpu" else []
+            cases.append(pytest.param((name, precision), dtype, marks=marks, id=f"{name}-{precision}"))
+    return pytest.mark.parametrize(("path", "dtype"), cases, indirect=["path"])
+
+
+class KernelPath:
+    """Where a test's kernels run, and how far they were from float64."""
+
+    def __init__(self, name: str, precision: str):
+        self.name, self.precision, self.tf32 = name, precision, precision == "tf32"
+        self.device = "cuda" if name == "gpu" else "cpu"
+        self.executor = None
+        self.ratios: list[float] = []
+        if name.startswith("sm_"):
+            from ptx.executor import Executor  # only here, it needs Triton
+
+            self.executor = Executor(name)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the operations' kernels run here."""
+        if self.executor is None:
+            yield
+            return
+        from ptx.executor import running
+
+        with running(self.executor):
+            yield
+
+    def as_reference(self) -> AbstractContextManager:
+        """Inside, PyTorch computes products in this precision, too: on a CPU it has no TF32."""
+        return Tf32Products() if self.tf32 and self.device == "cpu" else nullcontext()
+
+    def rule(self, name: str, fused: torch.Tensor, same: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+        """Assert the rule of the house for one tensor."""
+        assert fused.shape == exact.shape, name
+        error, own = ((x.double().cpu() - exact).abs().max().item() for x in (fused, same))
+        eps = 2**-11 if self.tf32 else torch.finfo(dtype).eps  # products of tf32 carry 10 bits of fraction
+        allowed = 2 * own + 4 * eps * exact.abs().max().item()
+        if error != 0:
+            self.ratios.append(error / allowed if allowed else float("inf"))
+        assert error <= allowed, f"{name}: error {error:.3g}, PyTorch's own {own:.3g}, allowed {allowed:.3g}"
+
+    def summary(self) -> dict[str, Any]:
+        """What was launched, and the largest error over the allowed one; None where the rule was not asked."""
+        modules = {launched.module for launched in self.executor.launched}
+        return {
+            "operation": modules.pop() if len(modules) == 1 else "model" if modules else "none",
+            "target": self.name,
+            "precision": self.precision,
+            "worst_ratio": max(self.ratios, default=None),
+        }
+
+
+HERE = KernelPath("gpu" if torch.cuda.is_available() else "interpreter", "float32")
+
+
+class Tf32Products(TorchDispatchMode):
+    """Rounds the factors of float32 products to 10 bits of fraction, to nearest, ties away from 0, as cvt.rna.tf32.f32 does."""
+
+    aten = torch.ops.aten
+    factors = {
+        aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.default: (1, 2), aten.baddbmm.default: (1, 2),
+        aten.convolution.default: (0, 1), aten.convolution_backward.default: (0, 1, 2),
+    }  # fmt: skip
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        args = list(args)
+        for i in self.factors.get(function, ()):
+            if args[i].dtype == torch.float32:
+                rounded = ((args[i].view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+                args[i] = torch.where(args[i].isfinite(), rounded, args[i])
+        return function(*args, **(kwargs or {}))
 
 
 def run_once(tmp_path_factory: pytest.TempPathFactory, name: str, script: str, *arguments: str) -> tuple[Path, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The approximations of the kernels, each over its whole input range: their mathematics here, their instructions on a GPU."""
+"""The approximations of the kernels, each over its whole input range: their mathematics, and their instructions."""
 
 import inspect
 import re
@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import paths
 
 pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
 
-from tnt_fast.kernels import inner, tile
+from tnt_fast.kernels import inner, operation, tile
 
 
 def erf_gelu(x: np.ndarray) -> np.ndarray:
@@ -77,7 +78,15 @@ def _apply(x_ptr, y_ptr, n, WHICH: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.c
     tl.store(y_ptr + at, y, mask=at < n)
 
 
-@pytest.mark.gpu
+def apply(x: torch.Tensor, which: str, fast: bool) -> torch.Tensor:
+    y = torch.full_like(x, float("nan"))
+    constants = dict(WHICH=which, FAST=fast, BLOCK=1024)
+    operation.runner.launch(_apply, triton.cdiv(len(x), 1024), (x, y, len(x)), constants, {})
+    return y
+
+
+@pytest.mark.everywhere
+@paths("", "float32")
 @pytest.mark.parametrize(
     ("which", "low", "high", "absolute", "relative"),
     [
@@ -88,19 +97,22 @@ def _apply(x_ptr, y_ptr, n, WHICH: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.c
         ("reciprocal", 1, 256, 0, 2**-22),
     ],
 )
-def test_the_fast_forms_on_the_machine(which, low, high, absolute, relative):
-    x = torch.linspace(low, high, 1_000_003, device="cuda")
-    y = torch.full_like(x, float("nan"))
-    _apply[(triton.cdiv(len(x), 1024),)](x, y, len(x), WHICH=which, FAST=True, BLOCK=1024)
+def test_the_fast_forms(which, low, high, absolute, relative, path, dtype):
+    x = torch.linspace(low, high, 1_000_003 if path.device == "cuda" else 20_011, device=path.device)
+    x = x[1:] if which == "exp2" else x  # the smallest normal number itself may be flushed to 0
+    y = apply(x, which, fast=True)
     exact = {"gelu": F.gelu, "pairs": F.gelu, "exp2": torch.exp2, "reciprocal": torch.reciprocal}[which](x.double())
-    assert ((y.double() - exact).abs() <= absolute + relative * exact.abs()).all()
+    allowed = absolute + relative * exact.abs()
+    if path.executor and which == "gelu":
+        allowed += 2**-12 * x.abs()  # by the PTX manual tanh.approx errs by 2^-11 where it is 1, too; a GPU's does not
+    assert ((y.double() - exact).abs() <= allowed).all()
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("which", ["gelu", "exp2", "reciprocal"])
-def test_the_plain_forms(which):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.linspace(-30, -0.5, 2001, device=device)
-    y = torch.full_like(x, float("nan"))
-    _apply[(2,)](x, y, len(x), WHICH=which, FAST=False, BLOCK=1024)
+@paths("float32", "float32")
+def test_the_plain_forms(which, path, dtype):
+    x = torch.linspace(-30, -0.5, 2001, device=path.device)
+    y = apply(x, which, fast=False)
     exact = {"gelu": F.gelu, "exp2": torch.exp2, "reciprocal": torch.reciprocal}[which](x.double())
     assert (y.double() - exact).abs().max().item() <= 1e-6

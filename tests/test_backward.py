@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import TINY, perturb, relative_error
+from helpers import TINY, paths, perturb, relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -148,6 +148,45 @@ def test_the_bytes_of_a_train_step(monkeypatch):
 
     assert at_depth_12(TNT, backend="fused") <= 0.4 * 111e6  # timm's eager AMP on a GPU keeps 111 MB
     assert 0 < at_depth_12(TNT, without_outer, backend="fused") <= 6e6
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@paths("float16", "bfloat16 float16")
+def test_a_training_step(autocast, path, dtype):
+    """Each gradient by the rule against float64."""
+    model = perturb(TNT(**TINY)).to(torch.float32 if autocast else dtype)
+    image, weight = torch.randn(2, 3, 32, 32).to(dtype), torch.randn(2, 5)
+    found = []
+    for backend, kind, device in (
+        ("fused", dtype, path.device), ("reference", dtype, path.device), ("reference", torch.float64, "cpu"),
+    ):  # fmt: skip
+        ours = copy.deepcopy(model).to(device)
+        ours.backend = backend
+        if kind == torch.float64:
+            ours.double()
+        with torch.autocast(device, dtype, enabled=autocast and kind == dtype):
+            out = ours(image.to(device, torch.float32 if autocast and kind == dtype else kind))
+        gradients = torch.autograd.grad((out.to(kind).double() * weight.to(device)).sum(), list(ours.parameters()))
+        found.append([out.detach(), *gradients])
+    names = ["output", *(name for name, _ in model.named_parameters())]
+    for name, fused, same, exact in zip(names, *found, strict=True):
+        path.rule(name, fused, same, exact, dtype)
+
+
+@paths("", "bfloat16 float16", "")
+def test_a_compiled_model_launches_what_an_eager_one_does(path, dtype):
+    model = tiny().to(dtype)
+    image = torch.randn(2, 3, 32, 32).to(dtype)
+    results, launched = [], []
+    torch._dynamo.reset()
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        path.executor.launched.clear()
+        out = call(image)
+        results.append([out, *torch.autograd.grad(out.sum(), list(model.parameters()))])
+        launched.append(sorted(path.executor.launched))
+    assert launched[0] == launched[1] != []
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
 
 
 def test_two_backwards_give_the_same_bits():

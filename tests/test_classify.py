@@ -318,7 +318,7 @@ def test_a_page_of_another_format_is_refused_and_not_written(checkpoint, images,
     [("quick", ["'quick'", "'auto', 'fused', 'reference'"]), ("fused", ["cannot run:\n  - ", "the image is on device 'cpu'"])],
 )
 def test_a_backend_that_cannot_be_taken_is_refused(checkpoint, images, capsys, monkeypatch, backend, named):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     assert run(images, "--checkpoint", checkpoint, "--backend", backend) == 2
     refused(capsys, "ValueError" if backend == "quick" else "RuntimeError", *named)
 

@@ -39,7 +39,7 @@ def stand_ins(monkeypatch):
         return SimpleNamespace(**{name: operation}, **limits)
 
     monkeypatch.setattr(kernels, "OPERATIONS", {name: counted(name) for name in dispatch.OPERATIONS})
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     monkeypatch.setattr(dispatch, "_machine_reasons", lambda image, backend: [])
     monkeypatch.setattr(dispatch, "_warned", set())
     return calls
@@ -287,7 +287,7 @@ def test_an_image_of_another_dtype_is_a_reason_but_not_under_autocast(stand_ins)
 
 
 def test_a_machine_without_a_gpu_names_every_reason(monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     reasons = " ".join(why_not_fused(tiny(), torch.randn(1, 3, 32, 32)))
     assert "torch sees no GPU" in reasons
@@ -297,18 +297,19 @@ def test_a_machine_without_a_gpu_names_every_reason(monkeypatch):
 
 
 def test_a_gpu_that_is_too_old_is_a_reason(monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    monkeypatch.setattr(torch.version, "hip", None)
+    operation = pytest.importorskip("tnt_fast.kernels.operation", reason="needs triton")
+    monkeypatch.setattr(operation, "runner", operation.Gpu())
+    monkeypatch.setattr(operation.Gpu, "nvidia", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "Tesla T4 has compute capability 7.5; the kernels need 8.0" in kernels.unsupported()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert kernels.unsupported() == []
 
 
 def test_auto_warns_once_per_set_of_reasons(monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     monkeypatch.setattr(dispatch, "_warned", set())
     monkeypatch.setattr(dispatch, "_machine_reasons", lambda image, backend: ["it rains"])
     model, image = tiny(), torch.randn(1, 3, 32, 32)
@@ -326,7 +327,7 @@ def test_auto_warns_once_per_set_of_reasons(monkeypatch):
 
 
 def test_the_interpreter_is_only_for_who_asks_for_it(monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    monkeypatch.setattr(kernels, "on_cpu", lambda: True)
     monkeypatch.setattr(dispatch, "_warned", set())
     with pytest.warns(UserWarning, match="Triton interprets the kernels here"):
         assert dispatch.choose(tiny(), torch.randn(1, 3, 32, 32)) is False

@@ -10,6 +10,7 @@ from helpers import TINY, perturb
 
 pytest.importorskip("triton")
 
+from helpers import HERE
 from test_kernels import case, check, fold_tensors, inner_tensors, normal
 
 from tnt_fast import TNT, dispatch, kernels, reference, why_not_fused
@@ -221,4 +222,4 @@ def test_a_compiled_model_tells_once_that_it_falls_back(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(compiled(image), expected)
-    check("inner", inner_tensors(2, 4, 6, 24), dict(num_heads=2), torch.float32)  # and the kernels are still there
+    check(HERE, "inner", inner_tensors(2, 4, 6, 24), dict(num_heads=2), torch.float32)  # and the kernels are still there

@@ -511,7 +511,7 @@ def test_a_truncated_last_checkpoint_is_refused_and_kept(data, begun, capsys):
     ids=lambda value: "_".join(value) if value and value[0].startswith("--") else "",
 )
 def test_a_bad_setting_is_refused_before_anything_is_written(data, tmp_path, capsys, monkeypatch, options, named):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     assert main(arguments(data, tmp_path / "run", *options)) == 2
     said = capsys.readouterr().err
     assert said.startswith("tnt-fast: ")

@@ -117,9 +117,9 @@ def _machine_reasons(image: Tensor | None, backend: str) -> list[str]:
         reasons.append("a torch.func transform is active, and the kernels' gradients are torch.autograd's; use 'reference'")
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         reasons.append("forward-mode differentiation is active, which the kernels do not take part in; use 'reference'")
-    if kernels.INTERPRETED and backend == "auto":
+    if kernels.on_cpu() and backend == "auto":
         reasons.append("Triton interprets the kernels here (TRITON_INTERPRET=1), slowly; only backend='fused' does that")
-    if image is not None and not image.is_cuda and not kernels.INTERPRETED:
+    if image is not None and not image.is_cuda and not kernels.on_cpu():
         reasons.append(f"the image is on device {str(image.device)!r}; the kernels take CUDA tensors")
     return reasons
 

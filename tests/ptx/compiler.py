@@ -1,0 +1,181 @@
+"""Compiles kernels for NVIDIA GPUs, from a process in which Triton interprets them.
+
+A second process, without TRITON_INTERPRET, is started at the first request and ends with this one. It launches the kernel as
+Triton's launcher does, on a device that is described and not there, up to where the machine code would be loaded. So it is the
+launcher that specialises: a pointer divisible by 16, an integer divisible by 16 or equal to 1, an integer of 64 bits.
+"""
+
+import atexit
+import hashlib
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+TESTS = Path(__file__).resolve().parents[1]
+
+
+class Compiled(NamedTuple):
+    """A kernel for a target: what runs it and what says which it is.
+
+    ``parameters``: positions of the arguments that are parameters of the PTX, in their order; others became constants.
+    ``key``: equal for equal specialisations.
+    """
+
+    ptx: str
+    shared: int
+    num_warps: int
+    name: str
+    target: str
+    parameters: tuple[int, ...]
+    key: str
+
+
+class Pointer:
+    """A tensor as the launcher looks at it: its dtype and its address."""
+
+    def __init__(self, dtype: torch.dtype, address: int):
+        self.dtype, self.address = dtype, address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class Compiler:
+    """Compiles the kernels of a source tree, a folder with ``tnt_fast/`` and ``kernels/``, in a process of its own."""
+
+    def __init__(self, tree: Path = TESTS.parent):
+        self.tree = Path(tree)
+        self.process: subprocess.Popen | None = None
+        self.known: dict[Any, Compiled] = {}
+
+    def compile(
+        self, kernel: Any, arguments: Sequence[Any], constants: Mapping[str, Any], options: Mapping[str, Any], target: str
+    ) -> Compiled:
+        """What the launcher would start for these arguments, in the order of the kernel's.
+
+        Raises:
+            ValueError: a target that is not one of ``TARGETS``. RuntimeError: the compiler's error, with its traceback.
+        """
+        if target not in TARGETS:
+            raise ValueError(f"target={target!r} cannot be compiled for here; accepted: {', '.join(TARGETS)}")
+        given = tuple(("pointer", x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else (type(x), x) for x in arguments)
+        function = kernel.fn
+        request = (function.__module__, function.__qualname__, given, dict(constants), dict(options), int(target[3:]))
+        key = repr(request)
+        if key not in self.known:
+            self.known[key] = Compiled(*self._ask(request))
+        return self.known[key]
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+            atexit.unregister(self.close)
+
+    def _start(self) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(self.tree), str(TESTS)])
+        # the machine code is left out, so nobody else may find these kernels
+        environment["TRITON_CACHE_DIR"] = triton.knobs.cache.dir.rstrip(os.sep) + "-ptx"
+        command = [sys.executable, "-c", "from ptx.compiler import serve; serve()"]
+        self.process = subprocess.Popen(command, cwd=self.tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        atexit.register(self.close)
+
+    def _ask(self, request: tuple) -> tuple:
+        if self.process is None:
+            self._start()
+        try:
+            pickle.dump(request, self.process.stdin)
+            self.process.stdin.flush()
+            answer = pickle.load(self.process.stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+            status = self.process.wait(timeout=10)
+            self.close()
+            raise RuntimeError(f"the process that compiles kernels ended, status {status}; its stderr says why") from error
+        if isinstance(answer, str):
+            raise RuntimeError(f"{request[0]}.{request[1]} does not compile for sm_{request[-1]}:\n{answer}")
+        return answer
+
+
+def compiler(tree: Path | None = None) -> Compiler:
+    """The one of this process for a source tree; None: this checkout."""
+    tree = TESTS.parent if tree is None else Path(tree).resolve()
+    if tree not in _compilers:
+        _compilers[tree] = Compiler(tree)
+    return _compilers[tree]
+
+
+_compilers: dict[Path, Compiler] = {}
+
+
+# ---- in the other process ----
+
+
+class Device:
+    """What Triton's launcher asks of a driver; the number of the device is the target's."""
+
+    arch = 0
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def serve() -> None:
+    """Answer requests from stdin on stdout: the fields of ``Compiled``, or the text of an error."""
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a compiler prints is no answer
+    device = Device()
+    triton.runtime.driver.set_active(device)
+    if hasattr(triton.knobs.runtime, "add_stages_inspection_hook"):
+        triton.knobs.runtime.add_stages_inspection_hook = _without_machine_code
+    while True:
+        try:
+            request = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            answer = _compile(device, *request)
+        except Exception:
+            answer = traceback.format_exc()
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+def _without_machine_code(backend=None, stages=None, *rest):
+    """ptxas takes as long as all before it, and nothing here reads what it makes."""
+    if stages is None:  # newer versions ask for a key of their cache first
+        return "without machine code", "without machine code"
+    stages["cubin"] = lambda source, metadata: b""
+    return None
+
+
+def _compile(device: Device, module: str, name: str, given: tuple, constants: dict, options: dict, arch: int) -> tuple:
+    device.arch = arch
+    kernel = getattr(importlib.import_module(module), name)
+    arguments = [Pointer(*rest) if kind == "pointer" else rest[0] for kind, *rest in given]
+    compiled = kernel.run(*arguments, grid=(1,), warmup=True, **constants, **options)
+    signature = list(compiled.src.signature.values())
+    parameters = tuple(i for i in range(len(arguments)) if signature[i] != "constexpr")
+    ptx, metadata = compiled.asm["ptx"], compiled.metadata
+    key = hashlib.sha256(ptx.encode()).hexdigest()
+    return ptx, metadata.shared, metadata.num_warps, metadata.name, f"sm_{arch}", parameters, key

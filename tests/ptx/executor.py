@@ -1,0 +1,82 @@
+"""What runs the kernels in the place of ``tnt_fast.kernels.operation.runner``: their compiled code, on the CPU."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tnt_fast.kernels import operation
+
+from .compiler import Compiled, compiler
+from .machine import Kernel
+
+# bytes of shared memory that a program can have (CUDA C++ Programming Guide, technical specifications by compute capability)
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
+
+_machines: dict[str, Kernel] = {}
+
+
+class Launched(NamedTuple):
+    """A launch: the kernel's name, that of the file it is in, the key of its specialisation, the size of its grid."""
+
+    name: str
+    module: str
+    key: str
+    grid: int
+
+
+class Executor:
+    """Compiles what is launched for ``target`` and runs it on CPU tensors.
+
+    Args:
+        multiprocessors: how many programs run "at once": a few, so that they take several turns.
+        error: -1, 0 or 1, the sign of the largest error that approximate instructions are allowed.
+        programs: those of every grid to run, as a slice; None: all.
+        tree: another source tree whose kernels are compiled, with ``tnt_fast/`` and ``kernels/``; None: this checkout.
+    """
+
+    on_cpu = True
+    nvidia = True
+
+    def __init__(
+        self, target: str, multiprocessors: int = 2, error: int = 0, programs: slice | None = None, tree: Path | None = None
+    ):
+        self.target, self.multiprocessors, self.error, self.chosen = target, multiprocessors, error, programs
+        self.compiler = compiler(tree)
+        self.launched: list[Launched] = []
+
+    def capability(self, device: torch.device | None = None) -> tuple[int, int]:
+        return divmod(int(self.target[3:]), 10)
+
+    def programs(self, device: torch.device, per_sm: int) -> int:
+        return self.multiprocessors
+
+    def shared_memory(self, device: torch.device) -> int:
+        return SHARED_MEMORY[self.target]
+
+    def launch(self, kernel: Any, grid: int, arguments: Sequence[Any], constants: dict, options: dict) -> None:
+        compiled = self.compiler.compile(kernel, arguments, constants, options, self.target)
+        self.launched.append(Launched(compiled.name, kernel.fn.__module__.rpartition(".")[2], compiled.key, grid))
+        if compiled.shared > (most := SHARED_MEMORY[self.target]):
+            raise RuntimeError(f"{compiled.name} needs {compiled.shared} bytes of shared memory; {self.target} has {most}")
+        programs = None if self.chosen is None else range(grid)[self.chosen]
+        with torch.no_grad():
+            _machine(compiled).run(grid, [arguments[i] for i in compiled.parameters], self.error, programs)
+
+
+def _machine(compiled: Compiled) -> Kernel:
+    if compiled.key not in _machines:
+        _machines[compiled.key] = Kernel(compiled.ptx, compiled.shared, compiled.name)
+    return _machines[compiled.key]
+
+
+@contextmanager
+def running(executor: Executor) -> Iterator[Executor]:
+    """Inside, the operations' kernels run on ``executor``."""
+    before, operation.runner = operation.runner, executor
+    try:
+        yield executor
+    finally:
+        operation.runner = before
