@@ -813,7 +813,7 @@ def _inner_bwd_attention_kernel(
             ds = tl.reshape(tl.dot(do, tl.permute(v, (0, 2, 1)), input_precision=PRECISION), (G, T, HG, T))
             p4 = tl.reshape(p, (G, T, HG, T))
             mean, weight = tl.sum(p4 * ds, 3), tl.sum(p4, 3)
-            mean = mean / weight if EXACT else mean * reciprocal(weight, FAST)
+            mean = tl.div_rn(mean, weight) if EXACT else mean * reciprocal(weight, FAST)
             ds = tl.reshape(p4 * (ds - mean[:, :, :, None]), (G, T, HG * T)).to(DTYPE)
             dq = tl.reshape(tl.dot(ds, k, input_precision=PRECISION).to(DTYPE), (M, W))
             dk = tl.dot(tl.permute(ds, (0, 2, 1)), q, input_precision=PRECISION)  # [G, HG·T, W]

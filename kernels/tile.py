@@ -49,7 +49,10 @@ def exp2(x, FAST: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, FAST: tl.constexpr):
-    return _asm(x, "rcp.approx.ftz.f32 $0, $1;") if FAST else 1.0 / x
+    if FAST:
+        return _asm(x, "rcp.approx.ftz.f32 $0, $1;")
+    else:
+        return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)  # a plain / may be off by 2 units, PyTorch's is not
 
 
 @triton.jit
