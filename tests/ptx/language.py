@@ -245,6 +245,18 @@ def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where((a - whole * b != 0) & ((a < 0) != (b < 0)), whole + 1, whole).astype(a.dtype)
 
 
+def upper_half(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The upper half of a product of integers."""
+    width = 8 * a.dtype.itemsize
+    half, low = (np.uint64(x) for x in (width // 2, (1 << width // 2) - 1))
+    x, y = (v.view(UNSIGNED[width]).astype(np.uint64) for v in (a, b))
+    middle = (x >> half) * (y & low) + ((x & low) * (y & low) >> half)
+    upper = (x >> half) * (y >> half) + (middle >> half) + ((x & low) * (y >> half) + (middle & low) >> half)
+    if a.dtype.kind == "i":
+        upper = upper - np.where(a < 0, y, np.uint64(0)) - np.where(b < 0, x, np.uint64(0))
+    return upper.astype(UNSIGNED[width]).view(a.dtype)
+
+
 def to_integer(x: np.ndarray, how: str, type_: str) -> np.ndarray:
     """Floating point to an integer, clamped to its range; NaN is 0."""
     info = np.iinfo(_numpy(type_))
@@ -267,7 +279,8 @@ def permute(a: np.ndarray, b: np.ndarray, select: np.ndarray) -> np.ndarray:
 
 
 _CALLED = (
-    odd, fma, plus, from_half, to_half, to_tf32, flush, minimum, maximum, saturate, rsqrt, quotient, to_integer, permute,
+    odd, fma, plus, from_half, to_half, to_tf32, flush, minimum, maximum, saturate, rsqrt, quotient,
+    upper_half, to_integer, permute,
 )  # fmt: skip
 SCOPE = {"np": np} | {function.__name__: function for function in _CALLED}
 
@@ -660,13 +673,12 @@ class _Statement:
         wide = "wide" in self.modifiers
         high = "hi" in self.modifiers
         if name in ("mul", "mad"):
-            if wide or high:
-                double = f"{type_[0]}{2 * width}"
-                a, b = (f"{self.value(i)}.astype(np.{np.dtype(_numpy(double)).name})" for i in (1, 2))
+            if high:
+                e = f"upper_half({self.value(1)}, {self.value(2)})"
+            elif wide:
+                type_ = f"{type_[0]}{2 * width}"
+                a, b = (f"{self.value(i)}.astype(np.{np.dtype(_numpy(type_)).name})" for i in (1, 2))
                 e = f"({a} * {b})"
-                if high:
-                    e = f"({e} >> {self.t._constant(width, _numpy(double))}).astype(np.{np.dtype(_numpy(type_)).name})"
-                type_ = type_ if high else double
             else:
                 e = f"({self.value(1)} * {self.value(2)})"
             if name == "mad":
