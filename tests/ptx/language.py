@@ -172,7 +172,8 @@ def odd(rounded: np.ndarray, rest: np.ndarray) -> np.ndarray:
         return rounded
     outwards = np.where((rest > 0) == (rounded > 0), integer(1), integer(-1))
     zero = rounded == 0  # below the smallest subnormal: away from zero on the side of what is left
-    moved = np.where(zero, np.copysign(np.ones(1, integer).view(rounded.dtype), rest).view(integer), bits + outwards)
+    smallest = np.copysign(np.ones(1, integer).view(rounded.dtype), rest.astype(rounded.dtype)).view(integer)
+    moved = np.where(zero, smallest, bits + outwards)
     return np.where(wrong, moved, bits).view(rounded.dtype)
 
 
