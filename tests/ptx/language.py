@@ -246,10 +246,10 @@ def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where((a - whole * b != 0) & ((a < 0) != (b < 0)), whole + 1, whole).astype(a.dtype)
 
 
-def to_integer(x: np.ndarray, how: str, type_: str) -> np.ndarray:
-    """Floating point to an integer, clamped to its range; NaN is 0."""
+def to_integer(x: np.ndarray, type_: str) -> np.ndarray:
+    """A whole number in floating point to an integer, clamped to its range; NaN is 0."""
     info = np.iinfo(_numpy(type_))
-    x = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[how](x.astype(np.float64))
+    x = x.astype(np.float64)
     inside = np.clip(np.nan_to_num(x, nan=0.0), float(info.min), float(info.max))
     whole = np.where(inside >= 2.0**63, 0.0, inside).astype(np.int64 if type_ != "u64" else np.uint64)
     return np.where(x >= float(info.max), info.max, np.where(x <= float(info.min), info.min, whole)).astype(_numpy(type_))
@@ -286,6 +286,7 @@ def _numpy(type_: str) -> type:
 SPECIAL = ("%tid", "%ctaid", "%nctaid", "%ntid", "%laneid")
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 ROUNDING = {"rn", "ftz", "sat", "approx", "full", "NaN", "lo", "hi", "wide", "rna", "rni", "rzi", "rmi", "rpi"}
+WHOLE = {"rzi": "np.trunc", "rni": "np.rint", "rmi": "np.floor", "rpi": "np.ceil"}
 LOGIC = {"and": "&", "or": "|", "xor": "^"}
 
 
@@ -784,9 +785,13 @@ class _Statement:
     def _cvt(self):
         types = [p for p in self.ins.parts[1:] if re.fullmatch(r"(bf|tf|[fsu])\d+(x2)?", p)]
         modifiers = set(self.ins.parts[1:]) - set(types)
-        if len(types) != 2 or modifiers - {"rn", "rna", "rni", "rzi", "rmi", "rpi"}:
+        if len(types) != 2 or len(modifiers) > 1 or modifiers - {"rn", "rna", *WHOLE}:
             raise Unknown("this conversion")
         to, source = types
+        how = next(iter(modifiers), None)
+        floats = [x[0] not in "su" for x in types]
+        if (how == "rna") != (to == "tf32") or (how in WHOLE) > floats[1] or (floats == [False, True] and how not in WHOLE):
+            raise Unknown("this rounding")
         target, *operands = self.ins.operands
         if to in ("f16x2", "bf16x2"):
             high, low = (f"np.broadcast_to({self.t.value(x, 'f32')}.astype(np.float64), P.lanes)" for x in operands)
@@ -799,13 +804,15 @@ class _Statement:
         else:
             value = self.t.value(operands[0], source)
         if to in ("f16", "bf16"):
-            return self.write(target, f"to_half({value}.astype(np.float64), {to!r})", to)
+            if source in ("s64", "u64"):  # float64 does not hold them
+                raise Unknown("this conversion")
+            return self._result(f"to_half({WHOLE.get(how, '')}({value}.astype(np.float64)), {to!r})", to)
         if to == "tf32":
-            return self.write(target, f"to_tf32({value})", "b32")
+            return self._result(f"to_tf32({value})", "b32")
         if to in ("f32", "f64"):
-            return self._result(f"{value}.astype(np.{np.dtype(_numpy(to)).name})", to)
+            return self._result(f"{WHOLE.get(how, '')}({value}).astype(np.{np.dtype(_numpy(to)).name})", to)
         if source[0] not in "su":
-            value = f"to_integer({value}, {next(iter(modifiers))!r}, {to!r})"
+            value = f"to_integer({WHOLE[how]}({value}), {to!r})"
         # an integer narrower than its register is extended into it, by the sign of the type it was converted to
         register = np.dtype(self.t.storage[self.t.numbers[target]]).itemsize * 8
         e = f"{value}.astype(np.{np.dtype(_numpy(to)).name}).astype(np.{'' if to[0] == 's' else 'u'}int{register})"
