@@ -286,6 +286,7 @@ def _numpy(type_: str) -> type:
 SPECIAL = ("%tid", "%ctaid", "%nctaid", "%ntid", "%laneid")
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 ROUNDING = {"rn", "ftz", "sat", "approx", "full", "NaN", "lo", "hi", "wide", "rna", "rni", "rzi", "rmi", "rpi"}
+COUNT = {"mad": 3, "fma": 3, "bfe": 3, "bfi": 4, "not": 1, "neg": 1, "abs": 1}  # operands that are read, where not 2
 WHOLE = {"rzi": "np.trunc", "rni": "np.rint", "rmi": "np.floor", "rpi": "np.ceil"}
 LOGIC = {"and": "&", "or": "|", "xor": "^"}
 
@@ -423,6 +424,8 @@ class _Statement:
         if unknown := self.modifiers - ROUNDING:
             raise Unknown(f"modifier {', '.join(sorted(unknown))}")
         type_ = ins.type
+        if len(ins.operands) != 1 + COUNT.get(self.name, 1 if self.name in FUNCTIONS else 2):
+            raise Unknown(f"{len(ins.operands)} operands")
         if type_ in ("f16x2", "bf16x2", "f16", "bf16"):
             return self._half(type_.removesuffix("x2"), type_.endswith("x2"))
         if type_ in ("f32", "f64", "f32x2"):
@@ -662,6 +665,8 @@ class _Statement:
         wide = "wide" in self.modifiers
         high = "hi" in self.modifiers
         if name in ("mul", "mad"):
+            if self.modifiers - {"lo", "hi", "wide"} or ((wide or high) and width == 64):
+                raise Unknown("this form")
             if wide or high:
                 double = f"{type_[0]}{2 * width}"
                 a, b = (f"{self.value(i)}.astype(np.{np.dtype(_numpy(double)).name})" for i in (1, 2))
@@ -683,16 +688,11 @@ class _Statement:
                 e = f"np.where({by} > {most}, {self.t._constant(0, _numpy(type_))}, {e})"
             return self._result(e, type_)
         if name == "bfe":
-            at, length = self.value(2, "b32"), self.value(3, "b32")
-            if width != 32 or not all(re.fullmatch(r"\d+", x) for x in self.ins.operands[2:]):
-                raise Unknown("a field that is not constant")
-            at, length = int(self.ins.operands[2]), int(self.ins.operands[3])
+            at, length = self._field(2)
             up, down = (self.t._constant(x, _numpy(type_)) for x in (32 - at - length, 32 - length))
             return self._result(f"(({self.value(1)} << {up}) >> {down})", type_)
         if name == "bfi":
-            if width != 32 or not all(re.fullmatch(r"\d+", x) for x in self.ins.operands[3:]):
-                raise Unknown("a field that is not constant")
-            at, length = int(self.ins.operands[3]), int(self.ins.operands[4])
+            at, length = self._field(3)
             field = self.t._constant(((1 << length) - 1) << at, np.uint32)
             e = f"(({self.value(2)} & ~{field}) | (({self.value(1)} << {self.t._constant(at, np.uint32)}) & {field}))"
             return self._result(e, type_)
@@ -712,6 +712,12 @@ class _Statement:
             return self._result(f"({a} - quotient({a}, {b}) * {b})", type_)
         raise Unknown("this instruction")
 
+    def _field(self, first: int) -> tuple[int, int]:
+        at, length = (int(x) if x.isdecimal() else 0 for x in self.ins.operands[first:])
+        if self.ins.type[1:] != "32" or not 0 < length <= 32 - at:
+            raise Unknown("a field that is not constant, or not within 32 bits")
+        return at, length
+
     def _result(self, expression: str, type_: str) -> list[str]:
         return self.write(self.ins.operands[0], f"P.full({expression})", type_)
 
@@ -727,6 +733,8 @@ class _Statement:
 
     def _half(self, type_: str, packed: bool):
         name, width = self.name, 32 if packed else 16
+        if "ftz" in self.modifiers:
+            raise Unknown("modifier ftz")
         bits = [f"P.full({self.value(i, f'b{width}')}).view(np.uint16)" for i in range(1, len(self.ins.operands))]
         a = [f"from_half({x}, {type_!r})" for x in bits]
         if name in ("neg", "abs"):
@@ -766,7 +774,7 @@ class _Statement:
             e = f"(-{a[0]})"
         elif name == "abs":
             e = f"np.abs({a[0]})"
-        elif name == "div" and type_ == "f32":
+        elif name == "div" and type_ == "f32" and self.modifiers & {"rn", "full"}:
             value = f"({a[0]}.astype(np.float64) / {a[1]})"
             e = f"({value if 'rn' in self.modifiers else self._approximate(value, type_)}).astype(np.float32)"
         elif name in FUNCTIONS and type_ == "f32":
