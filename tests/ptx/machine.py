@@ -466,7 +466,7 @@ class State:
     def shuffle(self, mode, value, by, clamp, mask, number):
         self._whole(mask, 32, number, "warp")
         lane = self.lane % 32
-        by, clamp = by.astype(np.int64), clamp.astype(np.int64)
+        by, clamp = by.astype(np.int64) & 31, clamp.astype(np.int64)
         keep, top = (clamp >> 8) & 31, clamp & 31
         low, high = lane & keep, (lane & keep) | (top & ~keep & 31)
         source = {"bfly": lane ^ by, "idx": low | (by & ~keep & 31), "down": lane + by, "up": lane - by}[mode]
