@@ -80,7 +80,7 @@ def _statements(body: str) -> Iterator[tuple[str, str]]:
     for raw in body.splitlines():
         text, _, comment = raw.partition("//")
         text = text.strip()
-        if text.startswith(".loc"):
+        if re.match(r"\.loc\s", text):
             seen = re.search(r"([\w.-]+:\d+):\d+", comment)
             where = seen[1] if seen else " ".join(text.split()[1:3])
             continue
@@ -91,6 +91,8 @@ def _statements(body: str) -> Iterator[tuple[str, str]]:
                     names.append((scopes, set()))
                 elif names:
                     names.pop()
+                else:
+                    raise Unknown(f"a brace that closes nothing ({where})")
                 text = text[1:].strip()
                 continue
             label = re.match(r"(\$\w+):", text) if not open_ else None
@@ -104,8 +106,12 @@ def _statements(body: str) -> Iterator[tuple[str, str]]:
                 break
             statement, open_, text = " ".join(open_.split()), "", text.strip()
             if statement.startswith(".reg") and names:
+                if "<" in statement:
+                    raise Unknown(f"registers by number within braces, `{statement}` ({where})")
                 names[-1][1].update(re.findall(r"[\w%]+", statement.split(maxsplit=2)[2]))
             yield renamed(statement), where
+    if names or open_:
+        raise Unknown(f"`{open_}`: an instruction without its end" if open_ else "a brace that is not closed")
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -122,12 +128,12 @@ def _split(text: str) -> tuple[str, ...]:
 def parse(ptx: str) -> Code:
     """
     Raises:
-        Unknown: a text that is no PTX of one kernel with a fixed number of threads.
+        Unknown: a text that is no PTX of one kernel with a fixed number of threads, whole warps.
     """
     entries = re.findall(r"\.entry\s+(\w+)\s*\(", ptx)
     target = re.search(r"^\.target\s+(\w+)", ptx, re.M)
     threads = re.search(r"^\.(?:reqntid|maxntid)\s+(\d+)\s*(?:,\s*1\s*)*$", ptx, re.M)
-    if len(entries) != 1 or not target or not threads:
+    if len(entries) != 1 or not target or not threads or int(threads[1]) % 32:
         found = f"{len(entries)} kernels, target {target and target[1]}, threads {threads and threads[1]}"
         raise Unknown(f"not the PTX of one kernel with a fixed number of threads: {found}")
     head, _, rest = ptx[ptx.index(".entry") :].partition("{")
@@ -379,7 +385,7 @@ class Translator:
             return f"~{self.predicate(text[1:])}"
         if re.fullmatch(r"-?\d+", text):
             return f"P.full(np.bool_({text != '0'}))"
-        if self.storage[self.numbers[text]] is not np.bool_:
+        if text not in self.numbers or self.storage[self.numbers[text]] is not np.bool_:
             raise Unknown(f"{text} as a predicate")
         return f"R[{self.numbers[text]}]"
 
@@ -504,9 +510,11 @@ class _Statement:
         space, *modifiers = self.ins.parts[1:-1]
         type_ = self.ins.type
         if space == "param":
-            target = self.ins.operands[0]
+            target, name = self.ins.operands[0], self.ins.operands[1].strip("[]")
+            if modifiers or name not in [n for _, n in self.t.code.parameters]:
+                raise Unknown("this parameter")
             wide, width = np.dtype(self.t.storage[self.t.numbers[target]]).itemsize * 8, int(type_[1:])
-            value = f"P.parameters[{self.ins.operands[1].strip('[]')!r}].astype(np.uint{width})"
+            value = f"P.parameters[{name!r}].astype(np.uint{width})"
             if wide > width:  # sign or zero extended
                 value += f".view(np.{np.dtype(_numpy(type_)).name}).astype(np.{'' if type_[0] == 's' else 'u'}int{wide})"
             return self.write(target, value, f"{'s' if type_[0] == 's' else 'b'}{wide}")
@@ -713,7 +721,7 @@ class _Statement:
         raise Unknown("this instruction")
 
     def _field(self, first: int) -> tuple[int, int]:
-        at, length = (int(x) if x.isdecimal() else 0 for x in self.ins.operands[first:])
+        at, length = (int(x) if x.isdecimal() else 64 for x in self.ins.operands[first:])
         if self.ins.type[1:] != "32" or not 0 < length <= 32 - at:
             raise Unknown("a field that is not constant, or not within 32 bits")
         return at, length
