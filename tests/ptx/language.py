@@ -80,7 +80,7 @@ def _statements(body: str) -> Iterator[tuple[str, str]]:
     for raw in body.splitlines():
         text, _, comment = raw.partition("//")
         text = text.strip()
-        if text.startswith(".loc"):
+        if re.match(r"\.loc\s", text):
             seen = re.search(r"([\w.-]+:\d+):\d+", comment)
             where = seen[1] if seen else " ".join(text.split()[1:3])
             continue
@@ -91,6 +91,8 @@ def _statements(body: str) -> Iterator[tuple[str, str]]:
                     names.append((scopes, set()))
                 elif names:
                     names.pop()
+                else:
+                    raise Unknown(f"a brace that closes nothing ({where})")
                 text = text[1:].strip()
                 continue
             label = re.match(r"(\$\w+):", text) if not open_ else None
@@ -104,8 +106,12 @@ def _statements(body: str) -> Iterator[tuple[str, str]]:
                 break
             statement, open_, text = " ".join(open_.split()), "", text.strip()
             if statement.startswith(".reg") and names:
+                if "<" in statement:
+                    raise Unknown(f"registers by number within braces, `{statement}` ({where})")
                 names[-1][1].update(re.findall(r"[\w%]+", statement.split(maxsplit=2)[2]))
             yield renamed(statement), where
+    if names or open_:
+        raise Unknown(f"`{open_}`: an instruction without its end" if open_ else "a brace that is not closed")
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -122,12 +128,12 @@ def _split(text: str) -> tuple[str, ...]:
 def parse(ptx: str) -> Code:
     """
     Raises:
-        Unknown: a text that is no PTX of one kernel with a fixed number of threads.
+        Unknown: a text that is no PTX of one kernel with a fixed number of threads, whole warps.
     """
     entries = re.findall(r"\.entry\s+(\w+)\s*\(", ptx)
     target = re.search(r"^\.target\s+(\w+)", ptx, re.M)
     threads = re.search(r"^\.(?:reqntid|maxntid)\s+(\d+)\s*(?:,\s*1\s*)*$", ptx, re.M)
-    if len(entries) != 1 or not target or not threads:
+    if len(entries) != 1 or not target or not threads or int(threads[1]) % 32:
         found = f"{len(entries)} kernels, target {target and target[1]}, threads {threads and threads[1]}"
         raise Unknown(f"not the PTX of one kernel with a fixed number of threads: {found}")
     head, _, rest = ptx[ptx.index(".entry") :].partition("{")
@@ -172,7 +178,8 @@ def odd(rounded: np.ndarray, rest: np.ndarray) -> np.ndarray:
         return rounded
     outwards = np.where((rest > 0) == (rounded > 0), integer(1), integer(-1))
     zero = rounded == 0  # below the smallest subnormal: away from zero on the side of what is left
-    moved = np.where(zero, np.copysign(np.ones(1, integer).view(rounded.dtype), rest).view(integer), bits + outwards)
+    smallest = np.copysign(np.ones(1, integer).view(rounded.dtype), rest.astype(rounded.dtype)).view(integer)
+    moved = np.where(zero, smallest, bits + outwards)
     return np.where(wrong, moved, bits).view(rounded.dtype)
 
 
@@ -257,10 +264,10 @@ def upper_half(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return upper.astype(UNSIGNED[width]).view(a.dtype)
 
 
-def to_integer(x: np.ndarray, how: str, type_: str) -> np.ndarray:
-    """Floating point to an integer, clamped to its range; NaN is 0."""
+def to_integer(x: np.ndarray, type_: str) -> np.ndarray:
+    """A whole number in floating point to an integer, clamped to its range; NaN is 0."""
     info = np.iinfo(_numpy(type_))
-    x = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[how](x.astype(np.float64))
+    x = x.astype(np.float64)
     inside = np.clip(np.nan_to_num(x, nan=0.0), float(info.min), float(info.max))
     whole = np.where(inside >= 2.0**63, 0.0, inside).astype(np.int64 if type_ != "u64" else np.uint64)
     return np.where(x >= float(info.max), info.max, np.where(x <= float(info.min), info.min, whole)).astype(_numpy(type_))
@@ -298,6 +305,8 @@ def _numpy(type_: str) -> type:
 SPECIAL = ("%tid", "%ctaid", "%nctaid", "%ntid", "%laneid")
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 ROUNDING = {"rn", "ftz", "sat", "approx", "full", "NaN", "lo", "hi", "wide", "rna", "rni", "rzi", "rmi", "rpi"}
+COUNT = {"mad": 3, "fma": 3, "bfe": 3, "bfi": 4, "not": 1, "neg": 1, "abs": 1}  # operands that are read, where not 2
+WHOLE = {"rzi": "np.trunc", "rni": "np.rint", "rmi": "np.floor", "rpi": "np.ceil"}
 LOGIC = {"and": "&", "or": "|", "xor": "^"}
 
 
@@ -389,7 +398,7 @@ class Translator:
             return f"~{self.predicate(text[1:])}"
         if re.fullmatch(r"-?\d+", text):
             return f"P.full(np.bool_({text != '0'}))"
-        if self.storage[self.numbers[text]] is not np.bool_:
+        if text not in self.numbers or self.storage[self.numbers[text]] is not np.bool_:
             raise Unknown(f"{text} as a predicate")
         return f"R[{self.numbers[text]}]"
 
@@ -434,6 +443,8 @@ class _Statement:
         if unknown := self.modifiers - ROUNDING:
             raise Unknown(f"modifier {', '.join(sorted(unknown))}")
         type_ = ins.type
+        if len(ins.operands) != 1 + COUNT.get(self.name, 1 if self.name in FUNCTIONS else 2):
+            raise Unknown(f"{len(ins.operands)} operands")
         if type_ in ("f16x2", "bf16x2", "f16", "bf16"):
             return self._half(type_.removesuffix("x2"), type_.endswith("x2"))
         if type_ in ("f32", "f64", "f32x2"):
@@ -512,9 +523,11 @@ class _Statement:
         space, *modifiers = self.ins.parts[1:-1]
         type_ = self.ins.type
         if space == "param":
-            target = self.ins.operands[0]
+            target, name = self.ins.operands[0], self.ins.operands[1].strip("[]")
+            if modifiers or name not in [n for _, n in self.t.code.parameters]:
+                raise Unknown("this parameter")
             wide, width = np.dtype(self.t.storage[self.t.numbers[target]]).itemsize * 8, int(type_[1:])
-            value = f"P.parameters[{self.ins.operands[1].strip('[]')!r}].astype(np.uint{width})"
+            value = f"P.parameters[{name!r}].astype(np.uint{width})"
             if wide > width:  # sign or zero extended
                 value += f".view(np.{np.dtype(_numpy(type_)).name}).astype(np.{'' if type_[0] == 's' else 'u'}int{wide})"
             return self.write(target, value, f"{'s' if type_[0] == 's' else 'b'}{wide}")
@@ -673,6 +686,8 @@ class _Statement:
         wide = "wide" in self.modifiers
         high = "hi" in self.modifiers
         if name in ("mul", "mad"):
+            if self.modifiers - {"lo", "hi", "wide"} or (wide and width == 64):
+                raise Unknown("this form")
             if high:
                 e = f"upper_half({self.value(1)}, {self.value(2)})"
             elif wide:
@@ -693,16 +708,11 @@ class _Statement:
                 e = f"np.where({by} > {most}, {self.t._constant(0, _numpy(type_))}, {e})"
             return self._result(e, type_)
         if name == "bfe":
-            at, length = self.value(2, "b32"), self.value(3, "b32")
-            if width != 32 or not all(re.fullmatch(r"\d+", x) for x in self.ins.operands[2:]):
-                raise Unknown("a field that is not constant")
-            at, length = int(self.ins.operands[2]), int(self.ins.operands[3])
+            at, length = self._field(2)
             up, down = (self.t._constant(x, _numpy(type_)) for x in (32 - at - length, 32 - length))
             return self._result(f"(({self.value(1)} << {up}) >> {down})", type_)
         if name == "bfi":
-            if width != 32 or not all(re.fullmatch(r"\d+", x) for x in self.ins.operands[3:]):
-                raise Unknown("a field that is not constant")
-            at, length = int(self.ins.operands[3]), int(self.ins.operands[4])
+            at, length = self._field(3)
             field = self.t._constant(((1 << length) - 1) << at, np.uint32)
             e = f"(({self.value(2)} & ~{field}) | (({self.value(1)} << {self.t._constant(at, np.uint32)}) & {field}))"
             return self._result(e, type_)
@@ -722,6 +732,12 @@ class _Statement:
             return self._result(f"({a} - quotient({a}, {b}) * {b})", type_)
         raise Unknown("this instruction")
 
+    def _field(self, first: int) -> tuple[int, int]:
+        at, length = (int(x) if x.isdecimal() else 64 for x in self.ins.operands[first:])
+        if self.ins.type[1:] != "32" or not 0 < length <= 32 - at:
+            raise Unknown("a field that is not constant, or not within 32 bits")
+        return at, length
+
     def _result(self, expression: str, type_: str) -> list[str]:
         return self.write(self.ins.operands[0], f"P.full({expression})", type_)
 
@@ -737,6 +753,8 @@ class _Statement:
 
     def _half(self, type_: str, packed: bool):
         name, width = self.name, 32 if packed else 16
+        if "ftz" in self.modifiers:
+            raise Unknown("modifier ftz")
         bits = [f"P.full({self.value(i, f'b{width}')}).view(np.uint16)" for i in range(1, len(self.ins.operands))]
         a = [f"from_half({x}, {type_!r})" for x in bits]
         if name in ("neg", "abs"):
@@ -776,7 +794,7 @@ class _Statement:
             e = f"(-{a[0]})"
         elif name == "abs":
             e = f"np.abs({a[0]})"
-        elif name == "div" and type_ == "f32":
+        elif name == "div" and type_ == "f32" and self.modifiers & {"rn", "full"}:
             value = f"({a[0]}.astype(np.float64) / {a[1]})"
             e = f"({value if 'rn' in self.modifiers else self._approximate(value, type_)}).astype(np.float32)"
         elif name in FUNCTIONS and type_ == "f32":
@@ -795,9 +813,13 @@ class _Statement:
     def _cvt(self):
         types = [p for p in self.ins.parts[1:] if re.fullmatch(r"(bf|tf|[fsu])\d+(x2)?", p)]
         modifiers = set(self.ins.parts[1:]) - set(types)
-        if len(types) != 2 or modifiers - {"rn", "rna", "rni", "rzi", "rmi", "rpi"}:
+        if len(types) != 2 or len(modifiers) > 1 or modifiers - {"rn", "rna", *WHOLE}:
             raise Unknown("this conversion")
         to, source = types
+        how = next(iter(modifiers), None)
+        floats = [x[0] not in "su" for x in types]
+        if (how == "rna") != (to == "tf32") or (how in WHOLE) > floats[1] or (floats == [False, True] and how not in WHOLE):
+            raise Unknown("this rounding")
         target, *operands = self.ins.operands
         if to in ("f16x2", "bf16x2"):
             high, low = (f"np.broadcast_to({self.t.value(x, 'f32')}.astype(np.float64), P.lanes)" for x in operands)
@@ -810,13 +832,15 @@ class _Statement:
         else:
             value = self.t.value(operands[0], source)
         if to in ("f16", "bf16"):
-            return self.write(target, f"to_half({value}.astype(np.float64), {to!r})", to)
+            if source in ("s64", "u64"):  # float64 does not hold them
+                raise Unknown("this conversion")
+            return self._result(f"to_half({WHOLE.get(how, '')}({value}.astype(np.float64)), {to!r})", to)
         if to == "tf32":
-            return self.write(target, f"to_tf32({value})", "b32")
+            return self._result(f"to_tf32({value})", "b32")
         if to in ("f32", "f64"):
-            return self._result(f"{value}.astype(np.{np.dtype(_numpy(to)).name})", to)
+            return self._result(f"{WHOLE.get(how, '')}({value}).astype(np.{np.dtype(_numpy(to)).name})", to)
         if source[0] not in "su":
-            value = f"to_integer({value}, {next(iter(modifiers))!r}, {to!r})"
+            value = f"to_integer({WHOLE[how]}({value}), {to!r})"
         # an integer narrower than its register is extended into it, by the sign of the type it was converted to
         register = np.dtype(self.t.storage[self.t.numbers[target]]).itemsize * 8
         e = f"{value}.astype(np.{np.dtype(_numpy(to)).name}).astype(np.{'' if to[0] == 's' else 'u'}int{register})"

@@ -32,7 +32,8 @@ import torch
 
 from .language import UNSIGNED, Instruction, Translator, Unknown, odd, parse
 
-SPACE = 44  # a storage begins at (its number) << SPACE
+SPACE = 44  # a storage lies in a space of 1 << SPACE bytes, its number << SPACE,
+MIDDLE = 1 << SPACE - 1  # and begins in the middle: an access before it is in the same space
 TOGETHER = 4096  # threads that run together, unless one program has more
 SHARED_TOGETHER = 8 << 20  # bytes of their shared memory
 ENDLESS = 1 << 20  # blocks; a kernel that runs more does not end
@@ -120,7 +121,7 @@ class Memory:
             self.known[key] = len(self.storages)
         number = self.known[key]
         self.storages[number - 1].allow(tensor)
-        return (number << SPACE) + self.storages[number - 1].offset + tensor.storage_offset() * tensor.element_size()
+        return (number << SPACE) + MIDDLE + self.storages[number - 1].offset + tensor.storage_offset() * tensor.element_size()
 
 
 class State:
@@ -408,7 +409,7 @@ class State:
         if not 0 < first <= len(self.memory.storages):
             raise self.fault(number, f"address {int(address[0]):#x} is in no tensor", lanes)
         storage = self.memory.storages[first - 1]
-        raw = (address & np.uint64((1 << SPACE) - 1)).astype(np.int64)
+        raw = (address & np.uint64((1 << SPACE) - 1)).astype(np.int64) - MIDDLE
         if (wrong := raw % (align or size) != 0).any():
             raise self.fault(number, f"address is not aligned to {align or size}", lanes[wrong])
         offset = raw - storage.offset
@@ -466,7 +467,7 @@ class State:
     def shuffle(self, mode, value, by, clamp, mask, number):
         self._whole(mask, 32, number, "warp")
         lane = self.lane % 32
-        by, clamp = by.astype(np.int64), clamp.astype(np.int64)
+        by, clamp = by.astype(np.int64) & 31, clamp.astype(np.int64)
         keep, top = (clamp >> 8) & 31, clamp & 31
         low, high = lane & keep, (lane & keep) | (top & ~keep & 31)
         source = {"bfly": lane ^ by, "idx": low | (by & ~keep & 31), "down": lane + by, "up": lane - by}[mode]
