@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import pytest
 import timm
 import torch
-from helpers import KernelPath, paths, perturb
+from helpers import KernelPath, Tf32Products, paths, perturb
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
@@ -617,6 +617,21 @@ def test_addresses_past_two_to_the_31(path, dtype, monkeypatch):
     last = 12 if path.executor else 48
     assert torch.equal(inner(pixel, **weights, num_heads=4)[-last:], expected[-last:])
     monkeypatch.undo()
+
+
+def test_the_references_tf32_rounds_the_factors_of_products():
+    x = torch.tensor([[1 + 2**-11], [-1 - 2**-11], [1 + 2**-12], [float("inf")]])
+    rounded = torch.tensor([[1 + 2**-10], [-1 - 2**-10], [1.0], [float("inf")]])  # to nearest, ties away from 0
+    bias, one = torch.tensor([2.0**-20]), torch.ones(1, 1, requires_grad=True)
+    with Tf32Products():
+        out = torch.nn.functional.linear(x, one, bias)
+        (gradient,) = torch.autograd.grad(torch.nn.functional.linear(x[:3], one).sum(), one)
+    assert torch.equal(out, rounded + bias)
+    assert gradient.item() == 1
+    with Tf32Products():
+        assert torch.equal(torch.nn.functional.conv1d(x[:3, None], one[None]), rounded[:3, None])
+        assert torch.equal(x[None, :3] @ one, rounded[None, :3])
+        assert torch.equal(x.double() @ one.double(), x.double())
 
 
 # ---- bad input ----
