@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -59,6 +60,9 @@ def paths(
     return pytest.mark.parametrize(("path", "dtype"), cases, indirect=["path"])
 
 
+BEYOND = 1e9  # the ratio of an error that is not finite, or where none is allowed: JSON has no infinity
+
+
 class KernelPath:
     """Where a test's kernels run, and how far they were from float64."""
 
@@ -94,7 +98,7 @@ class KernelPath:
         eps = 2**-11 if self.tf32 else torch.finfo(dtype).eps  # products of tf32 carry 10 bits of fraction
         allowed = 2 * own + 4 * eps * exact.abs().max().item()
         if error != 0:
-            self.ratios.append(error / allowed if allowed else float("inf"))
+            self.ratios.append(error / allowed if allowed > 0 and math.isfinite(error) else BEYOND)
         assert error <= allowed, f"{name}: error {error:.3g}, PyTorch's own {own:.3g}, allowed {allowed:.3g}"
 
     def summary(self) -> dict[str, Any]:
