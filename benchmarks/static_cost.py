@@ -1,6 +1,7 @@
 """What the compiled kernels cost, read from their machine code; needs no GPU.
 
-    python -m benchmarks.static_cost [--kernel inner] [--variant s] [--dtype bf16] [--target sm_90] [--json FILE] [--sass DIR]
+    python -m benchmarks.static_cost [--kernel inner] [--variant s] [--dtype bf16] [--target sm_90] [--dynamic] [--json FILE]
+        [--sass DIR]
 
 Every configuration that the kernels ship (``launches()`` of each module in ``tnt_fast.kernels.OPERATIONS``) is compiled ahead
 of time for every target. One row each: registers, spills and shared memory, how much of it is resident on one SM, and the
@@ -18,6 +19,9 @@ What the numbers mean, and what they do not:
   clock each, 1.98 GHz boost) issued an instruction of the loop. 45 to 70% of that rate is realistic; memory, tensor cores
   and latency may bind first.
 - Pointers are taken as divisible by 16, integers as nothing in particular, as Triton does at a launch with such arguments.
+- ``--dynamic`` runs the PTX of NVIDIA's targets, too, and shows beside what was counted from the machine code what is executed
+  for a patch and how memory is accessed (dynamic_cost.py): instructions, turns of shared memory and those of them that bank
+  conflicts cost, sectors of global memory against those that the bytes asked for would fill.
 - "risky" is an asynchronous matrix instruction of sm_90 (wgmma) with its left operand in registers: ptxas before 13.3 reuses
   such registers too early (triton issues 9433 and 11781), so its results need a test on the card.
 """
@@ -38,11 +42,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import networkx
+import torch
 import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import dynamic_cost
 from tnt_fast import kernels as shipped
 
 VARIANTS = ("ti", "s", "s_legacy", "b")
@@ -271,6 +277,12 @@ def _row(kernel: str, number: int, target: str, sass: Path | None) -> dict[str, 
     }
 
 
+def _dynamic(kernel: str, variant: str, dtype: str, target: str) -> list[dict[str, Any]]:
+    """What an operation's launches execute. Runs in a worker."""
+    torch.set_num_threads(1)  # a forked process has none of the parent's threads
+    return dynamic_cost.costs(kernel, variant, dtype, target)
+
+
 def _chosen(what: str, asked: Iterable[str] | None, accepted: Iterable[str]) -> list[str]:
     accepted = list(accepted)
     if unknown := [name for name in asked or () if name not in accepted]:
@@ -285,10 +297,12 @@ def rows(
     targets: Iterable[str] | None = None,
     jobs: int | None = None,
     sass: Path | None = None,
+    dynamic: bool = False,
 ) -> list[dict[str, Any]]:
     """One row for each shipped launch and target among those asked for (None: all), in that order.
 
     What does not compile has a row, too, with ``error`` instead of numbers. ``sass``: a folder that gets the disassembly.
+    ``dynamic``: NVIDIA's rows have what is executed as well, under that name.
     """
     kernels = _chosen("kernel", kernels, shipped.OPERATIONS)
     variants = _chosen("variant", variants, VARIANTS)
@@ -301,7 +315,7 @@ def rows(
     if sass is not None:
         sass.mkdir(parents=True, exist_ok=True)
 
-    found = {}
+    found, executed, constants = {}, {}, {}
     # fork: the workers know what OPERATIONS holds here, and a launch itself cannot be sent to them
     with ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context("fork")) as pool:
         for kernel in kernels:
@@ -310,10 +324,22 @@ def rows(
                     names = dict(kernel=kernel, function=launch.kernel.__name__, variant=variant, dtype=dtype)
                     sizes = {name: getattr(launch, name) for name in ("num_warps", "num_stages", "patches", "turns")}
                     for target in targets:
-                        found[pool.submit(_row, kernel, number, target, sass)] = names | {"target": target} | sizes
-        for future in tqdm(as_completed(found), total=len(found), desc="compile", file=sys.stderr, disable=not found):
-            error = future.exception()
-            found[future] |= {"error": f"{type(error).__name__}: {error}"} if error else {"error": None} | future.result()
+                        row = pool.submit(_row, kernel, number, target, sass)
+                        found[row], constants[row] = names | {"target": target} | sizes, launch.constants
+                        operation = (kernel, variant, dtype, target)
+                        if dynamic and TARGETS[target].backend == "cuda" and operation not in executed:
+                            executed[operation] = pool.submit(_dynamic, *operation)
+        futures = {*found, *executed.values()}
+        for future in tqdm(as_completed(futures), total=len(futures), desc="compile", file=sys.stderr, disable=not found):
+            if future in found:
+                error = future.exception()
+                found[future] |= {"error": f"{type(error).__name__}: {error}"} if error else {"error": None} | future.result()
+    for future, row in found.items():
+        operation = tuple(row[name] for name in ("kernel", "variant", "dtype", "target"))
+        if operation in executed:
+            launches = executed[operation].result()
+            same = (x for x in launches if (x["function"], x["constants"]) == (row["function"], constants[future]))
+            row["dynamic"] = next(({k: v for k, v in x.items() if k not in ("function", "constants")} for x in same), None)
     return list(found.values())
 
 
@@ -321,6 +347,8 @@ def _table(good: list[dict[str, Any]]) -> str:
     """Plain text, one line a row, columns aligned."""
     head = ["kernel", "function", "variant", "dtype", "target", "warps", "patches", "registers", "stack", "shared"]
     head += ["programs/SM", "warps/SM", "instructions/patch", *KIND_NAMES, "matrix/warp", "risky", "us"]
+    dynamic = any(row.get("dynamic") for row in good)
+    head += ["executed/patch", "shared turns", "conflicts", "sectors", "filled"] if dynamic else []
     lines = [head]
     for row in good:
         registers = str(row["registers"])
@@ -337,6 +365,12 @@ def _table(good: list[dict[str, Any]]) -> str:
         cells += [f"{row['instructions_by_kind'][kind]:.0f}" for kind in KIND_NAMES]
         us = row["us_12_layers_batch_256"]
         cells += [row["matrix_instructions"], "RISKY" if row["risky"] else "no", "-" if us is None else f"{us:.0f}"]
+        if dynamic:
+            seen = row.get("dynamic")
+            cells += (
+                [f"{seen[key]:.0f}" for key in ("instructions", "wavefronts", "conflicts", "sectors")] if seen else ["-"] * 4
+            )
+            cells += [f"{seen['bytes'] / 32:.0f}" if seen else "-"]
         lines.append([str(cell) for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = 5  # the first columns are words
@@ -360,12 +394,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", action="append", help=f"only this one; repeatable ({listed})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a JSON list")
     parser.add_argument("--sass", type=Path, metavar="DIR", help="write the disassembly of each row")
+    parser.add_argument(
+        "--dynamic", action="store_true", help="run the PTX of NVIDIA's targets, too, and count what it executes"
+    )
     parser.add_argument("--jobs", type=int, help="compilations at a time (default: one a core)")
     options = parser.parse_args(arguments)
     if options.json and not options.json.absolute().parent.is_dir():
         parser.error(f"--json {options.json}: the folder {options.json.parent} does not exist; make it first")
     try:
-        table = rows(options.kernel, options.variant, options.dtype, options.target, options.jobs, options.sass)
+        table = rows(
+            options.kernel, options.variant, options.dtype, options.target, options.jobs, options.sass, options.dynamic
+        )
     except ValueError as error:
         parser.error(str(error))
 

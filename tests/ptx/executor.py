@@ -10,7 +10,7 @@ import torch
 from tnt_fast.kernels import operation
 
 from .compiler import Compiled, compiler
-from .machine import Kernel
+from .machine import Cost, Kernel
 
 # bytes of shared memory that a program can have (CUDA C++ Programming Guide, technical specifications by compute capability)
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
@@ -19,12 +19,17 @@ _machines: dict[str, Kernel] = {}
 
 
 class Launched(NamedTuple):
-    """A launch: the kernel's name, that of the file it is in, the key of its specialisation, the size of its grid."""
+    """A launch: the kernel's name, that of the file it is in, the key of its specialisation, the size of its grid.
+
+    ``constants``: its constexprs; ``costs``: what each instruction cost, where that was counted.
+    """
 
     name: str
     module: str
     key: str
     grid: int
+    constants: dict[str, Any]
+    costs: list[Cost] | None
 
 
 class Executor:
@@ -35,16 +40,24 @@ class Executor:
         error: -1, 0 or 1, the sign of the largest error that approximate instructions are allowed.
         programs: those of every grid to run, as a slice; None: all.
         tree: another source tree whose kernels are compiled, with ``tnt_fast/`` and ``kernels/``; None: this checkout.
+        count: keep what each instruction cost.
     """
 
     on_cpu = True
     nvidia = True
 
     def __init__(
-        self, target: str, multiprocessors: int = 2, error: int = 0, programs: slice | None = None, tree: Path | None = None
+        self,
+        target: str,
+        multiprocessors: int = 2,
+        error: int = 0,
+        programs: slice | None = None,
+        tree: Path | None = None,
+        count: bool = False,
     ):
         self.target, self.multiprocessors, self.error, self.chosen = target, multiprocessors, error, programs
         self.compiler = compiler(tree)
+        self.count = count
         self.launched: list[Launched] = []
 
     def capability(self, device: torch.device | None = None) -> tuple[int, int]:
@@ -58,12 +71,13 @@ class Executor:
 
     def launch(self, kernel: Any, grid: int, arguments: Sequence[Any], constants: dict, options: dict) -> None:
         compiled = self.compiler.compile(kernel, arguments, constants, options, self.target)
-        self.launched.append(Launched(compiled.name, kernel.fn.__module__.rpartition(".")[2], compiled.key, grid))
         if compiled.shared > (most := SHARED_MEMORY[self.target]):
             raise RuntimeError(f"{compiled.name} needs {compiled.shared} bytes of shared memory; {self.target} has {most}")
         programs = None if self.chosen is None else range(grid)[self.chosen]
         with torch.no_grad():
-            _machine(compiled).run(grid, [arguments[i] for i in compiled.parameters], self.error, programs)
+            costs = _machine(compiled).run(grid, [arguments[i] for i in compiled.parameters], self.error, programs, self.count)
+        module = kernel.fn.__module__.rpartition(".")[2]
+        self.launched.append(Launched(compiled.name, module, compiled.key, grid, constants, costs))
 
 
 def _machine(compiled: Compiled) -> Kernel:

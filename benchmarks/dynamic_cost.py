@@ -1,0 +1,82 @@
+"""What the compiled kernels execute for one patch: their PTX, run on the CPU and counted; needs no GPU.
+
+An operation of a named variant goes forward and backward at 64 patches an image, once with two images and once with three, on as
+many programs: the difference, over 64, is what a patch costs, whatever the loops. Instructions are those of PTX, a warp's
+each; copies between registers, which the assembler leaves out, are not counted. ptxas makes other instructions of them, so the
+static counts, of machine code, differ; what is executed, and how memory is accessed, it leaves as it is.
+
+- ``instructions``: by kind. ``bytes`` of global memory that were asked for, ``sectors`` of 32 bytes that were touched for them.
+- ``wavefronts``: turns that shared memory needs for the accesses; ``conflicts``: those of them that equal banks make necessary.
+"""
+
+import re
+from collections import Counter
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from tnt_fast import kernels as shipped
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+IMAGE, PATCHES = 128, 64
+KINDS = {
+    "matrix": r"mma",
+    "special": r"ex2|tanh|rcp|rsqrt|sqrt|lg2|sin|cos",
+    "shuffle": r"shfl",
+    "shared": r"(ld|st)\.shared|(ld|st)matrix",
+    "global": r"(ld|st)\.global|cp\.async\.c[ag]",
+    "sync": r"bar|cp\.async\.(commit|wait)\w*|fence|membar",
+    "convert": r"cvt|prmt",
+    "float": r"\w+\..*\b(f32|f64|f16|bf16|f16x2|bf16x2|f32x2)",
+    "move": r"mov",
+}
+
+
+def kind(parts: tuple[str, ...]) -> str:
+    """The first of ``KINDS`` that an instruction is, else "other"."""
+    name = ".".join(parts)
+    return next((kind for kind, form in KINDS.items() if re.match(rf"({form})(\.|$)", name)), "other")
+
+
+def _count(costs: list[Any]) -> Counter:
+    total = Counter()
+    for cost in costs:
+        total[kind(cost.instruction.parts)] += cost.warps
+        total += Counter(wavefronts=cost.wavefronts, conflicts=cost.wavefronts - cost.least, sectors=cost.sectors)
+        total["bytes"] += cost.bytes
+    return total
+
+
+def costs(kernel: str, variant: str, dtype: str, target: str) -> list[dict[str, Any]]:
+    """What each launch of an operation, forward and backward, executes for one patch.
+
+    One entry a launch: its ``function`` and ``constants``, as in ``Launch``, and the counts that the module's text names.
+    """
+    from tests.ptx.executor import Executor, running  # a checkout's, not a part of the package
+
+    model = timm.create_model(f"tnt_fast_{variant}_patch16_224", depth=1, img_size=IMAGE, dtype=DTYPES[dtype])
+    given = (model.fused_arguments() | model.blocks[0].fused_arguments())[kernel]
+    found = []
+    for images in (2, 3):
+        shapes = {
+            "pixel_embed": {"image": (images, 3, IMAGE, IMAGE)},
+            "inner": {"pixel": (images * PATCHES, 16, model.sizes()["C"])},
+            "fold": {"pixel": (images * PATCHES, 16, model.sizes()["C"]), "patch": (images, 1 + PATCHES, model.embed_dim)},
+        }[kernel]
+        inputs = {name: torch.randn(shape, dtype=DTYPES[dtype], requires_grad=True) for name, shape in shapes.items()}
+        executor = Executor(target, count=True)
+        with running(executor):
+            out = getattr(shipped.OPERATIONS[kernel], kernel)(**inputs, **given)
+            leaves = [x for x in (*inputs.values(), *given.values()) if isinstance(x, Tensor) and x.requires_grad]
+            torch.autograd.grad(out, leaves, torch.randn_like(out))
+        found.append([(launch, _count(launch.costs)) for launch in executor.launched])
+    rows = []
+    for (launch, one), (_, two) in zip(*found, strict=True):
+        each = {name: round((two[name] - one[name]) / PATCHES, 2) for name in two}
+        instructions = {name: each.get(name, 0.0) for name in (*KINDS, "other") if name != "move"}
+        memory = {name: each.get(name, 0.0) for name in ("wavefronts", "conflicts", "sectors", "bytes")}
+        row = {"function": launch.name, "constants": launch.constants, "instructions": round(sum(instructions.values()), 1)}
+        rows.append(row | {"instructions_by_kind": instructions} | memory)
+    return rows

@@ -1,0 +1,57 @@
+"""What is executed for a patch, where it is known beforehand."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import dynamic_cost
+from tnt_fast import kernels
+
+
+@pytest.fixture(scope="module")
+def inner():
+    return dynamic_cost.costs("inner", "s", "bf16", "sm_90")
+
+
+def test_the_pixels_are_read_once_and_written_once(inner):
+    pixel = 16 * 24 * 2  # bytes
+    assert [row["bytes"] for row in inner] == [2 * pixel, 3 * pixel, 3 * pixel]
+    assert [row["sectors"] for row in inner] == [row["bytes"] / 32 for row in inner]  # whole ones
+
+
+def test_the_products_of_a_patch_are_executed(inner):
+    instructions = [row["instructions_by_kind"] for row in inner]
+    S, C, heads, D = 16, 32, 2, 16  # padded: two pairs of heads
+    linear = heads * (4 * C * D) + 2 * C * 4 * 24  # q, k, v, proj; fc1, fc2
+    centring = 2 * C * C  # x·(C·I − 11ᵀ), and x itself
+    attention = heads * 3 * 2 * S * D  # q·k, P·v, and P's sums: two heads' keys below one another
+    assert instructions[0]["matrix"] == S * (linear + centring + attention) / (16 * 8 * 16)
+    assert all(count["sync"] > 0 and count["special"] > 0 for count in instructions)
+
+
+def test_no_access_to_shared_memory_waits_for_another_bank(inner):
+    assert all(row["conflicts"] == 0 < row["wavefronts"] for row in inner)
+
+
+def test_each_is_a_launch_that_is_shipped(inner):
+    shipped = [
+        (launch.kernel.__name__, launch.constants)
+        for variant, dtype, launch in kernels.OPERATIONS["inner"].launches()
+        if (variant, dtype) == ("s", "bf16")
+    ]
+    assert [row["function"] for row in inner] == [name for name, _ in shipped]
+    assert [row["constants"] for row in inner] == [constants for _, constants in shipped]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "matrix"), ("ex2.approx.ftz.f32", "special"),
+        ("shfl.sync.bfly.b32", "shuffle"), ("ld.shared.v4.b32", "shared"), ("ldmatrix.sync.aligned.m8n8.x4.shared.b16", "shared"),
+        ("cp.async.cg.shared.global", "global"), ("st.global.v4.b32", "global"), ("bar.sync", "sync"),
+        ("cp.async.wait_group", "sync"), ("cvt.rn.bf16x2.f32", "convert"), ("fma.rn.f32x2", "float"), ("mul.f16x2", "float"),
+        ("mov.b32", "move"), ("add.s32", "other"), ("ld.param.b64", "other"), ("setp.lt.s32", "other"), ("bra.uni", "other"),
+    ],
+)  # fmt: skip
+def test_kinds(text, kind):
+    assert dynamic_cost.kind(tuple(text.split("."))) == kind
