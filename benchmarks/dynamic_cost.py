@@ -1,7 +1,7 @@
 """What the compiled kernels execute for one patch: their PTX, run on the CPU and counted; needs no GPU.
 
-An operation of a named variant goes forward and backward at 64 patches an image, once with two images and once with three, on as
-many programs: the difference, over 64, is what a patch costs, whatever the loops. Instructions are those of PTX, a warp's
+An operation of a named variant goes forward and backward at 64 patches an image, once with two images and once with three, on
+as many programs: the difference, over 64, is what a patch costs, whatever the loops. Instructions are those of PTX, a warp's
 each; copies between registers, which the assembler leaves out, are not counted. ptxas makes other instructions of them, so the
 static counts, of machine code, differ; what is executed, and how memory is accessed, it leaves as it is.
 

@@ -47,7 +47,8 @@ def test_each_is_a_launch_that_is_shipped(inner):
     ("text", "kind"),
     [
         ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "matrix"), ("ex2.approx.ftz.f32", "special"),
-        ("shfl.sync.bfly.b32", "shuffle"), ("ld.shared.v4.b32", "shared"), ("ldmatrix.sync.aligned.m8n8.x4.shared.b16", "shared"),
+        ("shfl.sync.bfly.b32", "shuffle"), ("ld.shared.v4.b32", "shared"),
+        ("ldmatrix.sync.aligned.m8n8.x4.shared.b16", "shared"),
         ("cp.async.cg.shared.global", "global"), ("st.global.v4.b32", "global"), ("bar.sync", "sync"),
         ("cp.async.wait_group", "sync"), ("cvt.rn.bf16x2.f32", "convert"), ("fma.rn.f32x2", "float"), ("mul.f16x2", "float"),
         ("mov.b32", "move"), ("add.s32", "other"), ("ld.param.b64", "other"), ("setp.lt.s32", "other"), ("bra.uni", "other"),
