@@ -1,4 +1,4 @@
-# make demo · test · test-newest · test-oldest · fuzz · check · bench · gpu · sanitize. Everything is installed into $(VENV), at
+# make demo · test · test-newest · test-oldest · fuzz · check · check-compiled · bench · gpu · sanitize. Everything is installed into $(VENV), at
 # the versions of $(CONSTRAINTS).
 PYTHON ?= python3
 CONSTRAINTS ?= .ci/constraints.txt
@@ -12,7 +12,9 @@ N ?= 10000
 SEED ?= 0
 PROCESSES ?= $(shell nproc)
 
-.PHONY: demo test test-newest test-oldest fuzz check bench gpu sanitize clean
+COMPILED := sm_80,sm_89,sm_90,sm_100,sm_120
+
+.PHONY: demo test test-newest test-oldest fuzz check check-compiled bench gpu sanitize clean
 .DELETE_ON_ERROR:
 
 $(READY): setup.py pyproject.toml $(CONSTRAINTS)
@@ -43,6 +45,13 @@ check: $(READY)
 # N random cases against the reference; `make test` has a few hundred. Fails where one is wrong, with the command that repeats it.
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --count $(N) --seed $(SEED) --processes $(PROCESSES) --json benchmarks/results/fuzz.json
+
+# The compiled kernels run on the CPU, all of it: five targets, four precisions, every case, then mutations; for a release, in about
+# an hour on two cores. Fails where an answer is wrong, and where fewer than 95% of the mutations are noticed.
+check-compiled: $(READY)
+	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist worksteal --wide --paths $(COMPILED) -k sm_ \
+	    --compiled-json benchmarks/results/compiled.json tests/test_kernels.py tests/test_approximations.py tests/test_backward.py
+	$(BIN)/python -m tests.mutations --count 300 --seed $(SEED) --processes $(PROCESSES) --json benchmarks/results/mutations.json
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only

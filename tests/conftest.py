@@ -120,10 +120,18 @@ def pytest_terminal_summary(terminalreporter, config):
     total, groups, names = _row({}, compiled_reports), defaultdict(list), ("operation", "target", "precision")
     for case in compiled_reports:
         groups[tuple(case[name] for name in names)].append(case)
+    rows = [_row(dict(zip(names, key, strict=True)), cases) for key, cases in sorted(groups.items())]
+    if config.getoption("wide"):
+        terminalreporter.write_line(f"{'operation':12} {'target':7} {'precision':9} {'cases':>6} {'wrong':>6} {'worst':>6}")
+        for row in rows:
+            worst = "-" if row["worst_ratio"] is None else f"{row['worst_ratio']:.2f}"
+            where = f"{row['operation']:12} {row['target']:7} {row['precision']:9}"
+            terminalreporter.write_line(f"{where} {row['cases']:6} {row['wrong']:6} {worst:>6}")
     terminalreporter.write_line(
         f"compiled kernels: {total['cases']} cases, {total['wrong']} wrong, {total['seconds']:.0f} s; "
         f"the largest error is {total['worst_ratio'] or 0:.2f} of the allowed"
     )
     if file := config.getoption("compiled_json"):
-        rows = [_row(dict(zip(names, key, strict=True)), cases) for key, cases in sorted(groups.items())]
-        file.write_text(json.dumps(rows, indent=1) + "\n")
+        beside = file.with_name(f"{file.name}.tmp")
+        beside.write_text(json.dumps(rows, indent=1) + "\n")
+        beside.replace(file)
