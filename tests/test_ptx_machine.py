@@ -984,6 +984,7 @@ def test_texts_that_are_no_kernel():
         one.replace(".reqntid 32", ".reqntid 8, 8"): "threads",
         one.replace(".reqntid 32", ".reqntid 48"): "threads 48",
         "": "0 kernels",
+        one.replace("sm_90", "sm_75"): "target sm_75; accepted: sm_80",
         one.replace("ret;", "{\n.reg .b32 a;\n}\n}\nret;"): "brace",
         one.replace("ret;", "{\nret;"): "brace",
         one.replace("ret;", "ret"): "`ret`",

@@ -136,6 +136,8 @@ def parse(ptx: str) -> Code:
     if len(entries) != 1 or not target or not threads or int(threads[1]) % 32:
         found = f"{len(entries)} kernels, target {target and target[1]}, threads {threads and threads[1]}"
         raise Unknown(f"not the PTX of one kernel with a fixed number of threads: {found}")
+    if not re.fullmatch(r"sm_(80|86|89|90|100|120)a?", target[1]):
+        raise Unknown(f"target {target[1]}; accepted: sm_80, sm_86, sm_89, sm_90, sm_100, sm_120")
     head, _, rest = ptx[ptx.index(".entry") :].partition("{")
     body = rest[: re.search(r"^\}", rest, re.M).start()]
     parameters = re.findall(r"\.param\s+\.(\w+)\b[^,)]*?(\w+)\s*(?=[,)\n])", head)
