@@ -2,6 +2,7 @@
 
     python -m benchmarks.static_cost [--kernel inner] [--variant s] [--dtype bf16] [--target sm_90] [--dynamic] [--json FILE]
         [--sass DIR]
+    python -m benchmarks.static_cost --compare OLD NEW
 
 Every configuration that the kernels ship (``launches()`` of each module in ``tnt_fast.kernels.OPERATIONS``) is compiled ahead
 of time for every target. One row each: registers, spills and shared memory, how much of it is resident on one SM, and the
@@ -380,6 +381,41 @@ def _table(good: list[dict[str, Any]]) -> str:
     )
 
 
+def comparison(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
+    """What changed from one result to another, a line a launch; how many did not."""
+
+    def numbered(table: list[dict[str, Any]]) -> dict[tuple, dict[str, Any]]:
+        seen, rows_ = Counter(), {}
+        for row in table:
+            name = tuple(row[key] for key in ("kernel", "function", "variant", "dtype", "target"))
+            rows_[(*name, seen[name])] = row
+            seen[name] += 1
+        return rows_
+
+    before, after = numbered(old), numbered(new)
+    keys = {"instructions": "warp_instructions_per_patch"}
+    keys |= {"registers": "registers", "stack": "stack_bytes", "shared": "shared_bytes", "programs/SM": "occupancy_programs"}
+    lines, same = [["kernel", "function", "variant", "dtype", "target", "change", *keys]], 0
+    for name in dict.fromkeys((*before, *after)):
+        (a, b), cells = (before.get(name), after.get(name)), [*name[:-1]]
+        if a is None or b is None or (a["error"] is None) != (b["error"] is None):
+            lines.append(
+                [*cells, "new" if a is None else "gone" if b is None else "does not compile" if b["error"] else "compiles"]
+            )
+            continue
+        if a["error"] or all(a[key] == b[key] for key in keys.values()):
+            same += 1
+            continue
+        per_patch = [row["warp_instructions_per_patch"] for row in (a, b)]
+        cells.append(f"{100 * (per_patch[1] / per_patch[0] - 1):+.1f}%")
+        cells += [f"{a[key]:g}" if a[key] == b[key] else f"{a[key]:g} → {b[key]:g}" for key in keys.values()]
+        lines.append(cells)
+    lines = [line + [""] * (len(lines[0]) - len(line)) for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*(table if len(lines) > 1 else []), f"{same} launches did not change"])
+
+
 def _write_json(path: Path, table: list[dict[str, Any]]) -> None:
     """Written beside and renamed: a reader never sees half a file."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -398,7 +434,16 @@ def main(arguments: list[str] | None = None) -> int:
         "--dynamic", action="store_true", help="run the PTX of NVIDIA's targets, too, and count what it executes"
     )
     parser.add_argument("--jobs", type=int, help="compilations at a time (default: one a core)")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="only say what changed between two results"
+    )
     options = parser.parse_args(arguments)
+    if options.compare:
+        try:
+            print(comparison(*(json.loads(path.read_text()) for path in options.compare)))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            parser.error(f"--compare {' '.join(map(str, options.compare))}: not two results of --json ({error!r})")
+        return 0
     if options.json and not options.json.absolute().parent.is_dir():
         parser.error(f"--json {options.json}: the folder {options.json.parent} does not exist; make it first")
     try:

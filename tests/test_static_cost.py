@@ -324,6 +324,34 @@ def test_without_kernels(capsys, monkeypatch, tmp_path):
     assert json.loads((tmp_path / "rows.json").read_text()) == []
 
 
+def test_two_results_are_compared(tmp_path, capsys):
+    def row(function, **changed):
+        found = dict(kernel="inner", function=function, variant="s", dtype="bf16", target="sm_90", error=None)
+        cost = dict(warp_instructions_per_patch=100.0, registers=64, stack_bytes=0, shared_bytes=1024, occupancy_programs=4)
+        return found | cost | changed
+
+    old = [row("same"), row("twice"), row("twice"), row("gone"), row("broken")]
+    new = [
+        row("same"),
+        row("twice"),
+        row("twice", warp_instructions_per_patch=98.0, registers=70),
+        row("new"),
+        row("broken", error="x"),
+    ]
+    for name, table in (("old", old), ("new", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(table))
+    assert static_cost.main(["--compare", str(tmp_path / "old.json"), str(tmp_path / "new.json")]) == 0
+    _, *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["twice", "gone", "broken", "new"]
+    assert lines[0].split()[5:] == ["-2.0%", "100", "→", "98", "64", "→", "70", "0", "1024", "4"]
+    assert [line.split("  ")[-1].strip() for line in lines[1:]] == ["gone", "does not compile", "new"]
+    assert last == "2 launches did not change"
+    (tmp_path / "new.json").write_text('[{"kernel": "inner"}]')
+    with pytest.raises(SystemExit):
+        static_cost.main(["--compare", str(tmp_path / "old.json"), str(tmp_path / "new.json")])
+    assert "not two results of --json" in capsys.readouterr().err
+
+
 # From here on: what is shipped. To stay near a minute on two cores, only sm_90 gets every variant, in half precision; float32
 # and the other targets get TNT-S. `python -m benchmarks.static_cost` compiles all of it, and fails if one does not.
 
