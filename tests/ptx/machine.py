@@ -30,7 +30,7 @@ import networkx
 import numpy as np
 import torch
 
-from .language import UNSIGNED, Instruction, Translator, Unknown, odd, parse
+from .language import UNSIGNED, Code, Instruction, Translator, Unknown, odd, parse
 
 SPACE = 44  # a storage lies in a space of 1 << SPACE bytes, its number << SPACE,
 MIDDLE = 1 << SPACE - 1  # and begins in the middle: an access before it is in the same space
@@ -555,7 +555,7 @@ class Kernel:
     """A compiled kernel.
 
     Args:
-        ptx: its text, as Triton's compiler gives it.
+        ptx: its text, as Triton's compiler gives it; or what ``parse`` made of one.
         shared: bytes of shared memory of a program.
         name: how faults call it.
 
@@ -563,9 +563,9 @@ class Kernel:
         Unknown: an instruction, or a text, that the machine does not know; named.
     """
 
-    def __init__(self, ptx: str, shared: int, name: str = ""):
+    def __init__(self, ptx: str | Code, shared: int, name: str = ""):
         try:
-            self.code = parse(ptx)
+            self.code = ptx if isinstance(ptx, Code) else parse(ptx)
             self.name, self.shared = name or self.code.name, shared
             self.translator = Translator(self.code)
             self.instructions: list[Instruction] = []
