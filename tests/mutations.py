@@ -1,0 +1,1117 @@
+"""Breaks the kernels and asks whether a test would notice.
+
+    python -m tests.mutations --count 300 --seed 0 --targets sm_90 --json mutations.json
+
+A mutant is one change: of one instruction of the PTX that a kernel was compiled to (``PTX_KINDS``), or of one expression of its
+source, which is then compiled (``Source``). Seed and index determine it. The machine runs it in the place of the kernel, in
+calls like those of test_kernels.py (``cases``). A mutant is
+
+- *noticed* by a fault of the machine, or by the rule of the house for an output or a gradient, or because NaN in one patch
+  reaches another one;
+- *equivalent* for a reason that holds for all inputs:
+
+  - ``flow.normal`` is the same, so the same instructions store the same values;
+  - its source compiles to the same code in all cases;
+  - it stores what other threads store, too, or divides in another width (``why_the_same``);
+  - it has a barrier, a commit or a wait less, or later, the machine sees no race, and neither shared addresses nor branches
+    depend on what was loaded. So they depend on the thread, the program and the sizes, and whatever the values are, the same
+    accesses come in the same order. A turn differs from another in its stage at most, and one program does all of them here,
+    more than there are stages: what had no conflict has none in more turns;
+  - what one instruction writes is multiplied by a zero of the padding, or not chosen: huge values, of both signs, in all
+    places where the mutant differs (and it does) leave every result the same to the bit, in calls of random values with
+    tiles that are full, whose masks come of the thread and the sizes. In a result that depends on it they would show;
+
+- *missed* otherwise, also where what it changes may be too small for the rule.
+
+What is no program (the machine does not know it, the source does not compile) is drawn again. Not drawn at all: leaving out
+.ftz, which changes what is smaller than 2^-126 and so below any rule of relative errors; roundings in half precision
+(``IN_HALF``).
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import mmap
+import multiprocessing
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does
+
+from helpers import KernelPath
+from ptx import machine
+from ptx.compiler import TARGETS, Compiler
+from ptx.executor import SHARED_MEMORY, Executor, running
+from ptx.flow import depends_on_data, dominators, flow, known, normal, registers, ways
+from ptx.language import Instruction, Unknown
+from ptx.machine import Fault, Kernel
+from test_kernels import embed_case, fold_tensors, inner_tensors
+
+from tnt_fast import kernels, reference
+
+TREE = Path(__file__).resolve().parents[1]
+FORWARD = {"_inner_fwd_kernel", "_fold_fwd_kernel", "_pixel_embed_fwd_kernel"}
+DRAWS = 50  # of mutants that are no programs, before one is given up
+
+
+# ---- cases ----
+
+
+class Case(NamedTuple):
+    """A call. ``tensors``: float64; ``far``: an axis of those whose values along it lie 2^31 places and more apart."""
+
+    name: str
+    operation: str
+    precision: str
+    tensors: dict[str, Tensor | None]
+    others: dict[str, Any]
+    gradients: bool = True
+    far: dict[str, int] = {}
+    spoilt: bool = False  # its pixel 4 is NaN, and then nothing else may be
+
+
+def cases() -> list[Case]:
+    """Each with the first that runs a specialisation followed by others that run it, too, where one case does not show all."""
+    torch.manual_seed(0)
+    found = []
+
+    def add(precisions: str, name: str, operation: str, tensors: dict, others: dict | None = None, **more) -> None:
+        found.extend(Case(name, operation, p, tensors, others or {}, **more) for p in precisions.split())
+
+    every, most = "bfloat16 float16 float32 tf32", "bfloat16 float16 float32"
+    heads = dict(num_heads=4)
+    outliers, sharp = inner_tensors(6, 16, 24, 96), inner_tensors(7, 16, 24, 96)
+    outliers["pixel"][::2, 3, 5] = 300.0
+    outliers["pixel"][1::2, 7] *= 50
+    sharp["qk_weight"] *= 3
+    scales = dict(attn_scale=torch.tensor([0, 2, 1, 0, 1.25, 1, 3]), mlp_scale=torch.tensor([2, 0, 1, 0, 1.25, 3, 1]))
+    add(most, "inner S", "inner", inner_tensors(11, 16, 24, 96), heads)
+    add(most, "inner S, outliers", "inner", outliers, heads, gradients=False)
+    add(most, "inner S, sharp", "inner", sharp, heads)
+    add("float32", "inner S, far from 0", "inner", inner_tensors(6, 16, 24, 96, mean=100.0), heads, gradients=False)
+    add("bfloat16 float32", "inner S, NaN", "inner", inner_tensors(9, 16, 24, 96), heads, gradients=False, spoilt=True)
+    add(most, "inner S9, drop path", "inner", inner_tensors(7, 9, 24, 96, True), heads | scales)
+    add("bfloat16 float32", "inner S9, no eps", "inner", inner_tensors(7, 9, 24, 96), heads | dict(eps=0.0))
+    add("bfloat16 float32", "inner S9, NaN", "inner", inner_tensors(9, 9, 24, 96), heads, gradients=False, spoilt=True)
+    add("bfloat16 float16", "inner B", "inner", inner_tensors(13, 16, 40, 160, True), heads)
+    add("bfloat16 float32", "inner Ti", "inner", inner_tensors(13, 16, 12, 48), dict(num_heads=2))
+    add("bfloat16", "inner wide", "inner", inner_tensors(5, 4, 96, 384), heads, gradients=False)
+
+    def fold_of(B, N, S, C, E, legacy, **more):
+        """Pixels grow along the patch, so that its parts have means of their own, and so do the rows of the second norm."""
+        tensors = fold_tensors(B, N, S, C, E, legacy, **more)
+        tensors["pixel"] += 2 * torch.linspace(-1, 1, S)[:, None]
+        tensors["proj_weight"] += (S * C) ** -0.5
+        return tensors
+
+    near = fold_of(2, 35, 16, 24, 384, False)
+    near["pixel"] = 1000 + 1e-3 * near["pixel"]
+    stem = dict(proj_bias=torch.randn(24, dtype=torch.float64))
+    level = fold_of(2, 35, 16, 12, 24, False) | dict(proj_bias=torch.full((24,), 777.7, dtype=torch.float64))
+    level["proj_weight"] *= 0
+    add(every, "fold S", "fold", fold_of(2, 37, 16, 24, 384, False))  # more rows than a program takes
+    add("bfloat16 float32", "fold S, few rows", "fold", fold_of(2, 5, 16, 24, 384, False))
+    add("bfloat16 float32", "fold S, NaN", "fold", fold_of(3, 3, 16, 24, 384, False), gradients=False, spoilt=True)
+    add("float32", "fold S, nearly constant", "fold", near)
+    add("float32", "fold S, far from 0", "fold", fold_of(2, 5, 16, 24, 384, False, mean=1000.0), gradients=False)
+    for axis in (0, 1):
+        add("bfloat16 float16", f"fold S, axis {axis} far", "fold", fold_of(3, 5, 16, 24, 384, False),
+            far=dict(patch=axis, upstream=axis))  # fmt: skip
+    add(most, "fold legacy", "fold", fold_of(2, 37, 16, 24, 192, True))
+    add("bfloat16 float32", "fold E200", "fold", fold_of(2, 37, 5, 6, 200, False))
+    add(most, "fold stem", "fold", fold_of(2, 35, 16, 12, 24, False) | stem)
+    add("float32", "fold stem, level", "fold", level)
+    add("bfloat16", "fold B", "fold", fold_of(2, 17, 16, 40, 640, False))
+
+    for legacy in (False, True):
+        name = " legacy" * legacy
+        add(every if not legacy else most, f"embed S{name}", "pixel_embed",
+            *embed_case(2, 3, 32, 48, 24, (16, 16), 4, (16, 16), legacy))  # fmt: skip
+        for axis in (0, 1, 2, 3):
+            add("bfloat16 float16" if axis == 0 else "float16", f"embed S{name}, axis {axis} far", "pixel_embed",
+                *embed_case(3, 3, 32, 48, 24, (16, 16), 4, (16, 16), legacy), far=dict(image=axis))  # fmt: skip
+        add("bfloat16 float32", f"embed overlap{name}", "pixel_embed",
+            *embed_case(3, 1, 40, 24, 40, (16, 16), 4, (8, 8), legacy))  # fmt: skip
+        add("bfloat16 float16", f"embed S{name}, ragged", "pixel_embed",
+            *embed_case(3, 3, 16, 48, 24, (16, 16), 4, (16, 16), legacy))  # fmt: skip
+    return found
+
+
+def lay(tensor: Tensor, axis: int | None) -> Tensor:
+    """With an axis, its last place is 2^31 values and more behind its first, in memory that is taken where it is touched."""
+    if axis is None:
+        return tensor
+    strides = list(tensor.contiguous().stride())
+    strides[axis] = -(-(2**31) // (tensor.shape[axis] - 1) // 16) * 16
+    size = (strides[axis] * (tensor.shape[axis] - 1) + tensor.numel()) * tensor.element_size()
+    whole = torch.frombuffer(mmap.mmap(-1, size), dtype=tensor.dtype)
+    return whole.as_strided(tensor.shape, strides).copy_(tensor)
+
+
+class Launches(Executor):
+    """Runs a launch once: what it wrote is written again where the same code gets the same bits.
+
+    ``replaced``: kernels by the digest of the code whose place they take. ``seen``: of all launches, digest and kernel.
+    """
+
+    memory: dict[tuple, list[tuple[int, Tensor]]] = {}
+    built: dict[str, tuple[str, Kernel]] = {}
+
+    def __init__(self, target: str, **more):
+        super().__init__(target, error=1, **more)
+        self.replaced: dict[str, Kernel] = {}
+        self.seen: dict[str, Kernel] = {}
+
+    def launch(self, kernel: Any, grid: int, arguments: tuple, constants: dict, options: dict) -> None:
+        compiled = self.compiler.compile(kernel, arguments, constants, options, self.target)
+        if compiled.shared > SHARED_MEMORY[self.target]:
+            raise RuntimeError(f"{compiled.name} needs {compiled.shared} bytes of shared memory")
+        if compiled.key not in self.built:
+            code = Kernel(compiled.ptx, compiled.shared, compiled.name)
+            text = repr((compiled.name, [[ins.text for ins in block] for block in code.code.blocks]))  # no paths, no lines
+            self.built[compiled.key] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), code
+        digest, code = self.built[compiled.key]
+        self.seen[digest] = code
+        given = [arguments[i] for i in compiled.parameters]
+        storages = {x.untyped_storage().data_ptr(): _whole(x) for x in given if isinstance(x, Tensor)}
+        far = any(x.numel() >= 2**28 for x in storages.values())
+        with torch.no_grad():
+            if far or digest in self.replaced:
+                self.replaced.get(digest, code).run(grid, given, self.error)
+                return
+            number = {address: i for i, address in enumerate(storages)}
+            key = [digest, grid, *(hashlib.blake2b(x.numpy()).digest() for x in storages.values())]
+            for x in given:
+                key.append((number[x.untyped_storage().data_ptr()], x.shape, x.stride()) if isinstance(x, Tensor) else x)
+            key = tuple(key)
+            if key in self.memory:
+                for i, x in self.memory[key]:
+                    list(storages.values())[i].copy_(x)
+                return
+            before = [x.clone() for x in storages.values()]
+            code.run(grid, given, self.error)
+            after = enumerate(zip(before, storages.values(), strict=True))
+            self.memory[key] = [(i, new.clone()) for i, (old, new) in after if not torch.equal(old, new)]
+
+
+def _whole(x: Tensor) -> Tensor:
+    """A tensor's storage as bytes."""
+    storage = x.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),))
+
+
+class Judge:
+    """The cases of a target, with what the unchanged kernels and the reference make of them."""
+
+    def __init__(self, target: str, names: set[str] | None = None):
+        self.target = target
+        self.cases = [c for c in cases() if names is None or f"{c.name}, {c.precision}" in names]
+        self.expected: dict[int, tuple[dict, dict]] = {}  # of a case, the reference in its dtype and in float64
+        self.unchanged: list[dict[str, Tensor]] = []  # of every case, what the unchanged kernels make of it
+        self.launched: list[list[str]] = []  # of every case, digests
+        self.kernels: dict[str, Kernel] = {}  # by digest
+        self.users: dict[str, list[int]] = {}  # of a digest, the cases that launch it
+        self._programs: dict[str, Program] = {}
+        for number in range(len(self.cases)):
+            executor = Launches(target)
+            self.unchanged.append(self.examine(number, executor))
+            self.launched.append(list(executor.seen))
+            for digest, kernel in executor.seen.items():
+                self.kernels[digest] = kernel
+                self.users.setdefault(digest, []).append(number)
+
+    def call(self, case: Case, function: Callable, dtype: torch.dtype, kind: torch.dtype, gradients: bool) -> dict[str, Tensor]:
+        """Output and gradients of a function in ``kind``, of values that are rounded to ``dtype``."""
+        far = case.far if kind == dtype else {}
+        given = {k: v if v is None else lay(v.to(dtype).to(kind), far.get(k)) for k, v in case.tensors.items()}
+        given = {k: v if v is None else v.detach().requires_grad_(gradients) for k, v in given.items()}
+        fixed = {k: v.to(kind) if isinstance(v, Tensor) else v for k, v in case.others.items()}
+        out = function(**given, **fixed)
+        found = {"output": out.detach()}
+        if gradients:
+            generator = torch.Generator().manual_seed(9)
+            upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype).to(kind)
+            wanted = {k: v for k, v in given.items() if v is not None}
+            gradient = torch.autograd.grad(out, list(wanted.values()), lay(upstream, far.get("upstream")))
+            found |= {f"gradient of {k}": g for k, g in zip(wanted, gradient, strict=True)}
+        return found
+
+    def examine(self, number: int, executor: Launches, gradients: bool = True) -> dict[str, Tensor]:
+        """Output and gradients.
+
+        Raises:
+            AssertionError: a result breaks the rule. Fault: the machine's.
+        """
+        case = self.cases[number]
+        path = KernelPath(self.target, case.precision)
+        dtype = torch.float32 if path.tf32 else getattr(torch, case.precision)
+        fused, plain = getattr(kernels.OPERATIONS[case.operation], case.operation), getattr(reference, case.operation)
+        gradients = gradients and case.gradients
+        torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody wrote is NaN
+        torch.backends.cuda.matmul.allow_tf32 = path.tf32
+        try:
+            if number not in self.expected:
+                with path.as_reference() if path.tf32 else nullcontext():
+                    same = self.call(case, plain, dtype, dtype, case.gradients)
+                self.expected[number] = same, self.call(case, plain, dtype, torch.float64, case.gradients)
+            with running(executor):
+                found = self.call(case, fused, dtype, dtype, gradients)
+                if case.spoilt:
+                    spoilt = case.tensors["pixel"].clone()
+                    spoilt[4, 1, 2] = float("nan")
+                    bad = self.call(case._replace(tensors=case.tensors | {"pixel": spoilt}), fused, dtype, dtype, False)
+                    _contained(case, found["output"], bad["output"])
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.backends.cuda.matmul.allow_tf32 = False
+        same, exact = self.expected[number]
+        for name, x in found.items():
+            path.rule(f"{case.operation}, {name}", x, same[name], exact[name], dtype)
+        return found
+
+    def changes_nothing(self, numbers: list[int], executor: Launches, gradients: bool = True) -> bool:
+        """Whether all results are the same to the bit."""
+        for number in numbers:
+            try:
+                found = self.examine(number, executor, gradients)
+            except (Fault, AssertionError):
+                return False
+            if not all(torch.equal(x, self.unchanged[number][name]) for name, x in found.items()):
+                return False
+        return True
+
+    def program(self, digest: str) -> "Program":
+        if digest not in self._programs:
+            self._programs[digest] = Program(self.kernels[digest])
+        return self._programs[digest]
+
+    def verdict(self, numbers: list[int], executor: Launches, gradients: bool = True) -> str | None:
+        """What notices, or None."""
+        for number in numbers:
+            case = self.cases[number]
+            try:
+                self.examine(number, executor, gradients)
+            except Fault as fault:
+                return f"fault in {case.name}, {case.precision}: {fault}"
+            except AssertionError as error:
+                return f"rule in {case.name}, {case.precision}: {error}"
+        return None
+
+
+def _contained(case: Case, clean: Tensor, bad: Tensor) -> None:
+    where = (4,) if case.operation == "inner" else (1, 2)
+    assert bad[where].isnan().any(), "NaN is gone"
+    bad = bad.clone()
+    bad[where] = clean[where]
+    assert torch.equal(bad, clean), "NaN of one patch reaches another"
+
+
+# ---- mutations of PTX ----
+
+
+class Program:
+    """A kernel's instructions by their places, for what changes them."""
+
+    def __init__(self, kernel: Kernel):
+        self.kernel, self.code = kernel, kernel.code
+        self.flow = f = flow(kernel)
+        self.places, self.instructions, self.written, self.definitions = f.places, f.instructions, f.written, f.definitions
+        self.number = {place: at for at, place in enumerate(self.places)}
+        self.dominators = dominators(self.code)
+        self.targets = {b for b in range(len(self.code.blocks)) if ways(self.code).in_degree(b) > 1}
+        self.types = {n: kernel.translator._declared(n) for n in kernel.translator.numbers}
+        self.offsets = sorted({int(m) for i in self.instructions if "shared" in i.parts for m in _offsets(i)})
+        self.pointers = self._pointers()
+
+    def _pointers(self) -> set[str]:
+        """64-bit registers that a pointer went into."""
+        found: set[str] = set()
+        for ins, written in zip(self.instructions, self.written, strict=True):
+            load = ins.parts[:2] == ("ld", "param") and ins.type[1:] == "64"
+            if load or any(x in found for x in registers(self.kernel, " ".join(ins.operands[1:]))):
+                found |= {x for x in written if self.types[x] == "b64"}
+        return found
+
+    def before(self, at: int) -> list[str]:
+        """Registers that are written once and surely before an instruction, the nearest last."""
+        block, index = self.places[at]
+        found = []
+        for earlier in range(max(0, at - 300), at):
+            b, i = self.places[earlier]
+            if (b == block and i < index) or (b != block and b in self.dominators[block]):
+                found += [x for x in self.written[earlier] if len(self.definitions[x]) == 1]
+        return found
+
+    def later(self, at: int, by: int) -> int | None:
+        """The instruction ``by`` behind one, or the last before ways part or meet."""
+        end = at
+        while end + 1 < len(self.places) and end < at + by:
+            following, block = self.instructions[end + 1], self.places[end + 1][0]
+            if following.parts[0] in ("bra", "ret") or (block != self.places[end][0] and block in self.targets):
+                break
+            end += 1
+        return end if end > at else None
+
+
+Changes = dict[int, list[Instruction]]  # what takes the place of an instruction, by its number
+
+
+class Kind(NamedTuple):
+    name: str
+    fits: Callable[[Instruction], bool]
+    change: Callable[[Program, int, random.Random], Changes | None]
+
+
+def changed(ins: Instruction, parts=None, operands=None, guard: str | None = "same") -> Instruction:
+    parts, operands = tuple(parts or ins.parts), tuple(operands or ins.operands)
+    guard = ins.guard if guard == "same" else guard
+    text = f"{f'@{guard} ' if guard else ''}{'.'.join(parts)} {', '.join(operands)}"
+    return Instruction(parts, operands, guard, text, ins.where)
+
+
+def made(like: Instruction, text: str) -> Instruction:
+    operation, _, operands = text.partition(" ")
+    return Instruction(tuple(operation.split(".")), tuple(operands.split(", ")), like.guard, text, like.where)
+
+
+def _offsets(ins: Instruction) -> list[str]:
+    """Of the addresses in an instruction."""
+    return [x for operand in ins.operands for x in re.findall(r"\[[^\]]*\+\s*(-?\d+)\s*\]", operand)]
+
+
+def _list(text: str) -> list[str]:
+    return [x.strip() for x in text.strip("{} ").split(",")]
+
+
+def _braced(items: list[str]) -> str:
+    return "{ " + ", ".join(items) + " }"
+
+
+SPARE = {"pred": "%xp", "b16": "%xh", "b32": "%xr", "b64": "%xd"}  # registers that no kernel has, by their types
+
+
+def _drop(p: Program, at: int, dice: random.Random) -> Changes | None:
+    return {at: []}
+
+
+def _delay(p: Program, at: int, dice: random.Random) -> Changes | None:
+    end = p.later(at, dice.choice((1, 3, 10, 30)))
+    return None if end is None else {at: [], end: [p.instructions[end], p.instructions[at]]}
+
+
+def _wait(p: Program, at: int, dice: random.Random) -> Changes | None:
+    ins = p.instructions[at]
+    if ins.parts[2] == "wait_group" and dice.random() < 0.5:
+        return {at: [changed(ins, operands=(str(int(ins.operands[0]) + 1),))]}
+    return _drop(p, at, dice) if dice.random() < 0.5 else _delay(p, at, dice)
+
+
+LOOSER = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt", "eq": "ne", "ne": "eq", "ltu": "leu", "gtu": "geu"}
+
+
+def _mask(p: Program, at: int, dice: random.Random) -> Changes | None:
+    ins = p.instructions[at]
+    if ins.parts[0] == "setp":
+        parts = [LOOSER.get(x, x) if i == 1 else x for i, x in enumerate(ins.parts)]
+        return {at: [changed(ins, parts)]} if tuple(parts) != ins.parts else None
+    if ins.parts[0] in ("and", "or"):
+        kept = dice.choice(ins.operands[1:])
+        return {at: [changed(ins, operands=(ins.operands[0], kept, kept))]}
+    if ins.parts[0] == "selp":
+        kept = dice.choice(ins.operands[1:3])
+        return {at: [changed(ins, operands=(ins.operands[0], kept, kept, ins.operands[3]))]}
+    return {at: [changed(ins, guard=None)]}
+
+
+def _is_mask(ins: Instruction) -> bool:
+    return (
+        ins.parts[0] in ("setp", "selp")
+        or (ins.parts[0] in ("and", "or") and ins.type == "pred")
+        or bool(ins.guard and ins.parts[0] in ("ld", "st", "cp"))
+    )
+
+
+SWAPPED = {"fma": (2, 3)}  # of others the first two that are read
+
+
+def _swap(p: Program, at: int, dice: random.Random) -> Changes | None:
+    ins = p.instructions[at]
+    name, operands = ins.parts[0], list(ins.operands)
+    if name == "mma" or "{" in " ".join(operands):
+        which = dice.choice([i for i, x in enumerate(operands) if "{" in x and (name != "mma" or i in (1, 2))] or [0])
+        items = _list(operands[which])
+        if len(items) < 2:
+            return None
+        a, b = dice.sample(range(len(items)), 2)
+        items[a], items[b] = items[b], items[a]
+        operands[which] = _braced(items)
+    else:
+        a, b = SWAPPED.get(name, (1, 2))
+        operands[a], operands[b] = operands[b], operands[a]
+    return {at: [changed(ins, operands=operands)]} if tuple(operands) != ins.operands else None
+
+
+def _is_ordered(ins: Instruction) -> bool:
+    two = ins.parts[0] == "cvt" and len(ins.operands) == 3
+    pack = ins.parts[0] == "mov" and "{" in "".join(ins.operands)
+    compare = ins.parts[0] == "setp" and ins.parts[1] not in ("eq", "ne")
+    return ins.parts[0] in ("sub", "div", "rem", "prmt", "selp", "fma", "mma") or two or pack or compare
+
+
+def _narrow(p: Program, at: int, dice: random.Random) -> Changes | None:
+    """An offset, not the pointer, through 32 bits."""
+    ins, narrow, wide = p.instructions[at], "%xr1", "%xd1"
+    target = ins.operands[0]
+    if p.types.get(target) != "b64" or target in p.pointers or len(p.definitions[target]) > 1:
+        return None
+    back = "cvt.u64.u32" if dice.random() < 0.5 and ins.parts != ("cvt", "u64", "u32") else "cvt.s64.s32"
+    whole = changed(ins, operands=(wide, *ins.operands[1:]))
+    return {at: [whole, made(ins, f"cvt.u32.u64 {narrow}, {wide}"), made(ins, f"{back} {target}, {narrow}")]}
+
+
+def _is_half(p: Program) -> bool:
+    return any(x in ("bf16x2", "f16x2", "bf16", "f16", "tf32") for ins in p.instructions for x in ins.parts[1:])
+
+
+def _round(p: Program, at: int, dice: random.Random, halves: bool = False) -> Changes | None:
+    """A conversion truncates; or what is float32 loses all but half precision; or what a multiply-add multiplies does."""
+    ins, spare, half = p.instructions[at], "%xr1", "%xh1"
+    if _is_half(p) != halves:
+        return None
+    if ins.parts[0] == "cvt":
+        if ins.parts[1] == "rna":
+            return {at: [made(ins, f"mov.b32 {ins.operands[0]}, {ins.operands[1]}")]}
+        which = dice.randrange(1, len(ins.operands))
+        bits = "0xFFFF0000" if "bf16" in ins.parts[2] else "0xFFFFE000"
+        operands = [spare if i == which else x for i, x in enumerate(ins.operands)]
+        return {at: [made(ins, f"and.b32 {spare}, {ins.operands[which]}, {bits}"), changed(ins, operands=operands)]}
+    kind = "bf16" if dice.random() < 0.7 else "f16"
+
+    def rounded(x: str) -> list[Instruction]:
+        return [made(ins, f"cvt.rn.{kind}.f32 {half}, {x}"), made(ins, f"cvt.f32.{kind} {x}, {half}")]
+
+    target = ins.operands[0]
+    if ins.parts[0] == "fma" and dice.random() < 0.5:
+        _, a, b, c = ins.operands
+        return {at: [made(ins, f"mul.f32 {spare}, {a}, {b}"), *rounded(spare), made(ins, f"add.f32 {target}, {spare}, {c}")]}
+    return {at: [ins, *rounded(dice.choice(_list(target)))]}
+
+
+def _is_rounded(ins: Instruction) -> bool:
+    to_half = ins.parts[0] == "cvt" and ins.parts[1] in ("rn", "rna") and ins.type == "f32"
+    return to_half or (ins.parts[0] in ("fma", "add", "sub", "mul", "mma", "ex2", "rsqrt") and ins.type == "f32")
+
+
+def _stage(p: Program, at: int, dice: random.Random) -> Changes | None:
+    """A shared address is off by what other accesses are apart."""
+    ins = p.instructions[at]
+    which = next(i for i, x in enumerate(ins.operands) if x.startswith("["))
+    apart = sorted({b - a for a, b in zip(p.offsets, p.offsets[1:], strict=False)} | {16, 128, 1024, 4096})
+    offset = int((_offsets(ins) or ["0"])[0]) + dice.choice((1, -1)) * dice.choice(apart)
+    base = re.match(r"\[\s*([%\w@]+)", ins.operands[which])[1]
+    operands = [f"[{base}+{offset}]" if i == which else x for i, x in enumerate(ins.operands)]
+    return {at: [changed(ins, operands=operands)]}
+
+
+NUMBER = r"-?\d+|0[fF][0-9A-Fa-f]{8}|0x[0-9A-Fa-f]+"
+
+
+def _constant(p: Program, at: int, dice: random.Random) -> Changes | None:
+    ins = p.instructions[at]
+    places = [i for i, x in enumerate(ins.operands) if i and re.fullmatch(NUMBER, x)]
+    if ins.parts[0] == "shfl":
+        places = [2]
+    if not places:
+        return None
+    which = dice.choice(places)
+    old = ins.operands[which]
+    if ins.parts[0] == "shfl" and old.isdigit():  # sums of other distances would only change the order
+        new = dice.choice([x for x in ("0", "1", "2", "4", "8", "16") if x != old])
+    elif old[:2] in ("0f", "0F"):
+        bits = int(old[2:], 16)
+        new = f"0f{bits ^ dice.choice((1 << 31, 1 << 23, 1 << 21)) if bits else 0x3F800000:08X}"
+    else:
+        new = str(int(old, 0) + dice.choice((1, -1)) if dice.random() < 0.5 else int(old, 0) ^ (1 << dice.randrange(5)))
+    return {at: [changed(ins, operands=[new if i == which else x for i, x in enumerate(ins.operands)])]}
+
+
+def _has_constant(ins: Instruction) -> bool:
+    return ins.parts[0] not in ("bar", "cp", "bra") and any(re.fullmatch(NUMBER, x) for x in ins.operands[1:])
+
+
+def _register(p: Program, at: int, dice: random.Random) -> Changes | None:
+    ins = p.instructions[at]
+    first = 0 if not p.written[at] else 1
+    sources = [(i, x) for i in range(first, len(ins.operands)) for x in registers(p.kernel, ins.operands[i])]
+    if not sources:
+        return None
+    which, old = dice.choice(sources)
+    others = [x for x in p.before(at) if p.types[x] == p.types[old] and x != old and "@" not in x][-40:]
+    if not others:
+        return None
+    operand = re.sub(rf"(?<![\w%]){re.escape(old)}\b", dice.choice(others), ins.operands[which], count=1)
+    return {at: [changed(ins, operands=[operand if i == which else x for i, x in enumerate(ins.operands)])]}
+
+
+def _negate(p: Program, at: int, dice: random.Random) -> Changes | None:
+    ins = p.instructions[at]
+    return {at: [changed(ins, guard=ins.guard[1:] if ins.guard.startswith("!") else f"!{ins.guard}")]}
+
+
+def _is(*names: str) -> Callable[[Instruction], bool]:
+    return lambda ins: ins.parts[0] in names
+
+
+def _any(ins: Instruction) -> bool:
+    return ins.parts[0] not in ("bra", "ret", "bar", "st", "stmatrix", "ld", "ldmatrix", "cp")
+
+
+PTX_KINDS = [
+    Kind("barrier dropped", _is("bar"), _drop),
+    Kind("barrier later", _is("bar"), _delay),
+    Kind("wait weakened", lambda ins: ins.parts[2:] in (("wait_group",), ("commit_group",)), _wait),
+    Kind("mask weakened", _is_mask, _mask),
+    Kind("predicate negated", lambda ins: bool(ins.guard), _negate),
+    Kind("operands swapped", _is_ordered, _swap),
+    Kind("address narrowed", lambda ins: ins.type in ("s64", "b64", "u64", "s32", "u32") and ins.parts[0] != "ld", _narrow),
+    Kind("rounding changed", _is_rounded, _round),
+    Kind("store skipped", lambda ins: ins.parts[0] in ("st", "stmatrix") or ins.parts[2:3] in (("ca",), ("cg",)), _drop),
+    Kind("load skipped", lambda ins: ins.parts[0] in ("ld", "ldmatrix") and ins.parts[1] != "param", _drop),
+    Kind("stage shifted", lambda ins: "shared" in ins.parts and any(x.startswith("[") for x in ins.operands), _stage),
+    Kind("constant changed", lambda ins: ins.parts[0] == "shfl" or _has_constant(ins), _constant),
+    Kind("register replaced", lambda ins: bool(ins.operands) and ins.parts[0] not in ("bar", "bra"), _register),
+    Kind("instruction dropped", _any, _drop),
+]
+# PyTorch rounds in half precision wherever it stores, and the rule allows as much: not drawn unless it is asked for
+IN_HALF = Kind("rounding changed in half or tf32", _is_rounded, partial(_round, halves=True))
+
+
+class Mutant(NamedTuple):
+    """``text``: what stood there, and what stands there now; ``digest``: of the code that was changed, of a source None."""
+
+    index: int
+    kind: str
+    kernel: str
+    where: str
+    text: str
+    digest: str | None
+    code: Any
+    reason: str | None = None  # of being equivalent, seen in the text
+    others: tuple[Kernel, ...] = ()  # with arbitrary values where the mutant's differ, see ``arbitrary``
+
+
+def apply(p: Program, changes: Changes) -> Kernel:
+    """
+    Raises:
+        Unknown: that is no program.
+    """
+    blocks = [[] for _ in p.code.blocks]
+    for at, (b, _) in enumerate(p.places):
+        blocks[b] += changes.get(at, [p.instructions[at]])
+    registers = p.code.registers | {name: type_ for type_, name in SPARE.items()}
+    return Kernel(p.code._replace(blocks=blocks, registers=registers), p.kernel.shared, p.kernel.name)
+
+
+ARBITRARY = {
+    "b32": ("0x7149F2CA", "0xF149F2CA", "0x4144CCCD"),  # ±1e30, 12.3 as float32; likewise below
+    "bf16": ("0x7149", "0xF149", "0x4145"),
+    "f16": ("0x7AFF", "0xFAFF", "0x4A27"),
+}
+
+
+def arbitrary(p: Program, changes: Changes) -> tuple[Kernel, ...]:
+    """Kernels with huge values, of both signs, and another one in the one register that a mutant changes, where it is changed;
+    or in what an instruction stores that a mutant leaves out. Before them one that faults where there is such a place.
+
+    None, if a mutant changes more than that, or an address.
+    """
+    (at, after), *more = changes.items()
+    ins, written = p.instructions[at], p.written[at]
+    number = ins.parts[0] in ("selp", "mov", "ld") or "f" in ins.type  # not an address
+    guarded = ins.guard and not (ins.parts[0] == "ld" and not after)
+    fault = changed(made(ins, "ld.global.b32 %xr1, [ %xd1 + 0 ]"), guard="%xp1")
+    half = "bf16" if any("bf16" in part for x in p.instructions for part in x.parts) else "f16"
+    if ins.parts[0] in ("st", "stmatrix") and not (more or after):
+        wide = ins.parts[0] == "stmatrix" or ins.type != "b16"
+        spare, values = ("%xr1", ARBITRARY["b32"]) if wide else ("%xh1", ARBITRARY[half])
+        all_ = changed(ins, operands=(ins.operands[0], re.sub(r"%\w+", spare, ins.operands[1])))
+        codes = [[changed(fault, guard=ins.guard), ins]]
+        codes += [[made(all_, f"mov.b{32 if wide else 16} {spare}, {v}"), all_] for v in values]
+        return tuple(apply(p, {at: code}) for code in codes)
+    if more or not number or guarded or len(written) != 1:
+        return ()
+    target, type_ = written[0], p.types[written[0]]
+    if type_ not in ("b16", "b32") or "@" in target or "{" in ins.operands[0]:
+        return ()
+    old, new = (f"{target.rstrip('0123456789')}9999{i}" for i in (7, 8))
+
+    def into(register: str, code: list[Instruction]) -> list[Instruction]:
+        """``code``, which reads ``target`` in its first instruction only, writing another register."""
+        first, *rest = code
+        first = changed(first, operands=(register if not i else o for i, o in enumerate(first.operands)))
+        return [first, *(changed(x, operands=(register if o == target else o for o in x.operands)) for x in rest)]
+
+    values = ARBITRARY["b32" if type_ == "b32" else half]
+    if ins.guard:  # a load that is left out
+        codes = [[changed(x, guard=ins.guard)] for x in (fault, *(made(ins, f"mov.{type_} {target}, {v}") for v in values))]
+    else:
+        differ = [
+            *into(old, [ins]), *into(new, after or [made(ins, f"mov.{type_} {target}, 0x7E11")]),
+            made(ins, f"setp.ne.{'s16' if type_ == 'b16' else 'b32'} %xp1, {old}, {new}"),
+        ]  # fmt: skip
+        codes = [[*differ, fault, made(ins, f"mov.{type_} {target}, {old}")]]
+        codes += [[*differ, made(ins, f"selp.{type_} {target}, {v}, {old}, %xp1")] for v in values]
+    try:
+        return tuple(apply(p, {at: code}) for code in codes)
+    except (Unknown, KeyError):
+        return ()
+
+
+def reduced(p: Program, at: int, guard: str | None) -> bool:
+    """Whether a guarded store into shared memory stores the same under another guard: the threads that may store to one
+    address have the same value, a sum or maximum over them by butterfly shuffles, and no address is left out."""
+    ins = p.instructions[at]
+    if ins.parts[:2] != ("st", "shared") or not ins.guard:
+        return False
+    values = known(p.flow)
+    base = next(registers(p.kernel, ins.operands[0]), None)
+    names = [x.lstrip("!") for x in (ins.guard, guard) if x]
+    if base not in values or not all(x in values for x in names):
+        return False
+    over, value = 0, ins.operands[1].strip("{} ")
+    while len(p.definitions.get(value, ())) == 1:
+        maker = p.instructions[p.definitions[value][0]]
+        if maker.parts[0] == "mov":
+            value = maker.operands[1]
+            continue
+        makers = {x: p.instructions[p.definitions[x][0]] for x in maker.operands[1:] if len(p.definitions.get(x, ())) == 1}
+        pairs = [
+            (x, y) for x in makers for y in makers if makers[y].parts[:3] == ("shfl", "sync", "bfly") and _from(p, makers[y], x)
+        ]
+        if maker.parts[0] not in ("add", "max", "min") or not pairs:
+            break
+        over |= int(makers[pairs[0][1]].operands[2])
+        value = pairs[0][0]
+    address, thread = values[base].astype(int), np.arange(len(values[base]))
+
+    def stored(guard: str | None) -> set[tuple[int, int]]:
+        on = np.ones(len(thread), bool) if guard is None else values[guard.lstrip("!")] ^ guard.startswith("!")
+        return {(int(a), int(t) & ~over) for a, t in zip(address[on], thread[on], strict=True)}
+
+    before, after = stored(ins.guard), stored(guard)
+    return before == after and len({a for a, _ in after}) == len(after)
+
+
+def _from(p: Program, shuffle: Instruction, register: str) -> bool:
+    """Whether a shuffle is of a register, or of a copy of it."""
+    source = shuffle.operands[1]
+    while source != register and len(p.definitions.get(source, ())) == 1:
+        maker = p.instructions[p.definitions[source][0]]
+        if maker.parts[0] != "mov":
+            return False
+        source = maker.operands[1]
+    return source == register
+
+
+def divides(p: Program, at: int) -> bool:
+    """Whether a predicate chooses between a division in 64 bits and one in 32, by the upper half of both numbers."""
+    ins = p.instructions[at]
+    if ins.parts[0] == "bra" and ins.guard:
+        found = p.definitions.get(ins.guard.lstrip("!"), ())
+        ins = p.instructions[found[0]] if len(found) == 1 else ins
+    if ins.parts[0] != "setp" or ins.parts[1] not in ("eq", "ne") or ins.type not in ("b64", "s64", "u64"):
+        return False
+    found = p.definitions.get(ins.operands[1], ())
+    upper = p.instructions[found[0]] if len(found) == 1 else ins
+    return upper.parts[0] == "and" and upper.operands[2] == "-4294967296" and ins.operands[2] == "0"
+
+
+def why_the_same(p: Program, changes: Changes) -> str | None:
+    """A reason why a mutant does the same, seen in its text."""
+    at, after = next(iter(changes.items()))
+    if len(after) == 1 and after[0][:2] == p.instructions[at][:2] and reduced(p, at, after[0].guard):
+        return "threads that store to one address have the same value, reduced over them; no address is left out"
+    if len(after) == 1 and divides(p, at):
+        return "both ways divide, in 32 or in 64 bits; what is divided stays below 2^32 (MOST_ROWS)"
+    return None
+
+
+def told(p: Program, changes: Changes) -> str:
+    old, new = [p.instructions[at].text for at in changes], [ins.text for x in changes.values() for ins in x]
+    return f"{'; '.join(old)}  ->  {'; '.join(new) or 'nothing'}"
+
+
+def draw_ptx(judge: Judge, seed: int, index: int, kinds: list[Kind] = PTX_KINDS) -> Mutant:
+    """
+    Raises:
+        LookupError: no such kind has a place in any kernel.
+    """
+    dice = random.Random(f"ptx {seed} {index}")
+    names = sorted({k.name for k in judge.kernels.values()})
+    for _ in range(DRAWS):
+        name = dice.choice(names)
+        kind, digest = dice.choice(kinds), dice.choice([d for d, k in judge.kernels.items() if k.name == name])
+        if kind.change is _narrow and not any(judge.cases[n].far for n in judge.users[digest]):
+            continue
+        p = judge.program(digest)
+        places = [at for at, ins in enumerate(p.instructions) if kind.fits(ins)]
+        if not places:
+            continue
+        at = dice.choice(places)
+        changes = kind.change(p, at, dice)
+        if changes is None:
+            continue
+        try:
+            kernel = apply(p, changes)
+        except (Unknown, KeyError):
+            continue
+        where, reason = p.instructions[at].where, why_the_same(p, changes)
+        return Mutant(index, kind.name, name, where, told(p, changes), digest, kernel, reason, arbitrary(p, changes))
+    raise LookupError(f"no mutant in {DRAWS} draws of {', '.join(k.name for k in kinds)}")
+
+
+ORDER = {"barrier dropped", "barrier later", "wait weakened"}
+
+
+def judge_ptx(judge: Judge, mutant: Mutant) -> tuple[str, str]:
+    """(verdict, why)"""
+    executor = Launches(judge.target)
+    executor.replaced = {mutant.digest: mutant.code}
+    users, gradients = judge.users[mutant.digest], mutant.kernel not in FORWARD
+    before, machine.ENDLESS = machine.ENDLESS, 60 * len(mutant.code.code.blocks) + 1000
+    try:
+        noticed = judge.verdict(users, executor, gradients)
+        if noticed:
+            return "noticed", noticed
+        if normal(mutant.code) == normal(judge.kernels[mutant.digest]):
+            return "equivalent", "the same values are stored by the same instructions"
+        if mutant.reason:
+            return "equivalent", mutant.reason
+        if mutant.kind in ORDER and depends_on_data(mutant.code) is None:
+            executor.multiprocessors = 1
+            if judge.verdict(users, executor, gradients) is None:
+                return "equivalent", "no race in any turn, and neither shared addresses nor branches depend on data"
+        same = judge.changes_nothing(users, executor, gradients)
+        if same and mutant.others and depends_on_data(mutant.code) is None:
+            tried = []
+            for kernel in mutant.others:
+                executor.replaced = {mutant.digest: kernel}
+                tried.append(judge.changes_nothing(users, executor, gradients))
+            if tried == [False, True, True, True]:  # the first faults: it does differ
+                return "equivalent", "what it changes is multiplied by zero or not chosen: huge values there change no bit"
+    finally:
+        machine.ENDLESS = before
+    return "missed", "all cases give the same bits" if same else "all cases keep the rule"
+
+
+# ---- mutations of the source ----
+
+
+class Edit(NamedTuple):
+    """Bytes ``start`` to ``end`` of a file of kernels/ become ``new``."""
+
+    kind: str
+    file: str
+    function: str
+    line: int
+    start: int
+    end: int
+    new: str
+
+
+SHAPES = {"arange", "reshape", "permute", "zeros", "full", "broadcast_to", "static_range", "inline_asm_elementwise"}
+OTHER = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!="}
+OTHER |= {ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.Mod: "//", ast.FloorDiv: "%"}
+FILES = {"inner": "inner.py", "fold": "fold.py", "pixel_embed": "pixel_embed.py"}
+ALSO = ("tile.py",)  # which inner and fold call
+
+
+class Source:
+    """A file of kernels/, and all edits of it that can be drawn."""
+
+    def __init__(self, name: str):
+        self.name, self.text = name, (TREE / "kernels" / name).read_bytes()
+        self.starts = [0]
+        for line in self.text.splitlines(keepends=True):
+            self.starts.append(self.starts[-1] + len(line))
+        self.edits: list[Edit] = []
+        for function in ast.parse(self.text).body:
+            if isinstance(function, ast.FunctionDef) and "triton.jit" in map(ast.unparse, function.decorator_list):
+                self._walk(function)
+
+    def _walk(self, function: ast.FunctionDef) -> None:
+        nodes = [n for statement in function.body for n in ast.walk(statement)]
+        names = {n.id for n in nodes if isinstance(n, ast.Name)} | {a.arg for a in function.args.args}
+        shapes = {id(x) for n in nodes if _called(n) in SHAPES for x in ast.walk(n)}
+        shapes |= {id(x) for n in nodes if isinstance(n, ast.Subscript) for x in ast.walk(n.slice)}
+        for node in nodes:
+            edits = [*self._structure(node), *(() if id(node) in shapes else self._values(node, names))]
+            for kind, at, new in edits:
+                self.edits.append(Edit(kind, self.name, function.name, at.lineno, *self._span(at), new))
+
+    def _span(self, node: ast.expr) -> tuple[int, int]:
+        return self.starts[node.lineno - 1] + node.col_offset, self.starts[node.end_lineno - 1] + node.end_col_offset
+
+    def _of(self, node: ast.expr) -> str:
+        start, end = self._span(node)
+        return self.text[start:end].decode()
+
+    def _structure(self, node: ast.AST) -> Iterator[tuple[str, ast.expr, str]]:
+        """(kind, what is replaced, by what): masks, casts, loops, branches, sums."""
+        call = _called(node)
+        for keyword in node.keywords if call in ("load", "store") else ():
+            if keyword.arg == "mask":
+                yield "mask dropped", keyword.value, f"({self._of(keyword.value)}) == ({self._of(keyword.value)})"
+            if keyword.arg == "other":
+                yield "other changed", keyword.value, "1.0"
+        if call == "where":
+            yield "where dropped", node.args[0], f"({self._of(node.args[0])}) == ({self._of(node.args[0])})"
+        if call == "trans":
+            yield "transposition dropped", node, self._of(node.args[0])
+        if call == "cast":
+            yield "cast dropped", node, self._of(node.args[0])
+        if call == "to" and not any(x.arg == "bitcast" for x in node.keywords):
+            yield "cast dropped", node, self._of(node.func.value)
+        if isinstance(node, ast.For) and _called(node.iter) == "range":
+            first, last = (*node.iter.args, *node.iter.args)[:2]
+            yield "range changed", first, f"{self._of(first)} + 1" if first is not last else f"1, {self._of(first)}"
+            yield "range changed", last, f"{self._of(last)} - 1"
+        if isinstance(node, ast.AugAssign):
+            yield "accumulation dropped", node, f"{self._of(node.target)} = {self._of(node.target)}"
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, (ast.Compare, ast.BoolOp)):
+            yield "branch forced", node.value, "True"
+            yield "branch forced", node.value, "False"
+        if isinstance(node, ast.If):
+            yield "branch forced", node.test, f"not ({self._of(node.test)})"
+
+    def _values(self, node: ast.AST, names: set[str]) -> Iterator[tuple[str, ast.expr, str]]:
+        """The same for what is computed."""
+        if isinstance(node, ast.BinOp):
+            left, right = self._of(node.left), self._of(node.right)
+            if isinstance(node.op, ast.BitAnd):
+                yield "mask loosened", node, left
+                yield "mask loosened", node, f"({right})"
+            if isinstance(node.op, ast.Sub):
+                yield "operands swapped", node, f"(({right}) - ({left}))"
+            if type(node.op) in OTHER:
+                yield "operator changed", node, f"(({left}) {OTHER[type(node.op)]} ({right}))"
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in OTHER:
+            yield (
+                "comparison changed",
+                node,
+                f"({self._of(node.left)} {OTHER[type(node.ops[0])]} {self._of(node.comparators[0])})",
+            )
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            other = node.value + 1 if isinstance(node.value, int) else node.value * 1.25 + (node.value == 0)
+            yield "constant changed", node, repr(other)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            for name in sorted(names):
+                if len(name) == len(node.id) and sum(a != b for a, b in zip(name, node.id, strict=True)) == 1:
+                    yield "name replaced", node, name
+
+
+def _called(node: ast.AST) -> str | None:
+    """The last part of a call's name."""
+    if not isinstance(node, ast.Call):
+        return None
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+
+
+def draw_source(seed: int, index: int, attempt: int = 0) -> Mutant:
+    dice = random.Random(f"source {seed} {index} {attempt}")
+    edits = [e for name in (*FILES.values(), *ALSO) for e in Source(name).edits]
+    kind = dice.choice(sorted({e.kind for e in edits}))
+    file = dice.choice(sorted({e.file for e in edits if e.kind == kind}))
+    edit = dice.choice([e for e in edits if e.kind == kind and e.file == file])
+    old = (TREE / "kernels" / edit.file).read_bytes()[edit.start : edit.end].decode()
+    text = f"{' '.join(old.split())}  ->  {' '.join(edit.new.split())}"
+    return Mutant(index, f"source: {kind}", edit.function, f"{edit.file}:{edit.line}", text, None, edit)
+
+
+def mutated_tree(edit: Edit, folder: Path) -> Path:
+    """A source tree with the edit in it."""
+    for part in ("tnt_fast", "kernels"):
+        shutil.copytree(TREE / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / "kernels" / edit.file
+    text = path.read_bytes()
+    path.write_bytes(text[: edit.start] + edit.new.encode() + text[edit.end :])
+    return folder
+
+
+class Stillborn(Exception):
+    """A mutant that does not compile, or to what the machine does not know."""
+
+
+def judge_source(judge: Judge, mutant: Mutant) -> tuple[str, str]:
+    """(verdict, why)
+
+    Raises:
+        Stillborn
+    """
+    operations = [name for name, file in FILES.items() if file == mutant.code.file] or ["inner", "fold"]
+    numbers = [n for n, c in enumerate(judge.cases) if c.operation in operations and (c.far or c.precision in WIDEST)]
+    numbers.sort(key=lambda n: (bool(judge.cases[n].far) != (mutant.kind == "source: cast dropped"), n))
+    same = True
+    before, machine.ENDLESS = machine.ENDLESS, 20_000
+    with tempfile.TemporaryDirectory() as folder:
+        compiler = Compiler(mutated_tree(mutant.code, Path(folder)))
+        try:
+            for number in numbers:
+                executor = Launches(judge.target)
+                executor.compiler = compiler
+                if noticed := judge.verdict([number], executor):
+                    return "noticed", noticed
+                was = judge.launched[number]
+                same = same and len(was) == len(executor.seen)
+                for a, b in zip(was, executor.seen, strict=False):
+                    same = same and (a == b or normal(judge.kernels[a]) == normal(executor.seen[b]))
+        except (RuntimeError, Unknown) as error:
+            raise Stillborn(str(error).strip().splitlines()[-1]) from None
+        finally:
+            compiler.close()
+            machine.ENDLESS = before
+    return ("equivalent", "compiles to the same code in all cases") if same else ("missed", "all cases keep the rule")
+
+
+# ---- many of them ----
+
+
+VERDICTS = ("noticed", "equivalent", "missed", "error")  # error: of this program
+WIDEST = ("bfloat16", "float32")  # of source mutants the code that differs most
+EVERY = 5  # every so-many-th mutant is one of the source
+_judges: dict[str, Judge] = {}
+
+
+def examine(seed: int, target: str, index: int) -> dict[str, Any]:
+    """What is reported of one mutant."""
+    if target not in _judges:
+        _judges[target] = Judge(target)
+    judge, source = _judges[target], index % EVERY == EVERY - 1
+    for attempt in range(DRAWS):
+        mutant = draw_source(seed, index, attempt) if source else draw_ptx(judge, seed, index)
+        with suppress(Stillborn):
+            verdict, why = judge_source(judge, mutant) if source else judge_ptx(judge, mutant)
+            break
+    else:
+        raise LookupError(f"mutant {index}: {DRAWS} of {DRAWS} draws do not compile")
+    users = [] if source else [f"{judge.cases[n].name}, {judge.cases[n].precision}" for n in judge.users[mutant.digest]]
+    return dict(
+        index=index, target=target, kind=mutant.kind, kernel=mutant.kernel, where=mutant.where, text=mutant.text,
+        verdict=verdict, why=why, cases=users,
+    )  # fmt: skip
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first one ends these
+
+
+def _examine(work: tuple[int, str, int]) -> dict[str, Any]:
+    try:
+        return examine(*work)
+    except Exception as error:
+        row = dict.fromkeys(("kind", "kernel", "where", "text"), "?") | {"cases": []}
+        return row | dict(index=work[2], target=work[1], verdict="error", why=f"{type(error).__name__}: {error}")
+
+
+def run(seed: int, count: int, targets: list[str], processes: int) -> Iterator[dict[str, Any]]:
+    """Mutants as they come."""
+    work = [(seed, targets[i % len(targets)], i) for i in range(count)]
+    with multiprocessing.get_context("spawn").Pool(processes, _start) as pool:  # forked, torch's threads are lost
+        yield from pool.imap_unordered(_examine, work)
+
+
+def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+    def share(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        counts = Counter(row["verdict"] for row in rows)
+        changing = counts["noticed"] + counts["missed"]
+        return {v: counts[v] for v in VERDICTS} | {
+            "share_noticed": round(counts["noticed"] / changing, 4) if changing else None
+        }
+
+    def by(key: str) -> dict[str, Any]:
+        return {value: share([r for r in found if r[key] == value]) for value in sorted({r[key] for r in found})}
+
+    listed = {v: sorted((r for r in found if r["verdict"] == v), key=lambda r: r["index"]) for v in VERDICTS}
+    return share(found) | {
+        "by_kind": by("kind"),
+        "by_kernel": by("kernel"),
+        "noticed_by": dict(Counter(r["why"].split(" in ")[0] for r in listed["noticed"])),
+        "missed_mutants": listed["missed"],
+        "equivalent_mutants": listed["equivalent"],
+        "errors": listed["error"],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"{'':34}{'noticed':>9}{'equivalent':>12}{'missed':>8}{'share':>8}"]
+    for name, row in [*result["by_kind"].items(), *result["by_kernel"].items(), ("all", result)]:
+        share = "" if row["share_noticed"] is None else f"{row['share_noticed']:.1%}"
+        lines.append(f"{name:34}{row['noticed']:9}{row['equivalent']:12}{row['missed']:8}{share:>8}")
+    return "\n".join(lines)
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
+
+
+def target_list(text: str) -> list[str]:
+    if wrong := set(text.split(",")) - set(TARGETS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(wrong))}: unknown; accepted: {', '.join(TARGETS)}")
+    return text.split(",")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from tqdm import tqdm
+
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description="Break the kernels; would a test notice?")
+    parser.add_argument("--count", type=positive, default=300, help="mutants (%(default)s), a fifth of them of the source")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--targets", type=target_list, default=["sm_90"], help="by commas, in turn (sm_90)")
+    parser.add_argument("--processes", type=positive, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("--mutant", type=int, metavar="INDEX", help="one of them, in this process, told in full")
+    args = parser.parse_args(arguments)
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: no folder {args.json.parent}")
+    if args.mutant is not None:
+        print(json.dumps(examine(args.seed, args.targets[args.mutant % len(args.targets)], args.mutant), indent=1))
+        return 0
+    found, began, stopped = [], time.monotonic(), False
+    results = run(args.seed, args.count, args.targets, args.processes)
+    try:
+        for one in tqdm(results, total=args.count, unit="mutant", disable=None):
+            found.append(one)
+            if one["verdict"] == "missed":
+                tqdm.write(f"missed {one['index']}: {one['kind']}, {one['kernel']}, {one['where']}: {one['text'][:150]}")
+    except KeyboardInterrupt:
+        stopped = True
+        results.close()
+    result = {"seed": args.seed, "count": len(found), "asked": args.count, "targets": args.targets} | summary(found)
+    result["seconds"] = round(time.monotonic() - began)
+    print(table(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return 130 if stopped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

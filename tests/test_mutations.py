@@ -1,0 +1,216 @@
+"""Whether the machine would notice a broken kernel that Triton's interpreter cannot see. ``mutations`` breaks many more."""
+
+import json
+import random
+
+import pytest
+
+pytest.importorskip("triton")
+
+import mutations
+from mutations import IN_HALF, PTX_KINDS, Judge, Launches, apply, draw_ptx, judge_ptx, told
+from ptx.flow import depends_on_data, normal
+from ptx.machine import Kernel
+
+KINDS = {kind.name: kind for kind in (*PTX_KINDS, IN_HALF)}
+
+
+@pytest.fixture(scope="module")
+def judge():
+    cases = ("inner Ti, bfloat16", "fold stem, bfloat16", "fold stem, float32", "fold legacy, bfloat16", "embed S, bfloat16")
+    return Judge("sm_90", set(cases))
+
+
+def break_(judge: Judge, name: str, kind: str, operation: str, seed: int, precision: str = "bfloat16"):
+    """A mutant of the middle one of a kernel's instructions that begin with ``operation``."""
+    digest = next(
+        d for d, k in judge.kernels.items() if k.name == name and judge.cases[judge.users[d][0]].precision == precision
+    )
+    p = judge.program(digest)
+    places = [i for i, ins in enumerate(p.instructions) if KINDS[kind].fits(ins) and ".".join(ins.parts).startswith(operation)]
+    at = places[len(places) // 2]
+    changes = KINDS[kind].change(p, at, random.Random(seed))
+    return mutations.Mutant(0, kind, name, p.instructions[at].where, told(p, changes), digest, apply(p, changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "operation"),
+    [
+        ("_inner_fwd_kernel", "barrier dropped", "bar.sync"),
+        ("_inner_fwd_kernel", "operands swapped", "mma.sync"),
+        ("_inner_fwd_kernel", "stage shifted", "ldmatrix"),
+        ("_inner_bwd_mlp_kernel", "barrier dropped", "bar.sync"),
+        ("_inner_bwd_mlp_kernel", "operands swapped", "cvt.rn.bf16x2"),
+        ("_inner_bwd_attention_kernel", "barrier dropped", "bar.sync"),
+        ("_inner_bwd_attention_kernel", "store skipped", "st.shared"),
+        ("_inner_bwd_attention_kernel", "operands swapped", "mma.sync"),
+        ("_fold_fwd_kernel", "wait weakened", "cp.async.wait_group"),
+        ("_fold_fwd_kernel", "stage shifted", "cp.async.cg"),
+        ("_fold_fwd_kernel", "operands swapped", "mma.sync"),
+        ("_fold_norm_bwd_kernel", "barrier dropped", "bar.sync"),
+        ("_pixel_embed_fwd_kernel", "barrier dropped", "bar.sync"),
+        ("_pixel_embed_fwd_kernel", "mask weakened", "ld.global"),
+        ("_pixel_embed_weight_bwd_kernel", "stage shifted", "ldmatrix"),
+        ("_pixel_embed_image_bwd_kernel", "constant changed", "shfl"),
+    ],
+)
+def test_what_the_interpreter_cannot_see_is_noticed(name, kind, operation, judge):
+    mutant = break_(judge, name, kind, operation, seed=2)
+    verdict, why = judge_ptx(judge, mutant)
+    assert verdict == "noticed", f"{mutant.where}: {mutant.text}: {verdict} {why}"
+
+
+def test_rounding_at_a_wrong_place_is_noticed_in_float32(judge):
+    mutant = break_(judge, "_fold_fwd_kernel", "rounding changed", "fma", seed=0, precision="float32")
+    assert judge_ptx(judge, mutant)[0] == "noticed", mutant.text
+
+
+def test_the_unchanged_kernels_are_right_and_the_same(judge):
+    everything = list(range(len(judge.cases)))
+    assert judge.verdict(everything, Launches("sm_90")) is None
+    assert judge.changes_nothing(everything, Launches("sm_90"))
+    for digest, kernel in judge.kernels.items():
+        assert normal(kernel) == normal(Kernel(kernel.code, kernel.shared, kernel.name)), digest
+
+
+@pytest.mark.parametrize("kind", PTX_KINDS, ids=lambda kind: kind.name)
+def test_a_kind_changes_the_program_and_the_seed_says_how(kind, judge):
+    if kind.name == "address narrowed":
+        with pytest.raises(LookupError, match=r"no mutant in \d+ draws of address narrowed"):
+            draw_ptx(judge, 0, 0, [kind])  # no case here has far addresses
+        return
+    first, again, other = (draw_ptx(judge, 0, index, [kind]) for index in (0, 0, 1))
+    texts = [[[ins.text for ins in block] for block in m.code.code.blocks] for m in (first, again, other)]
+    original = [[ins.text for ins in block] for block in judge.kernels[first.digest].code.blocks]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0] != original
+    assert first[:6] == again[:6] != other[:6]
+    assert "  ->  " in first.text
+
+
+PTX = """
+.version 8.7
+.target sm_90a
+.address_size 64
+.visible .entry kernel(
+    .param .u64 .ptr .global .align 1 out,
+    .param .u32 n
+)
+.reqntid 32
+{
+    .reg .pred %p<9>;
+    .reg .b32 %r<99>;
+    .reg .b64 %rd<9>;
+    ld.param.b64 %rd1, [out];
+    ld.param.b32 %r1, [n];
+    mov.u32 %r2, %tid.x;
+    mul.wide.u32 %rd2, %r2, 4;
+    add.s64 %rd3, %rd1, %rd2;
+    setp.lt.u32 %p1, %r2, 32;
+    setp.lt.u32 %p2, %r2, %r1;
+    add.s32 %r3, %r1, %r2;
+    @%p2 st.global.b32 [ %rd3 + 0 ], %r3;
+    ret;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("add.s32 %r3, %r1, %r2;", "add.s32 %r3, %r2, %r1;", True),
+        ("add.s32 %r3, %r1, %r2;", "sub.s32 %r3, %r1, %r2;", False),
+        ("setp.lt.u32 %p1, %r2, 32;", "setp.le.u32 %p1, %r2, 32;", True),  # nobody reads it
+        ("setp.lt.u32 %p2, %r2, %r1;", "setp.le.u32 %p2, %r2, %r1;", False),
+        ("@%p2 st", "@%p1 st", False),
+        ("@%p2 st", "st", False),
+        ("mul.wide.u32 %rd2, %r2, 4;", "shl.b32 %r4, %r2, 2; cvt.u64.u32 %rd2, %r4;", True),
+        ("mul.wide.u32 %rd2, %r2, 4;", "mul.wide.u32 %rd2, %r2, 8;", False),
+        ("@%p2 st.global.b32 [ %rd3 + 0 ], %r3;", "", False),
+        ("[ %rd3 + 0 ]", "[ %rd3 + 4 ]", False),
+    ],
+)
+def test_programs_that_do_the_same_have_one_normal_form(old, new, same):
+    assert old in PTX
+    assert (normal(Kernel(PTX, 0)) == normal(Kernel(PTX.replace(old, new), 0))) == same
+
+
+def test_a_known_predicate_is_no_predicate():
+    always = PTX.replace("@%p2 st", "@%p1 st")
+    assert normal(Kernel(always, 0)) == normal(Kernel(always.replace("@%p1 st", "st"), 0))
+
+
+def test_what_depends_on_data_is_found():
+    assert depends_on_data(Kernel(PTX, 64)) is None
+    loaded = PTX.replace("add.s32 %r3", "ld.global.b32 %r5, [ %rd3 + 0 ]; ld.shared.b32 %r6, [ %r5 + 0 ]; add.s32 %r3")
+    assert depends_on_data(Kernel(loaded, 64)).text == "ld.shared.b32 %r6, [ %r5 + 0 ]"
+
+
+def test_an_equivalent_has_its_reason(judge):
+    mutant = break_(judge, "_inner_fwd_kernel", "operands swapped", "mma.sync", seed=0)
+    unchanged = mutant._replace(code=judge.kernels[mutant.digest])
+    assert judge_ptx(judge, unchanged) == ("equivalent", "the same values are stored by the same instructions")
+
+
+def test_mutants_of_the_source(tmp_path):
+    kinds = {edit.kind for name in (*mutations.FILES.values(), *mutations.ALSO) for edit in mutations.Source(name).edits}
+    assert len(kinds) == 14
+    mutant = mutations.draw_source(0, 1)
+    assert mutant == mutations.draw_source(0, 1) != mutations.draw_source(0, 2)
+    tree = mutations.mutated_tree(mutant.code, tmp_path)
+    was, now = ((root / "kernels" / mutant.code.file).read_bytes() for root in (mutations.TREE, tree))
+    assert was != now
+    assert was[: mutant.code.start] == now[: mutant.code.start]
+    assert now.endswith(was[mutant.code.end :])
+    compile(now, mutant.code.file, "exec")
+
+
+def test_a_broken_source_is_noticed(judge):
+    edit = next(
+        e
+        for e in mutations.Source("fold.py").edits
+        if e.function == "_fold_norm_bwd_kernel" and e.kind == "accumulation dropped"
+    )
+    mutant = mutations.Mutant(0, f"source: {edit.kind}", edit.function, f"fold.py:{edit.line}", "", None, edit)
+    verdict, why = mutations.judge_source(judge, mutant)
+    assert verdict == "noticed"
+    assert "rule in fold" in why
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--count", "0"], "'0' is no positive integer"),
+        (["--processes", "x"], "'x' is no positive integer"),
+        (["--targets", "sm_90,sm_70"], "sm_70: unknown; accepted: sm_80, "),
+        (["--json", "nowhere/mutations.json"], "no folder nowhere"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, capsys):
+    with pytest.raises(SystemExit):
+        mutations.main(arguments)
+    assert error in capsys.readouterr().err
+
+
+def _row(index, verdict):
+    return dict(index=index, target="sm_90", kind="store skipped", kernel="k", where="k.py:1", text="a  ->  nothing",
+                verdict=verdict, why=f"fault in {index}", cases=[])  # fmt: skip
+
+
+def test_the_report(tmp_path, monkeypatch, capsys):
+    """Stopped by Ctrl-C, it says what was found until then."""
+
+    def stopped(*_):
+        yield from (_row(i, v) for i, v in enumerate(("noticed", "noticed", "missed", "equivalent")))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mutations, "run", stopped)
+    file = tmp_path / "found.json"
+    assert mutations.main(["--count", "9", "--json", str(file)]) == 130
+    found = json.loads(file.read_text())
+    assert (found["count"], found["asked"], found["noticed"], found["equivalent"], found["missed"]) == (4, 9, 2, 1, 1)
+    assert found["share_noticed"] == 0.6667
+    assert found["noticed_by"] == {"fault": 2}
+    assert [row["index"] for row in found["missed_mutants"]] == [2]
+    assert found["equivalent_mutants"][0]["why"] == "fault in 3"
+    assert "66.7%" in capsys.readouterr().out
