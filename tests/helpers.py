@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import os
 import subprocess
 import sys
@@ -131,6 +132,22 @@ class Tf32Products(TorchDispatchMode):
                 rounded = ((args[i].view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
                 args[i] = torch.where(args[i].isfinite(), rounded, args[i])
         return function(*args, **(kwargs or {}))
+
+
+def lay(tensor: torch.Tensor, axis: int | None) -> torch.Tensor:
+    """With an axis, its last place is 2^31 values and more behind its first, in memory that is taken where it is touched."""
+    if axis is None:
+        return tensor
+    strides = list(tensor.contiguous().stride())
+    strides[axis] = -(-(2**31) // (tensor.shape[axis] - 1) // 16) * 16
+    size = strides[axis] * (tensor.shape[axis] - 1) + tensor.numel()
+    if tensor.is_cuda:
+        if torch.cuda.mem_get_info()[0] < 2 * size * tensor.element_size():
+            pytest.skip(f"needs {2 * size * tensor.element_size() >> 30} GiB of free GPU memory")
+        whole = torch.empty(size, dtype=tensor.dtype, device=tensor.device)
+    else:
+        whole = torch.frombuffer(mmap.mmap(-1, size * tensor.element_size()), dtype=tensor.dtype)
+    return whole.as_strided(tensor.shape, strides).copy_(tensor)
 
 
 def run_once(tmp_path_factory: pytest.TempPathFactory, name: str, script: str, *arguments: str) -> tuple[Path, dict[str, Any]]:

@@ -116,3 +116,25 @@ def test_the_plain_forms(which, path, dtype):
     y = apply(x, which, fast=False)
     exact = {"gelu": F.gelu, "exp2": torch.exp2, "reciprocal": torch.reciprocal}[which](x.double())
     assert (y.double() - exact).abs().max().item() <= 1e-6
+
+
+@triton.jit
+def _centre(x_ptr, y_ptr, SIZE: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr):
+    row, col = tl.arange(0, 4), tl.arange(0, WIDE)
+    at = row[:, None] * WIDE + col[None, :]
+    tl.store(y_ptr + at, tile.centred(tl.load(x_ptr + at), col < SIZE, SIZE, EXACT))
+
+
+@pytest.mark.everywhere
+@pytest.mark.parametrize("exact", [False, True])
+@paths("float32", "float32")
+def test_centred_rows(exact, path, dtype):
+    """Columns of padding stay 0; what is left of a large mean is a rounding of the values, EXACT of what was left of them."""
+    x = torch.zeros(4, 32, device=path.device)
+    x[:, :24] = torch.tensor([[0.0], [777.7], [-1e5], [3e7]], device=path.device) + torch.randn(4, 24, device=path.device)
+    y = torch.full_like(x, float("nan"))
+    operation.runner.launch(_centre, 1, (x, y), dict(SIZE=24, WIDE=32, EXACT=exact), {})
+    assert (y[:, 24:] == 0).all()
+    right = x[:, :24].double() - x[:, :24].double().mean(1, keepdim=True)
+    rounding = 2**-22 * (right if exact else x.double()).abs().amax(1, keepdim=True)
+    assert ((y[:, :24].double() - right).abs() <= rounding).all()

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import pytest
 import timm
 import torch
-from helpers import KernelPath, Tf32Products, paths, perturb
+from helpers import KernelPath, Tf32Products, lay, paths, perturb
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
@@ -91,6 +91,36 @@ def embed_case(B, channels, H, W, C, patch, stride, step, legacy):
     return tensors, dict(patch_size=patch, stride=stride, patch_stride=step, legacy=legacy)
 
 
+def one_by_one(tensors, fc1=1.0):
+    """``inner_tensors`` whose output is the hidden channels, each with few others: a mistake in any one of them decides it."""
+    C, M = tensors["fc2_weight"].shape
+    hidden = torch.eye(C, dtype=torch.float64).repeat(1, -(-M // C))[:, :M]
+    small = {name: 1e-2 * tensors[name] for name in ("pixel", "proj_weight", "proj_bias", "fc2_bias")}
+    return tensors | small | dict(fc1_weight=fc1 * tensors["fc1_weight"], fc2_weight=hidden)
+
+
+def spiked(tensors, factor):
+    """``inner_tensors`` where a hidden channel has one weight so many times as large as the others, each in another column.
+
+    Normalised pixels are about ±1 all over: hidden values far from 0, where their signs would be a matter of rounding.
+    """
+    weight = tensors["fc1_weight"].clone()
+    row, channels = torch.arange(weight.shape[0]), weight.shape[1]
+    weight[row, row * 7 % channels] *= factor
+    level = torch.where(torch.arange(channels) % 2 == 0, 3.0, -3.0)
+    return tensors | dict(fc1_weight=weight, pixel=level + 0.2 * tensors["pixel"], proj_weight=0.1 * tensors["proj_weight"])
+
+
+def growing(tensors, by):
+    """``fold_tensors`` whose pixels grow along the patch, so that its parts have means of their own."""
+    return tensors | dict(pixel=tensors["pixel"] + by * torch.linspace(-1, 1, tensors["pixel"].shape[1])[:, None])
+
+
+def shrunk(tensors):
+    """``fold_tensors`` with small values before either norm: what is none of them outweighs them."""
+    return tensors | {name: 0.02 * tensors[name] for name in ("pixel", "proj_weight")}
+
+
 def case(operation: str):
     """Tensors and other arguments of a small call."""
     if operation == "pixel_embed":
@@ -113,11 +143,26 @@ def case(operation: str):
         (3, 3, 16, 32, 96, (16, 16), 8, (16, 16)),
         (1, 1, 40, 24, 40, (16, 16), 4, (8, 8)),
         (1, 4, 48, 24, 12, (24, 12), 4, (24, 12)),
+        (1, 3, 16, 48, 24, (16, 16), 4, (16, 16)),
     ],
-    ids=["S", "stride2", "stride8", "overlap", "S18"],
+    ids=["S", "stride2", "stride8", "overlap", "S18", "odd"],
 )
 def test_pixel_embed(B, channels, H, W, C, patch, stride, step, legacy, path, dtype):
     check(path, "pixel_embed", *embed_case(B, channels, H, W, C, patch, stride, step, legacy), dtype)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+@paths("", "float16")
+def test_pixel_embed_of_an_image_that_lies_far_apart(axis, path, dtype):
+    tensors, others = embed_case(3, 3, 32, 48, 24, (16, 16), 4, (16, 16), False)
+    tensors = {k: v.to(path.device, dtype) for k, v in tensors.items()}
+    embed, results = kernels.OPERATIONS["pixel_embed"].pixel_embed, []
+    for image in (tensors["image"], lay(tensors["image"], axis)):
+        given = tensors | {"image": image.requires_grad_(), "weight": tensors["weight"].requires_grad_()}
+        out = embed(**given, **others)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (given["image"], given["weight"]))))
+    for near, far in zip(*results, strict=True):
+        assert torch.equal(near, far)
 
 
 @paths("float32", "bfloat16 float32")
@@ -156,10 +201,52 @@ def test_fold(B, N, S, C, E, legacy, path, dtype):
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["norms", "legacy"])
+@pytest.mark.parametrize(("N", "C", "E"), [(3, 24, 64), (35, 12, 24)], ids=str)
 @paths()
-def test_fold_of_a_large_mean(legacy, path, dtype):
+def test_fold_of_a_large_mean(N, C, E, legacy, path, dtype):
     mean = 1000.0 if dtype == torch.float32 else 100.0
-    check(path, "fold", fold_tensors(2, 3, 16, 24, 64, legacy, mean=mean), {}, dtype, gradients=False)
+    check(path, "fold", fold_tensors(2, N, 16, C, E, legacy, mean=mean), {}, dtype, gradients=False)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["norms", "legacy"])
+@pytest.mark.parametrize("by", [2, 30])
+@paths()
+def test_fold_of_pixels_that_grow_along_the_patch(by, legacy, path, dtype):
+    tensors = growing(fold_tensors(2, 35, 16, 12, 24, legacy), by)  # more rows than a program takes
+    check(path, "fold", tensors | dict(proj_bias=normal(24)), {}, dtype)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.5])
+@pytest.mark.parametrize(("S", "C", "E"), [(5, 6, 200), (16, 24, 48)], ids=str)
+@everywhere
+@paths()
+def test_fold_of_small_values(S, C, E, eps, path, dtype):
+    check(path, "fold", shrunk(fold_tensors(2, 9, S, C, E, False)), dict(eps=eps), dtype)
+
+
+@everywhere
+@pytest.mark.parametrize("legacy", [False, True], ids=["norms", "legacy"])
+@paths("float32", "float32")
+def test_fold_of_equal_pixels(legacy, path, dtype):
+    """PyTorch finds their mean to the bit; the kernel's first sum of them is rounded."""
+    tensors = fold_tensors(2, 5, 16, 24, 40, legacy)
+    tensors["pixel"] = (700 + 100 * normal(10, 1, 1)).expand(10, 16, 24)
+    check(path, "fold", tensors, {}, dtype, gradients=False)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@paths("", "bfloat16 float16")
+def test_fold_onto_a_patch_that_lies_far_apart(axis, path, dtype):
+    tensors = fold_tensors(3, 5, 16, 12, 24, False)
+    given = {k: v if v is None else v.to(path.device, dtype).requires_grad_() for k, v in tensors.items()}
+    upstream, results = normal(3, 6, 24).to(path.device, dtype), []
+    for far in (None, axis):
+        given["patch"] = lay(given["patch"].detach(), far).requires_grad_()
+        out = kernels.OPERATIONS["fold"].fold(**given)
+        wanted = [v for v in given.values() if v is not None]
+        results.append((out, *torch.autograd.grad(out, wanted, lay(upstream, far))))
+    for near, far in zip(*results, strict=True):
+        assert torch.equal(near, far)
 
 
 @paths("float32", "bfloat16 float32")
@@ -188,6 +275,14 @@ def test_fold_onto_an_expanded_patch(path, dtype):
 )  # fmt: skip
 def test_inner(P, S, C, H, M, bias, path, dtype):
     check(path, "inner", inner_tensors(P, S, C, M, bias), dict(num_heads=H), dtype)
+
+
+@paths()
+@pytest.mark.parametrize(
+    ("P", "S", "C", "H", "fc1"), [(5, 16, 24, 4, 1), (5, 16, 40, 4, 2), (9, 16, 12, 2, 1), (4, 9, 24, 4, 2)], ids=str
+)
+def test_inner_where_each_hidden_channel_decides(P, S, C, H, fc1, path, dtype):
+    check(path, "inner", one_by_one(inner_tensors(P, S, C, 4 * C), fc1), dict(num_heads=H, eps=1e-6), dtype)
 
 
 @pytest.mark.parametrize(("mean", "scale"), [(1.0, 1.0), (0.0, 1e-3)], ids=["mean", "spread"])
@@ -384,6 +479,35 @@ def test_bfloat16_takes_tensors_of_any_size(factors, others, path, dtype):
     tensors = inner_tensors(5, 16, 24, 96)
     tensors |= {name: tensors[name] * factor for name, factor in factors.items()}
     check(path, "inner", tensors, dict(num_heads=4, **others), dtype)
+
+
+@pytest.mark.parametrize(
+    ("C", "M", "name", "factor"),
+    [
+        (24, 96, "fc1_weight", 1e6), (24, 96, "norm2_bias", 1e6), (24, 97, "fc2_weight", 1e6), (12, 48, "fc1_weight", 1e6),
+        (40, 160, "fc1_weight", 1e6),
+    ],
+    ids=str,
+)  # fmt: skip
+@paths("", "bfloat16")
+def test_bfloat16_takes_one_large_weight_a_channel(C, M, name, factor, path, dtype):
+    tensors = inner_tensors(5, 16, C, M)
+    if name == "fc2_weight":  # all that does not fit into float16 is the last hidden channel's, alone in its slice
+        tensors[name][:, -1] *= factor
+    elif name == "norm2_bias":
+        tensors[name][5] = factor
+    else:
+        tensors = spiked(tensors, factor)
+    check(path, "inner", tensors, dict(num_heads=2), dtype)
+
+
+@paths("", "bfloat16 float16")
+@pytest.mark.parametrize(("S", "C"), [(4, 96), (9, 24), (16, 12)], ids=str)
+def test_saturated_attention(S, C, path, dtype):
+    """Scores so far apart that a maximum over some of them only makes powers that are not finite."""
+    tensors = inner_tensors(5, S, C, 4 * C)
+    tensors["qk_weight"] *= 6
+    check(path, "inner", tensors, dict(num_heads=4 if C > 12 else 2), dtype, gradients=False)
 
 
 # ---- all ----
