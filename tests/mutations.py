@@ -32,12 +32,13 @@ import argparse
 import ast
 import hashlib
 import json
-import mmap
 import multiprocessing
+import os
 import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -54,14 +55,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does
 
-from helpers import KernelPath
+from helpers import KernelPath, lay
 from ptx import machine
 from ptx.compiler import TARGETS, Compiler
 from ptx.executor import SHARED_MEMORY, Executor, running
 from ptx.flow import depends_on_data, dominators, flow, known, normal, registers, ways
 from ptx.language import Instruction, Unknown
 from ptx.machine import Fault, Kernel
-from test_kernels import embed_case, fold_tensors, inner_tensors
+from test_kernels import embed_case, fold_tensors, growing, inner_tensors, one_by_one, shrunk, spiked
 
 from tnt_fast import kernels, reference
 
@@ -112,11 +113,33 @@ def cases() -> list[Case]:
     add("bfloat16 float16", "inner B", "inner", inner_tensors(13, 16, 40, 160, True), heads)
     add("bfloat16 float32", "inner Ti", "inner", inner_tensors(13, 16, 12, 48), dict(num_heads=2))
     add("bfloat16", "inner wide", "inner", inner_tensors(5, 4, 96, 384), heads, gradients=False)
+    for name, precisions, size, number in (
+        ("S", most, (11, 16, 24, 96), 4), ("S9", "bfloat16 float32", (7, 9, 24, 96), 4),
+        ("B", "bfloat16 float16", (13, 16, 40, 160), 4), ("Ti", "bfloat16 float32", (13, 16, 12, 48), 2),
+        ("wide", "bfloat16", (5, 4, 96, 384), 4),
+    ):  # fmt: skip
+        wide, others = name == "wide", dict(num_heads=number, eps=1e-6)
+        bias = name == "B"
+        add(
+            precisions, f"inner {name}, one by one", "inner", one_by_one(inner_tensors(*size, bias)), others, gradients=not wide
+        )
+        steep = inner_tensors(*size, bias)
+        steep["qk_weight"] *= 6
+        add(precisions.replace("float32", ""), f"inner {name}, saturated", "inner", steep, heads | others, gradients=False)
+        spiky = spiked(inner_tensors(*size, bias), 1e6)
+        add("bfloat16", f"inner {name}, spiked", "inner", spiky, others, gradients=not wide)
+        shifted = inner_tensors(*size, bias)
+        shifted["norm2_bias"][5] = 1e6
+        add("bfloat16", f"inner {name}, shifted", "inner", shifted, others, gradients=not wide)
+    add("bfloat16 float32", "inner S, large eps", "inner", inner_tensors(5, 16, 24, 96), heads | dict(eps=0.5))
+    add("bfloat16", "inner S, a patch", "inner", inner_tensors(1, 16, 24, 96), heads)
+    rest = inner_tensors(5, 16, 24, 97)
+    rest["fc2_weight"][:, -1] *= 1e6
+    add("bfloat16", "inner S, a hidden channel more", "inner", rest, heads)
 
     def fold_of(B, N, S, C, E, legacy, **more):
         """Pixels grow along the patch, so that its parts have means of their own, and so do the rows of the second norm."""
-        tensors = fold_tensors(B, N, S, C, E, legacy, **more)
-        tensors["pixel"] += 2 * torch.linspace(-1, 1, S)[:, None]
+        tensors = growing(fold_tensors(B, N, S, C, E, legacy, **more), 2)
         tensors["proj_weight"] += (S * C) ** -0.5
         return tensors
 
@@ -138,6 +161,28 @@ def cases() -> list[Case]:
     add(most, "fold stem", "fold", fold_of(2, 35, 16, 12, 24, False) | stem)
     add("float32", "fold stem, level", "fold", level)
     add("bfloat16", "fold B", "fold", fold_of(2, 17, 16, 40, 640, False))
+    for name, precisions, size, bias in (
+        ("S", every, (2, 37, 16, 24, 384), {}), ("E200", "bfloat16 float32", (2, 37, 5, 6, 200), {}),
+        ("stem", most, (2, 35, 16, 12, 24), stem), ("B", "bfloat16", (2, 17, 16, 40, 640), {}),
+    ):  # fmt: skip
+        halves = precisions.replace(" float32", "").replace(" tf32", "")
+        large = fold_tensors(*size, False, mean=100.0) | bias
+        add(halves, f"fold {name}, large mean", "fold", large, gradients=False)
+        add(precisions, f"fold {name}, small", "fold", shrunk(fold_tensors(*size, False)) | bias)
+        add(precisions, f"fold {name}, large eps", "fold", fold_of(*size, False) | bias, dict(eps=1e4))
+        equal = fold_tensors(*size, False) | bias
+        equal["pixel"] = (700 + 100 * torch.randn(len(equal["pixel"]), 1, 1, dtype=torch.float64)).expand_as(equal["pixel"])
+        if "float32" in precisions:
+            add("float32", f"fold {name}, equal pixels", "fold", equal, gradients=False)
+    steep = growing(fold_tensors(2, 37, 16, 24, 192, True), 30)
+    add(most, "fold legacy, steep", "fold", steep)
+    add(
+        "bfloat16 float16",
+        "fold legacy, large mean",
+        "fold",
+        fold_tensors(2, 37, 16, 24, 192, True, mean=100.0),
+        gradients=False,
+    )
 
     for legacy in (False, True):
         name = " legacy" * legacy
@@ -151,17 +196,6 @@ def cases() -> list[Case]:
         add("bfloat16 float16", f"embed S{name}, ragged", "pixel_embed",
             *embed_case(3, 3, 16, 48, 24, (16, 16), 4, (16, 16), legacy))  # fmt: skip
     return found
-
-
-def lay(tensor: Tensor, axis: int | None) -> Tensor:
-    """With an axis, its last place is 2^31 values and more behind its first, in memory that is taken where it is touched."""
-    if axis is None:
-        return tensor
-    strides = list(tensor.contiguous().stride())
-    strides[axis] = -(-(2**31) // (tensor.shape[axis] - 1) // 16) * 16
-    size = (strides[axis] * (tensor.shape[axis] - 1) + tensor.numel()) * tensor.element_size()
-    whole = torch.frombuffer(mmap.mmap(-1, size), dtype=tensor.dtype)
-    return whole.as_strided(tensor.shape, strides).copy_(tensor)
 
 
 class Launches(Executor):
@@ -223,6 +257,7 @@ class Judge:
         self.target = target
         self.cases = [c for c in cases() if names is None or f"{c.name}, {c.precision}" in names]
         self.expected: dict[int, tuple[dict, dict]] = {}  # of a case, the reference in its dtype and in float64
+        self.made: dict[int, dict[str, Tensor]] = {}  # of the cases of the last verdict
         self.unchanged: list[dict[str, Tensor]] = []  # of every case, what the unchanged kernels make of it
         self.launched: list[list[str]] = []  # of every case, digests
         self.kernels: dict[str, Kernel] = {}  # by digest
@@ -285,6 +320,22 @@ class Judge:
             path.rule(f"{case.operation}, {name}", x, same[name], exact[name], dtype)
         return found
 
+    def same_bits(self) -> bool:
+        """Whether all of ``made`` is what the unchanged kernels make."""
+        return all(torch.equal(x, self.unchanged[n][name]) for n, found in self.made.items() for name, x in found.items())
+
+    def no_less_accurate(self) -> bool:
+        """Whether no error of all of ``made`` is larger than that of the unchanged kernels."""
+
+        def error(number: int, name: str, x: Tensor) -> float:
+            return (x.double() - self.expected[number][1][name]).abs().max().item()
+
+        return all(
+            error(n, name, x) <= error(n, name, self.unchanged[n][name])
+            for n, found in self.made.items()
+            for name, x in found.items()
+        )
+
     def changes_nothing(self, numbers: list[int], executor: Launches, gradients: bool = True) -> bool:
         """Whether all results are the same to the bit."""
         for number in numbers:
@@ -302,11 +353,12 @@ class Judge:
         return self._programs[digest]
 
     def verdict(self, numbers: list[int], executor: Launches, gradients: bool = True) -> str | None:
-        """What notices, or None."""
+        """What notices, or None; what the cases made is in ``made`` then."""
+        self.made = {}
         for number in numbers:
             case = self.cases[number]
             try:
-                self.examine(number, executor, gradients)
+                self.made[number] = self.examine(number, executor, gradients)
             except Fault as fault:
                 return f"fault in {case.name}, {case.precision}: {fault}"
             except AssertionError as error:
@@ -613,7 +665,7 @@ class Mutant(NamedTuple):
     digest: str | None
     code: Any
     reason: str | None = None  # of being equivalent, seen in the text
-    others: tuple[Kernel, ...] = ()  # with arbitrary values where the mutant's differ, see ``arbitrary``
+    others: tuple[tuple[Kernel, ...], ...] = ()  # with arbitrary values where the mutant's differ, see ``arbitrary``
 
 
 def apply(p: Program, changes: Changes) -> Kernel:
@@ -635,52 +687,72 @@ ARBITRARY = {
 }
 
 
-def arbitrary(p: Program, changes: Changes) -> tuple[Kernel, ...]:
-    """Kernels with huge values, of both signs, and another one in the one register that a mutant changes, where it is changed;
-    or in what an instruction stores that a mutant leaves out. Before them one that faults where there is such a place.
+def arbitrary(p: Program, changes: Changes) -> list[tuple[Kernel, ...]]:
+    """Kernels with huge values, of both signs, and another one in the registers that a mutant changes, where it changes them;
+    or in what an instruction stores that a mutant leaves out; or in the operand that it replaces. Before each three of them
+    one that faults where there is such a place.
 
     None, if a mutant changes more than that, or an address.
     """
     (at, after), *more = changes.items()
     ins, written = p.instructions[at], p.written[at]
-    number = ins.parts[0] in ("selp", "mov", "ld") or "f" in ins.type  # not an address
-    guarded = ins.guard and not (ins.parts[0] == "ld" and not after)
-    fault = changed(made(ins, "ld.global.b32 %xr1, [ %xd1 + 0 ]"), guard="%xp1")
     half = "bf16" if any("bf16" in part for x in p.instructions for part in x.parts) else "f16"
-    if ins.parts[0] in ("st", "stmatrix") and not (more or after):
+    fault = made(ins, "ld.global.b32 %xr1, [ %xd1 + 0 ]")
+    groups: list[list[list[Instruction]]] = []
+    if more:
+        return []
+    if ins.parts[0] in ("st", "stmatrix") and not after:
         wide = ins.parts[0] == "stmatrix" or ins.type != "b16"
         spare, values = ("%xr1", ARBITRARY["b32"]) if wide else ("%xh1", ARBITRARY[half])
         all_ = changed(ins, operands=(ins.operands[0], re.sub(r"%\w+", spare, ins.operands[1])))
-        codes = [[changed(fault, guard=ins.guard), ins]]
-        codes += [[made(all_, f"mov.b{32 if wide else 16} {spare}, {v}"), all_] for v in values]
-        return tuple(apply(p, {at: code}) for code in codes)
-    if more or not number or guarded or len(written) != 1:
-        return ()
-    target, type_ = written[0], p.types[written[0]]
-    if type_ not in ("b16", "b32") or "@" in target or "{" in ins.operands[0]:
-        return ()
-    old, new = (f"{target.rstrip('0123456789')}9999{i}" for i in (7, 8))
+        groups.append([[fault, ins], *([made(all_, f"mov.b{32 if wide else 16} {spare}, {v}"), all_] for v in values)])
+    number = ins.parts[0] in ("selp", "mov", "ld", "ldmatrix") or "f" in ins.type  # not an address
+    kinds = {p.types[x] for x in written}
+    if number and written and kinds <= {"b16", "b32"}:
+        if not after:  # as if other values had been there
+            after = [made(ins, f"mov.{p.types[x]} {x}, 0x7E11") for x in written]
+        groups.append([_where_they_differ(p, ins, after, v) for v in (None, *range(3))])
+    if number and len(after) == 1 and not ins.guard and ins.parts[0] not in ("ld", "ldmatrix"):
+        replaced = [i for i, (a, b) in enumerate(zip(ins.operands, after[0].operands, strict=False)) if a != b]
+        old, new = ins.operands[replaced[0]] if replaced else "", after[0].operands[replaced[0]] if replaced else ""
+        if len(replaced) == 1 and p.types.get(old) == p.types.get(new) == "b32":
+            differ = made(ins, f"setp.ne.b32 %xp1, {old}, {new}")
+            group = [[differ, changed(fault, guard="%xp1"), ins]]
+            for v in ARBITRARY["b32"]:
+                operands = ["%xr1" if i == replaced[0] else x for i, x in enumerate(ins.operands)]
+                group.append([differ, made(ins, f"selp.b32 %xr1, {v}, {old}, %xp1"), changed(ins, operands=operands)])
+            groups.append(group)
+    found = []
+    for group in groups:
+        with suppress(Unknown, KeyError):
+            found.append(tuple(apply(p, {at: code}) for code in group))
+    return found
 
-    def into(register: str, code: list[Instruction]) -> list[Instruction]:
-        """``code``, which reads ``target`` in its first instruction only, writing another register."""
-        first, *rest = code
-        first = changed(first, operands=(register if not i else o for i, o in enumerate(first.operands)))
-        return [first, *(changed(x, operands=(register if o == target else o for o in x.operands)) for x in rest)]
 
-    values = ARBITRARY["b32" if type_ == "b32" else half]
-    if ins.guard:  # a load that is left out
-        codes = [[changed(x, guard=ins.guard)] for x in (fault, *(made(ins, f"mov.{type_} {target}, {v}") for v in values))]
-    else:
-        differ = [
-            *into(old, [ins]), *into(new, after or [made(ins, f"mov.{type_} {target}, 0x7E11")]),
-            made(ins, f"setp.ne.{'s16' if type_ == 'b16' else 'b32'} %xp1, {old}, {new}"),
-        ]  # fmt: skip
-        codes = [[*differ, fault, made(ins, f"mov.{type_} {target}, {old}")]]
-        codes += [[*differ, made(ins, f"selp.{type_} {target}, {v}, {old}, %xp1")] for v in values]
-    try:
-        return tuple(apply(p, {at: code}) for code in codes)
-    except (Unknown, KeyError):
-        return ()
+def _where_they_differ(p: Program, ins: Instruction, after: list[Instruction], which: int | None) -> list[Instruction]:
+    """An instruction, and a value of ``ARBITRARY`` in what it writes wherever ``after`` writes another; None: a fault there."""
+    half = "bf16" if any("bf16" in part for x in p.instructions for part in x.parts) else "f16"
+    free = ins._replace(guard=None)
+    kept, old, code = {}, {}, []
+    for i, x in enumerate(dict.fromkeys(p.written[p.instructions.index(ins)])):
+        letter = "r" if p.types[x] == "b32" else "h"
+        kept[x], old[x] = f"%x{letter}{10 + i}", f"%x{letter}{30 + i}"
+    read = {r for one in (ins, *after) for r in registers(p.kernel, " ".join((*one.operands[1:], one.guard or "")))}
+    before = [x for x in kept if x in read or ins.guard]
+    code += [made(free, f"mov.{p.types[x]} {kept[x]}, {x}") for x in before]
+    code += [ins, *(made(free, f"mov.{p.types[x]} {old[x]}, {x}") for x in old)]
+    code += [made(free, f"mov.{p.types[x]} {x}, {kept[x]}") for x in before]
+    code += after
+    for x in old:
+        short = p.types[x] == "b16"
+        code.append(made(free, f"setp.ne.{'s16' if short else 'b32'} %xp1, {old[x]}, {x}"))
+        if which is None:
+            code.append(changed(made(free, "ld.global.b32 %xr1, [ %xd1 + 0 ]"), guard="%xp1"))
+            code.append(made(free, f"mov.{p.types[x]} {x}, {old[x]}"))
+        else:
+            value = ARBITRARY[half if short else "b32"][which]
+            code.append(made(free, f"selp.{p.types[x]} {x}, {value}, {old[x]}, %xp1"))
+    return code
 
 
 def reduced(p: Program, at: int, guard: str | None) -> bool:
@@ -782,7 +854,7 @@ def draw_ptx(judge: Judge, seed: int, index: int, kinds: list[Kind] = PTX_KINDS)
         except (Unknown, KeyError):
             continue
         where, reason = p.instructions[at].where, why_the_same(p, changes)
-        return Mutant(index, kind.name, name, where, told(p, changes), digest, kernel, reason, arbitrary(p, changes))
+        return Mutant(index, kind.name, name, where, told(p, changes), digest, kernel, reason, tuple(arbitrary(p, changes)))
     raise LookupError(f"no mutant in {DRAWS} draws of {', '.join(k.name for k in kinds)}")
 
 
@@ -799,6 +871,7 @@ def judge_ptx(judge: Judge, mutant: Mutant) -> tuple[str, str]:
         noticed = judge.verdict(users, executor, gradients)
         if noticed:
             return "noticed", noticed
+        same = judge.same_bits()
         if normal(mutant.code) == normal(judge.kernels[mutant.digest]):
             return "equivalent", "the same values are stored by the same instructions"
         if mutant.reason:
@@ -807,13 +880,14 @@ def judge_ptx(judge: Judge, mutant: Mutant) -> tuple[str, str]:
             executor.multiprocessors = 1
             if judge.verdict(users, executor, gradients) is None:
                 return "equivalent", "no race in any turn, and neither shared addresses nor branches depend on data"
-        same = judge.changes_nothing(users, executor, gradients)
-        if same and mutant.others and depends_on_data(mutant.code) is None:
-            tried = []
-            for kernel in mutant.others:
+        for group in mutant.others if same and depends_on_data(mutant.code, branches=False) is None else ():
+            unchanged = []  # the first has to fault: it does differ
+            for kernel in group:
                 executor.replaced = {mutant.digest: kernel}
-                tried.append(judge.changes_nothing(users, executor, gradients))
-            if tried == [False, True, True, True]:  # the first faults: it does differ
+                unchanged.append(judge.changes_nothing(users, executor, gradients))
+                if unchanged[-1] != bool(unchanged[:-1]):
+                    break
+            else:
                 return "equivalent", "what it changes is multiplied by zero or not chosen: huge values there change no bit"
     finally:
         machine.ENDLESS = before
@@ -958,41 +1032,106 @@ class Stillborn(Exception):
     """A mutant that does not compile, or to what the machine does not know."""
 
 
+class Run(NamedTuple):
+    """What a source tree made of the cases: what noticed, or whether it compiles to the same code, gives the same bits, and is
+    no less accurate."""
+
+    noticed: str | None = None
+    same_code: bool = True
+    same_bits: bool = True
+    no_less_accurate: bool = True
+
+
+def _run(judge: Judge, tree: Path, numbers: list[int]) -> Run:
+    """
+    Raises:
+        Stillborn
+    """
+    found = Run()
+    before, machine.ENDLESS = machine.ENDLESS, 20_000
+    compiler = Compiler(tree)
+    try:
+        for number in numbers:
+            executor = Launches(judge.target)
+            executor.compiler = compiler
+            if noticed := judge.verdict([number], executor):
+                return Run(noticed)
+            was = judge.launched[number]
+            same = len(was) == len(executor.seen) and all(
+                a == b or normal(judge.kernels[a]) == normal(executor.seen[b]) for a, b in zip(was, executor.seen, strict=True)
+            )
+            accurate = found.no_less_accurate and judge.no_less_accurate()
+            found = Run(None, found.same_code and same, found.same_bits and judge.same_bits(), accurate)
+    except (RuntimeError, Unknown) as error:
+        raise Stillborn(str(error).strip().splitlines()[-1]) from None
+    finally:
+        compiler.close()
+        machine.ENDLESS = before
+    return found
+
+
+# Of `make test`, what else reads the kernels of an operation, or interprets them.
+TESTS = {
+    "inner": "test_inner or attention or branches or in_pairs",
+    "fold": "(test_fold or constant) and not full_size",
+    "pixel_embed": "test_pixel_embed",
+}
+LIMIT_S = 180  # of a run of tests
+
+
+def _tests(mutant: Mutant, tree: Path) -> str | None:
+    """The first of those tests that fails in a mutated tree."""
+    shutil.copytree(TREE / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(TREE / "pyproject.toml", tree)
+    chosen = TESTS.get(mutant.code.file.removesuffix(".py"), " or ".join(TESTS[x] for x in ("inner", "fold")))
+    runs = [["tests/test_approximations.py"]] if mutant.code.file in ("tile.py", "inner.py") else []
+    if mutant.kind == "source: cast dropped":
+        runs.append(["tests/test_addresses.py", "-k", "TestShipped"])
+    runs.append(["tests/test_kernels.py", "--paths", "interpreter", "-k", chosen])
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    for run in runs:
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *run]
+        with suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+            if done.returncode:
+                failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+                return f"tests in {failed[1] if failed else run[0]}"
+    return None
+
+
 def judge_source(judge: Judge, mutant: Mutant) -> tuple[str, str]:
     """(verdict, why)
 
     Raises:
         Stillborn
     """
-    operations = [name for name, file in FILES.items() if file == mutant.code.file] or ["inner", "fold"]
+    edit = mutant.code
+    operations = [name for name, file in FILES.items() if file == edit.file] or ["inner", "fold"]
     numbers = [n for n, c in enumerate(judge.cases) if c.operation in operations and (c.far or c.precision in WIDEST)]
     numbers.sort(key=lambda n: (bool(judge.cases[n].far) != (mutant.kind == "source: cast dropped"), n))
-    same = True
-    before, machine.ENDLESS = machine.ENDLESS, 20_000
     with tempfile.TemporaryDirectory() as folder:
-        compiler = Compiler(mutated_tree(mutant.code, Path(folder)))
-        try:
-            for number in numbers:
-                executor = Launches(judge.target)
-                executor.compiler = compiler
-                if noticed := judge.verdict([number], executor):
-                    return "noticed", noticed
-                was = judge.launched[number]
-                same = same and len(was) == len(executor.seen)
-                for a, b in zip(was, executor.seen, strict=False):
-                    same = same and (a == b or normal(judge.kernels[a]) == normal(executor.seen[b]))
-        except (RuntimeError, Unknown) as error:
-            raise Stillborn(str(error).strip().splitlines()[-1]) from None
-        finally:
-            compiler.close()
-            machine.ENDLESS = before
-    return ("equivalent", "compiles to the same code in all cases") if same else ("missed", "all cases keep the rule")
+        tree = mutated_tree(edit, Path(folder) / "mutant")
+        found = _run(judge, tree, numbers)
+        if found.noticed:
+            return "noticed", found.noticed
+        if found.same_code:
+            return "equivalent", "compiles to the same code in all cases"
+        if noticed := _tests(mutant, tree):
+            return "noticed", noticed
+        if mutant.kind == "source: other changed" and found.same_bits:
+            trees = [mutated_tree(edit._replace(new=x), Path(folder) / x) for x in ("1e30", "float('nan')")]
+            if all(run.same_bits and not run.noticed for run in (_run(judge, x, numbers) for x in trees)):
+                return "equivalent", "what lies beyond the mask reaches no result: 1e30 and NaN there change no bit"
+    if mutant.kind == "source: branch forced" and found.no_less_accurate:
+        return "as accurate", "both ways compute the same, and with this one no result of any case is farther from float64"
+    return "missed", "all cases give the same bits" if found.same_bits else "all cases keep the rule"
 
 
 # ---- many of them ----
 
 
-VERDICTS = ("noticed", "equivalent", "missed", "error")  # error: of this program
+VERDICTS = ("noticed", "equivalent", "as accurate", "missed", "error")  # error: of this program
+ENOUGH = 0.95  # of those that change what the kernels do
 WIDEST = ("bfloat16", "float32")  # of source mutants the code that differs most
 EVERY = 5  # every so-many-th mutant is one of the source
 _judges: dict[str, Judge] = {}
@@ -1031,18 +1170,28 @@ def _examine(work: tuple[int, str, int]) -> dict[str, Any]:
 
 
 def run(seed: int, count: int, targets: list[str], processes: int) -> Iterator[dict[str, Any]]:
-    """Mutants as they come."""
-    work = [(seed, targets[i % len(targets)], i) for i in range(count)]
+    """Different mutants as they come: where one is drawn again, another one comes after the last."""
+    seen: dict[tuple, int] = {}
     with multiprocessing.get_context("spawn").Pool(processes, _start) as pool:  # forked, torch's threads are lost
-        yield from pool.imap_unordered(_examine, work)
+        following = 0
+        while missing := count - len(seen):
+            work = [(seed, targets[i % len(targets)], i) for i in range(following, following + missing)]
+            following += missing
+            for row in pool.imap(_examine, work):  # in their order, so that it is always the same ones that count
+                which = tuple(row[x] for x in ("target", "kind", "kernel", "where", "text")) + tuple(row["cases"])
+                if row["verdict"] == "error" or which not in seen:
+                    seen[which if row["verdict"] != "error" else (row["index"],)] = row["index"]
+                    yield row
 
 
 def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     def share(rows: list[dict[str, Any]]) -> dict[str, Any]:
         counts = Counter(row["verdict"] for row in rows)
         changing = counts["noticed"] + counts["missed"]
+        every = changing + counts["as accurate"]
         return {v: counts[v] for v in VERDICTS} | {
-            "share_noticed": round(counts["noticed"] / changing, 4) if changing else None
+            "share_noticed": round(counts["noticed"] / changing, 4) if changing else None,
+            "share_noticed_of_all": round(counts["noticed"] / every, 4) if every else None,
         }
 
     def by(key: str) -> dict[str, Any]:
@@ -1054,16 +1203,17 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
         "by_kernel": by("kernel"),
         "noticed_by": dict(Counter(r["why"].split(" in ")[0] for r in listed["noticed"])),
         "missed_mutants": listed["missed"],
+        "as_accurate_mutants": listed["as accurate"],
         "equivalent_mutants": listed["equivalent"],
         "errors": listed["error"],
     }
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"{'':34}{'noticed':>9}{'equivalent':>12}{'missed':>8}{'share':>8}"]
+    lines = [f"{'':34}{'noticed':>9}{'equivalent':>12}{'as accurate':>13}{'missed':>8}{'share':>8}"]
     for name, row in [*result["by_kind"].items(), *result["by_kernel"].items(), ("all", result)]:
         share = "" if row["share_noticed"] is None else f"{row['share_noticed']:.1%}"
-        lines.append(f"{name:34}{row['noticed']:9}{row['equivalent']:12}{row['missed']:8}{share:>8}")
+        lines.append(f"{name:34}{row['noticed']:9}{row['equivalent']:12}{row['as accurate']:13}{row['missed']:8}{share:>8}")
     return "\n".join(lines)
 
 
@@ -1110,7 +1260,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    return 130 if stopped else 0
+    return 130 if stopped else int(bool(result["errors"]) or (result["share_noticed"] or 0) < ENOUGH)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,15 @@ KINDS = {kind.name: kind for kind in (*PTX_KINDS, IN_HALF)}
 
 @pytest.fixture(scope="module")
 def judge():
-    cases = ("inner Ti, bfloat16", "fold stem, bfloat16", "fold stem, float32", "fold legacy, bfloat16", "embed S, bfloat16")
+    cases = (
+        "inner Ti, bfloat16",
+        "inner Ti, one by one, bfloat16",
+        "fold stem, large mean, bfloat16",
+        "fold stem, bfloat16",
+        "fold stem, float32",
+        "fold legacy, bfloat16",
+        "embed S, bfloat16",
+    )
     return Judge("sm_90", set(cases))
 
 
@@ -146,6 +154,44 @@ def test_what_depends_on_data_is_found():
     assert depends_on_data(Kernel(loaded, 64)).text == "ld.shared.b32 %r6, [ %r5 + 0 ]"
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "old", "new"),
+    [
+        ("_inner_fwd_kernel", "fma.rn.f16x2 t@", "q@", "c1@"),  # GELU's polynomial in one pair
+        ("_fold_fwd_kernel", "fma.rn.f32", "0fBC800000", "0f3C800000"),  # one value's distance from its chunk's mean
+    ],
+)
+def test_one_value_of_a_tile_is_noticed(name, text, old, new, judge):
+    digest = next(
+        d for d, k in judge.kernels.items() if k.name == name and judge.cases[judge.users[d][0]].precision == "bfloat16"
+    )
+    p = judge.program(digest)
+    at, ins = next((i, x) for i, x in enumerate(p.instructions) if x.text.startswith(text) and old in x.text)
+    operands = [x if i == 0 else x.replace(old, new) for i, x in enumerate(ins.operands)]
+    changes = {at: [mutations.changed(ins, operands=operands)]}
+    mutant = mutations.Mutant(0, "", name, ins.where, told(p, changes), digest, apply(p, changes))
+    assert judge_ptx(judge, mutant)[0] == "noticed", mutant.text
+
+
+ZERO = """
+    mov.b32 %r10, 0;
+    ld.global.f32 %r11, [ %rd3 + 0 ];
+    mul.f32 %r12, %r11, 0f00000000;
+    cvt.rn.bf16x2.f32 %r13, %r12, %r12;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r20, %r21, %r22, %r23 }, { %r13, %r13, %r10, %r10 }, { %r11, %r2 },
+        { %r11, %r11, %r11, %r11 };
+    @%p2 st.global.b32 [ %rd3 + 0 ], %r20;
+"""
+
+
+def test_what_zeros_multiply_does_not_matter():
+    text = PTX.replace("    @%p2 st.global.b32 [ %rd3 + 0 ], %r3;", ZERO)
+    assert normal(Kernel(text, 0)) == normal(Kernel(text.replace("{ %r11, %r2 }", "{ %r2, %r11 }"), 0))
+    for old, new in (("{ %r13, %r13, %r10", "{ %r13, %r11, %r10"), ("0f00000000", "0f3F800000")):
+        other = text.replace(old, new)
+        assert normal(Kernel(other, 0)) != normal(Kernel(other.replace("{ %r11, %r2 }", "{ %r2, %r11 }"), 0))
+
+
 def test_an_equivalent_has_its_reason(judge):
     mutant = break_(judge, "_inner_fwd_kernel", "operands swapped", "mma.sync", seed=0)
     unchanged = mutant._replace(code=judge.kernels[mutant.digest])
@@ -178,6 +224,21 @@ def test_a_broken_source_is_noticed(judge):
 
 
 @pytest.mark.parametrize(
+    ("line", "kind", "verdict"),
+    [("second", "operands swapped", "noticed"), ("fill", "other changed", "equivalent")],
+)
+def test_broken_sources_that_no_case_notices(line, kind, verdict, tmp_path):
+    """Other tests may; or what lies beyond a mask reaches nothing."""
+    nothing = Judge("sm_90", {"inner Ti, bfloat16"})
+    if line == "second":  # GELU's polynomial, in a judge whose cases do not reach it
+        edit = next(e for e in mutations.Source("tile.py").edits if e.function == "gelu" and e.kind == kind)
+    else:
+        edit = next(e for e in mutations.Source("inner.py").edits if e.function == "_inner_fwd_kernel" and e.kind == kind)
+    found = mutations.judge_source(nothing, mutations.Mutant(0, f"source: {kind}", edit.function, "", "", None, edit))
+    assert found[0] == verdict, found
+
+
+@pytest.mark.parametrize(
     ("arguments", "error"),
     [
         (["--count", "0"], "'0' is no positive integer"),
@@ -195,6 +256,34 @@ def test_bad_arguments_are_named(arguments, error, capsys):
 def _row(index, verdict):
     return dict(index=index, target="sm_90", kind="store skipped", kernel="k", where="k.py:1", text="a  ->  nothing",
                 verdict=verdict, why=f"fault in {index}", cases=[])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "status"), [(("noticed",) * 19 + ("missed",), 0), (("noticed", "missed"), 1), (("noticed", "error"), 1)]
+)
+def test_it_fails_where_too_few_are_noticed(verdicts, status, monkeypatch):
+    monkeypatch.setattr(mutations, "run", lambda *_: [_row(i, v) for i, v in enumerate(verdicts)])
+    assert mutations.main(["--count", "9"]) == status
+
+
+def test_a_mutant_counts_once(monkeypatch):
+    """Drawn again, another one is drawn for it."""
+
+    class Pool:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def imap(self, _, work):
+            return [_row(i, "noticed") | {"text": str(i // 2)} for _, _, i in work]
+
+    monkeypatch.setattr(mutations.multiprocessing, "get_context", lambda _: type("Context", (), {"Pool": Pool}))
+    assert [row["index"] for row in mutations.run(0, 5, ["sm_90"], 1)] == [0, 2, 4, 6, 8]
 
 
 def test_the_report(tmp_path, monkeypatch, capsys):

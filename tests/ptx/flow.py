@@ -97,15 +97,35 @@ def known(f: Flow) -> dict[str, np.ndarray]:
     return found
 
 
+def zeros(f: Flow, values: dict[str, np.ndarray]) -> set[str]:
+    """Registers that are 0, whatever the data: what is multiplied by 0, or not chosen; of finite numbers."""
+    found = {name for name, value in values.items() if not value.any()}
+    for at, ins in enumerate(f.instructions):
+        if ins.guard or not f.written[at] or any(len(f.definitions[name]) > 1 for name in f.written[at]):
+            continue
+        name, operands = ins.parts[0], list(ins.operands[1:])
+        if name == "selp":
+            chosen = values.get(operands.pop())
+            operands = (
+                operands if chosen is None else [x for x, any_ in zip(operands, (chosen, ~chosen), strict=True) if any_.any()]
+            )
+        zero = [x in found or x.lower() in ("0", "0f00000000") for x in re.findall(r"[%\w@.]+", " ".join(operands))]
+        if (name == "mul" and any(zero)) or (name in ("cvt", "mov", "selp") and all(zero)):
+            found.update(f.written[at])
+    return found
+
+
 def normal(kernel: Kernel) -> tuple[tuple, ...]:
     """Two kernels for which this is equal do the same.
 
     It is the list of instructions with effects: stores, copies, barriers, branches, and what loads and what is written more
     than once, if any of those needs it. For operands stand expressions: of known registers the values, for others how they
-    were made, sorted where the order does not matter. Predicates that are known and alike in all threads are gone.
+    were made, sorted where the order does not matter; of a matrix that is multiplied by zeros, nothing. Predicates that are
+    known and alike in all threads are gone.
     """
     f = flow(kernel)
     values = known(f)
+    zero = zeros(f, values)
     tokens = {name: _digest("known", str(v.dtype), v.tobytes()) for name, v in values.items()}
     same = {name: bool(v[0]) for name, v in values.items() if v.dtype == bool and (v == v[0]).all()}
     needs: dict[str, set[str]] = {name: set() for name in tokens}
@@ -136,6 +156,10 @@ def normal(kernel: Kernel) -> tuple[tuple, ...]:
         shown = [stands(x) for x in sources]
         if name in COMMUTATIVE or (name == "setp" and ins.parts[1] in ("eq", "ne")):
             shown[:2] = sorted(shown[:2])
+        if name == "mma":
+            for one, other in ((0, 1), (1, 0)):
+                if all(x in zero for x in registers(kernel, sources[one])):
+                    shown[other], sources[other] = "any", ""
         reads = set(registers(kernel, " ".join(sources)))
         early |= {x for x in reads if x not in tokens}
         if pure and once:
@@ -168,8 +192,8 @@ def _digest(*parts: str | bytes) -> str:
     return "@" + hashlib.blake2b(whole, digest_size=12).hexdigest()
 
 
-def depends_on_data(kernel: Kernel) -> Instruction | None:
-    """The first shared access, barrier or branch whose address, or whether it happens, comes of what was loaded."""
+def depends_on_data(kernel: Kernel, branches: bool = True) -> Instruction | None:
+    """The first shared access, barrier or (``branches``) branch whose address, or whether it happens, comes of what was loaded."""
     f = flow(kernel)
     loaded: set[str] = set()
     for _ in range(len(f.instructions)):
@@ -180,9 +204,9 @@ def depends_on_data(kernel: Kernel) -> Instruction | None:
         if len(loaded) == before:
             break
     for ins in f.instructions:
-        asked = ins.guard or ""
+        asked = (ins.guard or "") if branches or ins.parts[0] != "bra" else ""
         if "shared" in ins.parts:
             asked += " " + " ".join(x for x in ins.operands if x.startswith("["))
-        if (asked or ins.parts[0] == "bra") and any(x in loaded for x in registers(kernel, asked)):
+        if any(x in loaded for x in registers(kernel, asked)):
             return ins
     return None
