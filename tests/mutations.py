@@ -7,8 +7,9 @@ source, which is then compiled (``Source``). Seed and index determine it. The ma
 calls like those of test_kernels.py (``cases``). A mutant is
 
 - *noticed* by a fault of the machine, or by the rule of the house for an output or a gradient, or because NaN in one patch
-  reaches another one;
-- *equivalent* for a reason that holds for all inputs:
+  reaches another one; a mutant of the source also by another one of `make test`'s tests that reads the source or interprets it
+  (``TESTS``), in a copy of the tree;
+- *equivalent* for a reason that holds for all inputs of finite numbers:
 
   - ``flow.normal`` is the same, so the same instructions store the same values;
   - its source compiles to the same code in all cases;
@@ -17,15 +18,18 @@ calls like those of test_kernels.py (``cases``). A mutant is
     depend on what was loaded. So they depend on the thread, the program and the sizes, and whatever the values are, the same
     accesses come in the same order. A turn differs from another in its stage at most, and one program does all of them here,
     more than there are stages: what had no conflict has none in more turns;
-  - what one instruction writes is multiplied by a zero of the padding, or not chosen: huge values, of both signs, in all
-    places where the mutant differs (and it does) leave every result the same to the bit, in calls of random values with
-    tiles that are full, whose masks come of the thread and the sizes. In a result that depends on it they would show;
+  - what one instruction writes, or one of its operands, is multiplied by a zero of the padding, or not chosen: huge values, of
+    both signs, in all places where the mutant differs (and it does) leave every result the same to the bit, in calls of random
+    values with tiles that are full, whose masks come of the thread and the sizes. In a result that depends on it they would
+    show. Likewise ±60000 for what a load gives beyond its mask, in the source;
 
+- *as accurate* where a branch of the source goes the other way, both ways compute the same, and with this one no output and no
+  gradient of any case is farther from float64: an exact form for a fast one, which no test of the results may refuse;
 - *missed* otherwise, also where what it changes may be too small for the rule.
 
-What is no program (the machine does not know it, the source does not compile) is drawn again. Not drawn at all: leaving out
-.ftz, which changes what is smaller than 2^-126 and so below any rule of relative errors; roundings in half precision
-(``IN_HALF``).
+The same mutant counts once. What is no program (the machine does not know it, the source does not compile) is drawn again. Not
+drawn at all: leaving out .ftz, which changes what is smaller than 2^-126 and so below any rule of relative errors; roundings in
+half precision (``IN_HALF``).
 """
 
 import argparse
@@ -1107,8 +1111,9 @@ def judge_source(judge: Judge, mutant: Mutant) -> tuple[str, str]:
     """
     edit = mutant.code
     operations = [name for name, file in FILES.items() if file == edit.file] or ["inner", "fold"]
-    numbers = [n for n, c in enumerate(judge.cases) if c.operation in operations and (c.far or c.precision in WIDEST)]
-    numbers.sort(key=lambda n: (bool(judge.cases[n].far) != (mutant.kind == "source: cast dropped"), n))
+    numbers = [n for n, c in enumerate(judge.cases) if c.operation in operations]
+    far = mutant.kind == "source: cast dropped"
+    numbers.sort(key=lambda n: (bool(judge.cases[n].far) != far, judge.cases[n].precision not in WIDEST, n))
     with tempfile.TemporaryDirectory() as folder:
         tree = mutated_tree(edit, Path(folder) / "mutant")
         found = _run(judge, tree, numbers)
@@ -1119,9 +1124,9 @@ def judge_source(judge: Judge, mutant: Mutant) -> tuple[str, str]:
         if noticed := _tests(mutant, tree):
             return "noticed", noticed
         if mutant.kind == "source: other changed" and found.same_bits:
-            trees = [mutated_tree(edit._replace(new=x), Path(folder) / x) for x in ("1e30", "float('nan')")]
+            trees = [mutated_tree(edit._replace(new=x), Path(folder) / x) for x in ("6e4", "-6e4")]
             if all(run.same_bits and not run.noticed for run in (_run(judge, x, numbers) for x in trees)):
-                return "equivalent", "what lies beyond the mask reaches no result: 1e30 and NaN there change no bit"
+                return "equivalent", "what lies beyond the mask reaches no result: ±60000 there change no bit"
     if mutant.kind == "source: branch forced" and found.no_less_accurate:
         return "as accurate", "both ways compute the same, and with this one no result of any case is farther from float64"
     return "missed", "all cases give the same bits" if found.same_bits else "all cases keep the rule"
@@ -1132,7 +1137,7 @@ def judge_source(judge: Judge, mutant: Mutant) -> tuple[str, str]:
 
 VERDICTS = ("noticed", "equivalent", "as accurate", "missed", "error")  # error: of this program
 ENOUGH = 0.95  # of those that change what the kernels do
-WIDEST = ("bfloat16", "float32")  # of source mutants the code that differs most
+WIDEST = ("bfloat16", "float32")  # the code of them differs most: the first that a source mutant meets
 EVERY = 5  # every so-many-th mutant is one of the source
 _judges: dict[str, Judge] = {}
 

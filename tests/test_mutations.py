@@ -162,12 +162,10 @@ def test_what_depends_on_data_is_found():
     ],
 )
 def test_one_value_of_a_tile_is_noticed(name, text, old, new, judge):
-    digest = next(
-        d for d, k in judge.kernels.items() if k.name == name and judge.cases[judge.users[d][0]].precision == "bfloat16"
-    )
-    p = judge.program(digest)
-    at, ins = next((i, x) for i, x in enumerate(p.instructions) if x.text.startswith(text) and old in x.text)
-    operands = [x if i == 0 else x.replace(old, new) for i, x in enumerate(ins.operands)]
+    halves = [d for d, k in judge.kernels.items() if k.name == name and judge.cases[judge.users[d][0]].precision == "bfloat16"]
+    places = [(d, i, x) for d in halves for i, x in enumerate(judge.program(d).instructions)]
+    digest, at, ins = next((d, i, x) for d, i, x in places if x.text.startswith(text) and old in x.text)
+    p, operands = judge.program(digest), [x if i == 0 else x.replace(old, new) for i, x in enumerate(ins.operands)]
     changes = {at: [mutations.changed(ins, operands=operands)]}
     mutant = mutations.Mutant(0, "", name, ins.where, told(p, changes), digest, apply(p, changes))
     assert judge_ptx(judge, mutant)[0] == "noticed", mutant.text
@@ -223,19 +221,25 @@ def test_a_broken_source_is_noticed(judge):
     assert "rule in fold" in why
 
 
-@pytest.mark.parametrize(
-    ("line", "kind", "verdict"),
-    [("second", "operands swapped", "noticed"), ("fill", "other changed", "equivalent")],
-)
-def test_broken_sources_that_no_case_notices(line, kind, verdict, tmp_path):
-    """Other tests may; or what lies beyond a mask reaches nothing."""
-    nothing = Judge("sm_90", {"inner Ti, bfloat16"})
-    if line == "second":  # GELU's polynomial, in a judge whose cases do not reach it
-        edit = next(e for e in mutations.Source("tile.py").edits if e.function == "gelu" and e.kind == kind)
-    else:
-        edit = next(e for e in mutations.Source("inner.py").edits if e.function == "_inner_fwd_kernel" and e.kind == kind)
-    found = mutations.judge_source(nothing, mutations.Mutant(0, f"source: {kind}", edit.function, "", "", None, edit))
-    assert found[0] == verdict, found
+def test_a_broken_source_is_noticed_by_other_tests():
+    """GELU's polynomial, by a judge whose case does not reach it."""
+    edit = next(e for e in mutations.Source("tile.py").edits if e.function == "gelu" and e.kind == "operands swapped")
+    mutant = mutations.Mutant(0, f"source: {edit.kind}", edit.function, "", "", None, edit)
+    why = "tests in tests/test_approximations.py::test_the_polynomial_of_gelu_is_within_its_stated_error"
+    assert mutations.judge_source(Judge("sm_90", {"inner wide, bfloat16"}), mutant) == ("noticed", why)
+
+
+def test_what_lies_beyond_a_mask_may_reach_nothing(monkeypatch):
+    """The scale of a patch that is not there, of which the gradient is 0."""
+    edits = [
+        e for e in mutations.Source("inner.py").edits if e.function == "_inner_bwd_mlp_kernel" and e.kind == "other changed"
+    ]
+    lines = mutations.Source("inner.py").text.decode().splitlines()
+    edit = next(e for e in edits if "mlp_scale_ptr" in lines[e.line - 1])
+    mutant = mutations.Mutant(0, f"source: {edit.kind}", edit.function, "", "", None, edit)
+    monkeypatch.setattr(mutations, "_tests", lambda *_: None)
+    verdict, why = mutations.judge_source(Judge("sm_90", {"inner S9, drop path, bfloat16"}), mutant)
+    assert (verdict, why.split(":")[0]) == ("equivalent", "what lies beyond the mask reaches no result")
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def _digest(*parts: str | bytes) -> str:
 
 
 def depends_on_data(kernel: Kernel, branches: bool = True) -> Instruction | None:
-    """The first shared access, barrier or (``branches``) branch whose address, or whether it happens, comes of what was loaded."""
+    """The first shared access, barrier or, with ``branches``, branch whose address or condition comes of what was loaded."""
     f = flow(kernel)
     loaded: set[str] = set()
     for _ in range(len(f.instructions)):
