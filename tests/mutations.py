@@ -86,7 +86,7 @@ class Case(NamedTuple):
     precision: str
     tensors: dict[str, Tensor | None]
     others: dict[str, Any]
-    gradients: bool = True
+    gradients: bool | tuple[str, ...] = True  # of all tensors, or of those
     far: dict[str, int] = {}
     spoilt: bool = False  # its pixel 4 is NaN, and then nothing else may be
 
@@ -136,6 +136,8 @@ def cases() -> list[Case]:
         shifted["norm2_bias"][5] = 1e6
         add("bfloat16", f"inner {name}, shifted", "inner", shifted, others, gradients=not wide)
     add("bfloat16 float32", "inner S, large eps", "inner", inner_tensors(5, 16, 24, 96), heads | dict(eps=0.5))
+    for names in (("pixel",), ("norm1_weight", "v_weight", "fc1_weight")):
+        add("bfloat16", f"inner S, gradients of {names[0]}", "inner", inner_tensors(5, 16, 24, 96), heads, gradients=names)
     add("bfloat16", "inner S, a patch", "inner", inner_tensors(1, 16, 24, 96), heads)
     rest = inner_tensors(5, 16, 24, 97)
     rest["fc2_weight"][:, -1] *= 1e6
@@ -187,6 +189,20 @@ def cases() -> list[Case]:
         fold_tensors(2, 37, 16, 24, 192, True, mean=100.0),
         gradients=False,
     )
+
+    for names in (("pixel",), ("norm1_weight", "proj_weight"), ("norm2_weight", "norm2_bias", "patch")):
+        tensors = fold_of(2, 5, 16, 24, 384, False) | dict(proj_bias=torch.randn(384, dtype=torch.float64))
+        add("bfloat16", f"fold S, gradients of {names[0]}", "fold", tensors, gradients=names)
+    add(
+        "bfloat16",
+        "fold S, no second norm",
+        "fold",
+        fold_of(2, 5, 16, 24, 384, False) | dict(norm2_weight=None, norm2_bias=None),
+    )
+    tensors, others = embed_case(2, 4, 32, 16, 40, (16, 16), 4, (16, 16), False)
+    add("bfloat16 float32", "embed B, 4 channels", "pixel_embed", tensors, others)  # more than a program's sums take
+    without = tensors | dict(bias=None, pixel_pos=None)
+    add("bfloat16", "embed B, no bias", "pixel_embed", without, others, gradients=("weight",))
 
     for legacy in (False, True):
         name = " legacy" * legacy
@@ -275,19 +291,19 @@ class Judge:
                 self.kernels[digest] = kernel
                 self.users.setdefault(digest, []).append(number)
 
-    def call(self, case: Case, function: Callable, dtype: torch.dtype, kind: torch.dtype, gradients: bool) -> dict[str, Tensor]:
+    def call(self, case: Case, function: Callable, dtype: torch.dtype, kind: torch.dtype, gradients) -> dict[str, Tensor]:
         """Output and gradients of a function in ``kind``, of values that are rounded to ``dtype``."""
         far = case.far if kind == dtype else {}
         given = {k: v if v is None else lay(v.to(dtype).to(kind), far.get(k)) for k, v in case.tensors.items()}
-        given = {k: v if v is None else v.detach().requires_grad_(gradients) for k, v in given.items()}
+        wanted = [k for k, v in given.items() if v is not None and (gradients is True or gradients and k in gradients)]
+        given = {k: v if v is None else v.detach().requires_grad_(k in wanted) for k, v in given.items()}
         fixed = {k: v.to(kind) if isinstance(v, Tensor) else v for k, v in case.others.items()}
         out = function(**given, **fixed)
         found = {"output": out.detach()}
         if gradients:
             generator = torch.Generator().manual_seed(9)
             upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype).to(kind)
-            wanted = {k: v for k, v in given.items() if v is not None}
-            gradient = torch.autograd.grad(out, list(wanted.values()), lay(upstream, far.get("upstream")))
+            gradient = torch.autograd.grad(out, [given[k] for k in wanted], lay(upstream, far.get("upstream")))
             found |= {f"gradient of {k}": g for k, g in zip(wanted, gradient, strict=True)}
         return found
 

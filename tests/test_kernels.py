@@ -144,8 +144,9 @@ def case(operation: str):
         (1, 1, 40, 24, 40, (16, 16), 4, (8, 8)),
         (1, 4, 48, 24, 12, (24, 12), 4, (24, 12)),
         (1, 3, 16, 48, 24, (16, 16), 4, (16, 16)),
+        (2, 4, 32, 16, 40, (16, 16), 4, (16, 16)),
     ],
-    ids=["S", "stride2", "stride8", "overlap", "S18", "odd"],
+    ids=["S", "stride2", "stride8", "overlap", "S18", "odd", "B4"],
 )
 def test_pixel_embed(B, channels, H, W, C, patch, stride, step, legacy, path, dtype):
     check(path, "pixel_embed", *embed_case(B, channels, H, W, C, patch, stride, step, legacy), dtype)
