@@ -205,6 +205,13 @@ def test_inner_of_outliers(path, dtype):
     check(path, "inner", tensors, dict(num_heads=4), dtype, gradients=False)
 
 
+@everywhere
+@paths(interpreter="", compiled="float32")
+def test_weights_gradients_are_sums_of_many_turns(path, dtype):
+    """A sum that goes on from turn to turn may be rounded at every turn, not at every row: which the compiler made of it."""
+    check(path, "inner", inner_tensors(44, 16, 12, 48), dict(num_heads=2), dtype)
+
+
 @paths()
 @pytest.mark.parametrize("which", [("attn_scale", "mlp_scale"), ("attn_scale",), ("mlp_scale",)], ids="+".join)
 def test_inner_with_drop_path(which, path, dtype):
