@@ -20,7 +20,7 @@ What the numbers mean, and what they do not:
   clock each, 1.98 GHz boost) issued an instruction of the loop. 45 to 70% of that rate is realistic; memory, tensor cores
   and latency may bind first.
 - Pointers are taken as divisible by 16, integers as nothing in particular, as Triton does at a launch with such arguments.
-- ``--dynamic`` runs the PTX, too (sm_90's, or of NVIDIA's targets asked for), and shows beside what was counted what is executed
+- ``--dynamic`` runs the PTX, too (sm_90's, or of the targets asked for), and shows beside what was counted what is executed
   for a patch and how memory is accessed (dynamic_cost.py): instructions, turns of shared memory and those of them that bank
   conflicts cost, sectors of global memory against those that the bytes asked for would fill.
 - "risky" is an asynchronous matrix instruction of sm_90 (wgmma) with its left operand in registers: ptxas before 13.3 reuses
