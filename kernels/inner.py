@@ -30,6 +30,7 @@ known to come out wrong (triton issues 9433, 11781), and are no fewer instructio
 """
 
 from collections.abc import Iterable, Mapping
+from math import log
 from typing import Any
 
 import torch
@@ -463,14 +464,15 @@ def _centred_weight(weight_ptr, gamma_ptr, beta_ptr, bias_ptr, out, used, HAS_BI
 def _head_weights(head: tl.constexpr, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
                   proj_weight_ptr, HAS_BIAS: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, HEADS: tl.constexpr,
                   D: tl.constexpr, D_PAD: tl.constexpr, HG: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Queries' (over √D), keys' and values' weights of HG heads, [C_PAD, W], and the projection's, [W, C_PAD]."""
+    """Queries' (log2 e/√D), keys' and values' weights of HG heads, [C_PAD, W], and the projection's, [W, C_PAD]."""
     ch = tl.arange(0, C_PAD)
     lane = tl.arange(0, HG * D_PAD)
     out = (head + lane // D_PAD) * D + lane % D_PAD  # the channel of the weights that lane stands for
     used = (lane % D_PAD < D) & (head + lane // D_PAD < HEADS)
     wq = _centred_weight(
-        qk_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_bias_ptr, out, used, HAS_BIAS, 1.0 / D**0.5, C, C_PAD, DTYPE
-    )
+        qk_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_bias_ptr, out, used, HAS_BIAS, 1.4426950408889634 / D**0.5, C,
+        C_PAD, DTYPE,
+    )  # fmt: skip
     wk = _centred_weight(
         qk_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_bias_ptr, C + out, used, HAS_BIAS, 1.0, C, C_PAD, DTYPE
     )
@@ -494,12 +496,7 @@ def _heads(h, wq, wk, wv, own, ones, S: tl.constexpr, T: tl.constexpr, G: tl.con
     s = tl.reshape(tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION), (G, T, HG, T))
     if T > S:
         s = tl.where((tl.arange(0, T) < S)[None, None, None, :], s, float("-inf"))
-    top = tl.max(s, 3)
-    if FAST:  # one instruction; but rounds in proportion to the scores
-        s = s * 1.4426950408889634 - (top * 1.4426950408889634)[:, :, :, None]
-    else:
-        s = (s - top[:, :, :, None]) * 1.4426950408889634
-    p = tl.reshape(exp2(s, FAST), (G, T, HG * T))
+    p = tl.reshape(exp2(s - tl.max(s, 3)[:, :, :, None], FAST), (G, T, HG * T))  # the largest is 1, to the bit
     rounded = p.to(DTYPE)
     inverse = reciprocal(tl.dot(rounded, ones, input_precision=PRECISION), FAST)
     o = tl.dot(rounded, v, input_precision=PRECISION) * inverse
@@ -801,6 +798,8 @@ def _inner_bwd_attention_kernel(
         else:
             dz = dy
 
+        # q is log2 e times as large, for exp2; so are dk and what q and k give to dh. dv is made so, too: then dh and, by the
+        # host, the sums are scaled back, which is less than scaling the gradient of every score
         dh = tl.zeros((M, C_PAD), tl.float32)
         newq, newk, newv, newp = (), (), (), ()
         for i in tl.static_range(len(heads)):
@@ -813,13 +812,17 @@ def _inner_bwd_attention_kernel(
             ds = tl.reshape(tl.dot(do, tl.permute(v, (0, 2, 1)), input_precision=PRECISION), (G, T, HG, T))
             p4 = tl.reshape(p, (G, T, HG, T))
             mean, weight = tl.sum(p4 * ds, 3), tl.sum(p4, 3)
-            mean = tl.div_rn(mean, weight) if EXACT else mean * reciprocal(weight, FAST)
+            if EXACT:
+                mean = tl.div_rn(mean, weight)
+            else:
+                near = reciprocal(weight, FAST)
+                mean *= near + near * (1.0 - weight * near)  # a Newton step: of 1, the reciprocal is 1, to the bit
             ds = tl.reshape(p4 * (ds - mean[:, :, :, None]), (G, T, HG * T)).to(DTYPE)
             dq = tl.reshape(tl.dot(ds, k, input_precision=PRECISION).to(DTYPE), (M, W))
             dk = tl.dot(tl.permute(ds, (0, 2, 1)), q, input_precision=PRECISION)  # [G, HG·T, W]
             dv = tl.dot(tl.permute(p.to(DTYPE), (0, 2, 1)), do, input_precision=PRECISION)
             dk = tl.sum(tl.where(own, tl.reshape(dk, (G, HG, T, W)), 0.0), 1)
-            dv = tl.sum(tl.where(own, tl.reshape(dv, (G, HG, T, W)), 0.0), 1)
+            dv = tl.sum(tl.where(own, tl.reshape(dv, (G, HG, T, W)), 0.0), 1) * 1.4426950408889634
             dk = tl.reshape(dk.to(DTYPE), (M, W))
             dv = tl.reshape(dv.to(DTYPE), (M, W))
             dh = tl.dot(dq, tl.trans(wq), dh, input_precision=PRECISION)
@@ -834,7 +837,7 @@ def _inner_bwd_attention_kernel(
         if NEED_WEIGHTS:
             gq, gk, gv, gp = newq, newk, newv, newp
             gb = dot_onto(gb, tl.trans(dz), tl.full((M, 16), 1.0, DTYPE), EXACT, PRECISION)
-        dx = _norm_gradient(dh, h, inverse, real, C)
+        dx = _norm_gradient(dh, h, inverse * 0.6931471805599453, real, C)
         dx += tl.dot(dy, identity) if not EXACT else dy
         tl.store(dx_ptr + first + offset, dx.to(DTYPE), mask=live)
 
@@ -1132,7 +1135,7 @@ def _inner_backward(
     qkv, proj, proj_bias_sum = found.split((3 * size, size, c_pad))
     qkv = qkv.view(3, c_pad, -1, d_pad)[:, : C + 1, :num_heads, : C // num_heads]  # without padding
     qkv = qkv.permute(1, 0, 2, 3).reshape(C + 1, 3, C)
-    qkv = torch.cat((qkv[:, 0] * (C // num_heads) ** -0.5, qkv[:, 1], qkv[:, 2]), 1)
+    qkv = torch.cat((qkv[:, 0] * (C // num_heads) ** -0.5, qkv[:, 1:].flatten(1) * log(2)), 1)
     norm_weight, norm_bias, weight, bias = _unfold(given[0], given[1], torch.cat((given[2], given[4])), qkv)
     gradients |= {1: norm_weight, 2: norm_bias, 3: weight[: 2 * C], 4: bias[: 2 * C], 5: weight[2 * C :], 6: bias[2 * C :]}
     proj = proj.view(c_pad, -1, d_pad)[:C, :num_heads, : C // num_heads].reshape(C, C)
