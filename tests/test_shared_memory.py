@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_kernels import embed_case, fold_tensors, inner_tensors
+from test_kernels import fold_tensors, inner_tensors
 
 pytest.importorskip("triton")
 
@@ -44,3 +44,9 @@ def test_the_backward_of_inner(C, H, M, dtype):
 @pytest.mark.parametrize(("S", "C", "E"), [(16, 128, 1024), (16, 128, 512), (4, 128, 128)], ids=str)
 def test_fold(S, C, E, legacy, dtype):
     launch("fold", fold_tensors(1, 2, S, C, E, legacy), {}, dtype, "sm_89")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("channels", "C"), [(8, 128), (3, 128), (1, 64)], ids=str)
+def test_pixel_embed(channels, C, dtype):
+    launch("pixel_embed", *embed_case(1, channels, 16, 16, C, (16, 16), 4, (16, 16), False), dtype, "sm_89")
