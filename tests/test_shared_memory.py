@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_kernels import fold_tensors, inner_tensors
+from test_kernels import embed_case, fold_tensors, inner_tensors
 
 pytest.importorskip("triton")
 
