@@ -333,13 +333,12 @@ def _specialise(S: int, C: int, E: int, legacy: bool, has_bias: bool, has_norm2:
     block_e = min(128, max(16, triton.next_power_of_2(E)))
     if 4 * block_e < E:  # a wide row's outputs leave registers for one part of 32 rows, and shared memory for less of K
         block, block_k = ROWS, 32
-    if (
-        legacy and C * block_e * -(-E // block_e) > 1 << 15
-    ):  # a pixel's weights; copies for two stages would not fit on the chip
+    c_pad = max(16, triton.next_power_of_2(C))
+    if legacy and c_pad * -(-E // block_e) * block_e > 1 << 15:  # the next pixel's weights do not fit on the chip besides
         stages = 1
     weights = ("norm1_weight", "norm1_bias", "proj_weight", "proj_bias", "norm2_weight", "norm2_bias")
     constants = dict(
-        S=S, C=C, C_PAD=max(16, triton.next_power_of_2(C)), E=E, BLOCK_E=block_e, N_E=-(-E // block_e), BLOCK=block, ROWS=ROWS,
+        S=S, C=C, C_PAD=c_pad, E=E, BLOCK_E=block_e, N_E=-(-E // block_e), BLOCK=block, ROWS=ROWS,
         BLOCK_K=block_k, LEGACY=legacy, HAS_BIAS=has_bias, HAS_NORM2=has_norm2, PRECISION=prec,
     )  # fmt: skip
     pointers = {name: dtype for name in ("pixel_ptr", "patch_ptr", "y_ptr", *(f"{w}_ptr" for w in weights))}

@@ -892,7 +892,7 @@ def gradients_unsupported(sizes: dict[str, Any], dtype: torch.dtype, device: tor
         most = 160 if sizes["C"] > 31 else 115  # KiB, of any heads and hidden channels; TNT-B has 112
         if shared is not None and shared < 112 << 10:  # sm_86, sm_89 and sm_120
             reasons.append(
-                f"C={sizes['C']} channels a pixel in {dtype} need up to {most} KiB of shared memory; this GPU has {shared >> 10}"
+                f"C={sizes['C']} channels in {dtype} need up to {most} KiB of shared memory; this GPU has {shared >> 10}"
             )
     return reasons
 
