@@ -449,10 +449,8 @@ def test_nan_and_infinity_stay_in_their_patch(S, bad, path, dtype):
     assert torch.equal(out, clean)
 
 
-@paths()
-@pytest.mark.parametrize(
-    ("C", "E"), [pytest.param(12, 192, marks=wide), (24, 384), pytest.param(40, 640, marks=wide)], ids=["ti", "s", "b"]
-)
+@paths(compiled="", gpu="bfloat16 float16 float32 tf32")  # the machine cannot but give the same bits: it faults at a race
+@pytest.mark.parametrize(("C", "E"), [(12, 192), (24, 384), (40, 640)], ids=["ti", "s", "b"])
 @pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
 def test_the_same_bits_twice(operation, C, E, path, dtype):
     tensors, others = (
