@@ -1,5 +1,9 @@
 """What the compiled kernels execute for one patch: their PTX, run on the CPU and counted; needs no GPU.
 
+    python -m benchmarks.dynamic_cost --kernel fold --variant s --dtype bf16 --target sm_90 [--all]
+
+lists the accesses to memory that wait for banks or touch more sectors than they fill, by line of the source (--all: every one).
+
 An operation of a named variant goes forward and backward at 64 patches an image, once with two images and once with three, on
 as many programs: the difference, over 64, is what a patch costs, whatever the loops. Instructions are those of PTX, a warp's
 each; copies between registers, which the assembler leaves out, are not counted. ptxas makes other instructions of them, so the
@@ -9,7 +13,9 @@ static counts, of machine code, differ; what is executed, and how memory is acce
 - ``wavefronts``: turns that shared memory needs for the accesses; ``conflicts``: those of them that equal banks make necessary.
 """
 
+import argparse
 import re
+import sys
 from collections import Counter
 from typing import Any
 
@@ -19,6 +25,7 @@ from torch import Tensor
 
 from tnt_fast import kernels as shipped
 
+VARIANTS = ("ti", "s", "s_legacy", "b")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IMAGE, PATCHES = 128, 64
 KINDS = {
@@ -49,29 +56,34 @@ def _count(costs: list[Any]) -> Counter:
     return total
 
 
+def _launched(kernel: str, variant: str, dtype: str, target: str, images: int) -> list[Any]:
+    """The launches of an operation, forward and backward, counted."""
+    from tests.ptx.executor import Executor, running  # a checkout's, not a part of the package
+
+    model = timm.create_model(f"tnt_fast_{variant}_patch16_224", depth=1, img_size=IMAGE, dtype=DTYPES[dtype])
+    given = (model.fused_arguments() | model.blocks[0].fused_arguments())[kernel]
+    shapes = {
+        "pixel_embed": {"image": (images, 3, IMAGE, IMAGE)},
+        "inner": {"pixel": (images * PATCHES, 16, model.sizes()["C"])},
+        "fold": {"pixel": (images * PATCHES, 16, model.sizes()["C"]), "patch": (images, 1 + PATCHES, model.embed_dim)},
+    }[kernel]
+    inputs = {name: torch.randn(shape, dtype=DTYPES[dtype], requires_grad=True) for name, shape in shapes.items()}
+    executor = Executor(target, count=True)
+    with running(executor):
+        out = getattr(shipped.OPERATIONS[kernel], kernel)(**inputs, **given)
+        leaves = [x for x in (*inputs.values(), *given.values()) if isinstance(x, Tensor) and x.requires_grad]
+        torch.autograd.grad(out, leaves, torch.randn_like(out))
+    return executor.launched
+
+
 def costs(kernel: str, variant: str, dtype: str, target: str) -> list[dict[str, Any]]:
     """What each launch of an operation, forward and backward, executes for one patch.
 
     One entry a launch: its ``function`` and ``constants``, as in ``Launch``, and the counts that the module's text names.
     """
-    from tests.ptx.executor import Executor, running  # a checkout's, not a part of the package
-
-    model = timm.create_model(f"tnt_fast_{variant}_patch16_224", depth=1, img_size=IMAGE, dtype=DTYPES[dtype])
-    given = (model.fused_arguments() | model.blocks[0].fused_arguments())[kernel]
-    found = []
-    for images in (2, 3):
-        shapes = {
-            "pixel_embed": {"image": (images, 3, IMAGE, IMAGE)},
-            "inner": {"pixel": (images * PATCHES, 16, model.sizes()["C"])},
-            "fold": {"pixel": (images * PATCHES, 16, model.sizes()["C"]), "patch": (images, 1 + PATCHES, model.embed_dim)},
-        }[kernel]
-        inputs = {name: torch.randn(shape, dtype=DTYPES[dtype], requires_grad=True) for name, shape in shapes.items()}
-        executor = Executor(target, count=True)
-        with running(executor):
-            out = getattr(shipped.OPERATIONS[kernel], kernel)(**inputs, **given)
-            leaves = [x for x in (*inputs.values(), *given.values()) if isinstance(x, Tensor) and x.requires_grad]
-            torch.autograd.grad(out, leaves, torch.randn_like(out))
-        found.append([(launch, _count(launch.costs)) for launch in executor.launched])
+    found = [
+        [(launch, _count(launch.costs)) for launch in _launched(kernel, variant, dtype, target, images)] for images in (2, 3)
+    ]
     rows = []
     for (launch, one), (_, two) in zip(*found, strict=True):
         each = {name: round((two[name] - one[name]) / PATCHES, 2) for name in two}
@@ -80,3 +92,43 @@ def costs(kernel: str, variant: str, dtype: str, target: str) -> list[dict[str, 
         row = {"function": launch.name, "constants": launch.constants, "instructions": round(sum(instructions.values()), 1)}
         rows.append(row | {"instructions_by_kind": instructions} | memory)
     return rows
+
+
+def accesses(launch: Any, every: bool = False) -> list[list[str]]:
+    """By line and instruction: how many there are, warps, turns of banks and the least, sectors touched and filled."""
+    found: dict[tuple[str, str], Counter] = {}
+    for cost in launch.costs:
+        if cost.wavefronts > cost.least or 32 * cost.sectors > cost.bytes or (every and cost.wavefronts + cost.sectors):
+            total = found.setdefault((cost.instruction.where, ".".join(cost.instruction.parts)), Counter())
+            total.update(instructions=1, warps=cost.warps, turns=cost.wavefronts, least=cost.least)
+            total.update(sectors=cost.sectors, filled=-(-cost.bytes // 32))
+    return [[*name, *map(str, total.values())] for name, total in found.items()]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from tests.ptx.compiler import TARGETS
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dynamic_cost", description=__doc__.split("\n")[0])
+    parser.add_argument("--kernel", choices=list(shipped.OPERATIONS), default="inner")
+    parser.add_argument("--variant", choices=VARIANTS, default="s")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--target", choices=TARGETS, default="sm_90")
+    parser.add_argument("--all", action="store_true", help="every access, not only those that could be cheaper")
+    options = parser.parse_args(arguments)
+    for launch in _launched(options.kernel, options.variant, options.dtype, options.target, 2):
+        rows = accesses(launch, options.all)
+        lines = [["line", "access", "instructions", "warps", "turns", "least", "sectors", "filled"], *rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        print(f"{launch.name}: {'' if rows else 'no '}accesses{'' if options.all else ' that could be cheaper'}")
+        for line in lines if rows else []:
+            print(
+                "  "
+                + "  ".join(
+                    cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+                )
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

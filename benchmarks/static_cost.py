@@ -20,7 +20,7 @@ What the numbers mean, and what they do not:
   clock each, 1.98 GHz boost) issued an instruction of the loop. 45 to 70% of that rate is realistic; memory, tensor cores
   and latency may bind first.
 - Pointers are taken as divisible by 16, integers as nothing in particular, as Triton does at a launch with such arguments.
-- ``--dynamic`` runs the PTX of NVIDIA's targets, too, and shows beside what was counted from the machine code what is executed
+- ``--dynamic`` runs the PTX, too (sm_90's, or of the targets asked for), and shows beside what was counted what is executed
   for a patch and how memory is accessed (dynamic_cost.py): instructions, turns of shared memory and those of them that bank
   conflicts cost, sectors of global memory against those that the bytes asked for would fill.
 - "risky" is an asynchronous matrix instruction of sm_90 (wgmma) with its left operand in registers: ptxas before 13.3 reuses
@@ -303,11 +303,13 @@ def rows(
     """One row for each shipped launch and target among those asked for (None: all), in that order.
 
     What does not compile has a row, too, with ``error`` instead of numbers. ``sass``: a folder that gets the disassembly.
-    ``dynamic``: NVIDIA's rows have what is executed as well, under that name.
+    ``dynamic``: NVIDIA's rows of the targets that are asked for by name, or sm_90's, have what is executed as well, under that
+    name.
     """
     kernels = _chosen("kernel", kernels, shipped.OPERATIONS)
     variants = _chosen("variant", variants, VARIANTS)
     dtypes = _chosen("dtype", dtypes, DTYPES)
+    counted = {TIMED_TARGET} if targets is None else {t for t in targets if t in TARGETS and TARGETS[t].backend == "cuda"}
     targets = _chosen("target", targets, TARGETS)
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs is {jobs}; at least 1 is needed")
@@ -328,7 +330,7 @@ def rows(
                         row = pool.submit(_row, kernel, number, target, sass)
                         found[row], constants[row] = names | {"target": target} | sizes, launch.constants
                         operation = (kernel, variant, dtype, target)
-                        if dynamic and TARGETS[target].backend == "cuda" and operation not in executed:
+                        if dynamic and target in counted and operation not in executed:
                             executed[operation] = pool.submit(_dynamic, *operation)
         futures = {*found, *executed.values()}
         for future in tqdm(as_completed(futures), total=len(futures), desc="compile", file=sys.stderr, disable=not found):

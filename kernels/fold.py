@@ -131,14 +131,7 @@ def _fold_fwd_kernel(
         norm_at = k if LEGACY else at
         gamma = tl.load(norm1_weight_ptr + norm_at, mask=real, other=0.0).to(tl.float32)
         beta = tl.load(norm1_bias_ptr + norm_at, mask=real, other=0.0).to(tl.float32)
-        weights = ()
-        for i in tl.static_range(N_E):
-            out = i * BLOCK_E + e
-            w = tl.load(
-                proj_weight_ptr + out[None, :] * K + at[:, None], mask=(out < E)[None, :] & real[:, None], other=0.0
-            )  # [WIDTH, BLOCK_E]
-            weights = weights + (w.to(DT),)
-        new = ()
+        rows = ()
         for p in tl.static_range(PARTS):
             row = first + p * ROWS + r
             x = tl.load(pixel_ptr + row[:, None] * K + at[None, :], mask=(row < n_rows)[:, None] & real[None, :], other=0.0).to(
@@ -152,9 +145,16 @@ def _fold_fwd_kernel(
                 if EXACT:
                     x -= rest[p][:, None]
                 x = x * rstd[p][:, None]
-            h = tl.where(real[None, :], x * gamma[None, :] + beta[None, :], 0.0).to(DT)
-            for i in tl.static_range(N_E):
-                new = new + (tl.dot(h, weights[i], accs[p * N_E + i], input_precision=PRECISION),)
+            rows = rows + (tl.where(real[None, :], x * gamma[None, :] + beta[None, :], 0.0).to(DT),)
+        new = ()
+        for i in tl.static_range(N_E):  # one after another, so that all can lie in the same shared memory
+            out = i * BLOCK_E + e
+            w = tl.load(
+                proj_weight_ptr + out[None, :] * K + at[:, None], mask=(out < E)[None, :] & real[:, None], other=0.0
+            )  # [WIDTH, BLOCK_E]
+            w = w.to(DT)
+            for p in tl.static_range(PARTS):
+                new = new + (tl.dot(rows[p], w, accs[i * PARTS + p], input_precision=PRECISION),)
         accs = new
 
     for p in tl.static_range(PARTS):
@@ -166,7 +166,7 @@ def _fold_fwd_kernel(
         biased = ()
         for i in tl.static_range(N_E):
             out = i * BLOCK_E + e
-            y = accs[p * N_E + i]
+            y = accs[i * PARTS + p]
             if HAS_BIAS:
                 y += tl.load(proj_bias_ptr + out, mask=out < E, other=0.0).to(tl.float32)[None, :]
             biased = biased + (y,)
@@ -333,9 +333,12 @@ def _specialise(S: int, C: int, E: int, legacy: bool, has_bias: bool, has_norm2:
     block_e = min(128, max(16, triton.next_power_of_2(E)))
     if 4 * block_e < E:  # a wide row's outputs leave registers for one part of 32 rows, and shared memory for less of K
         block, block_k = ROWS, 32
+    c_pad = max(16, triton.next_power_of_2(C))
+    if legacy and c_pad * -(-E // block_e) * block_e > 1 << 15:  # the next pixel's weights do not fit on the chip besides
+        stages = 1
     weights = ("norm1_weight", "norm1_bias", "proj_weight", "proj_bias", "norm2_weight", "norm2_bias")
     constants = dict(
-        S=S, C=C, C_PAD=max(16, triton.next_power_of_2(C)), E=E, BLOCK_E=block_e, N_E=-(-E // block_e), BLOCK=block, ROWS=ROWS,
+        S=S, C=C, C_PAD=c_pad, E=E, BLOCK_E=block_e, N_E=-(-E // block_e), BLOCK=block, ROWS=ROWS,
         BLOCK_K=block_k, LEGACY=legacy, HAS_BIAS=has_bias, HAS_NORM2=has_norm2, PRECISION=prec,
     )  # fmt: skip
     pointers = {name: dtype for name in ("pixel_ptr", "patch_ptr", "y_ptr", *(f"{w}_ptr" for w in weights))}

@@ -30,6 +30,7 @@ known to come out wrong (triton issues 9433, 11781), and are no fewer instructio
 """
 
 from collections.abc import Iterable, Mapping
+from math import log
 from typing import Any
 
 import torch
@@ -247,14 +248,69 @@ def _normalise(centred, one, eps, C: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl
 
 
 @triton.jit
+def _folded_heads(head, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
+                  proj_weight_ptr, HAS_BIAS: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, HEADS: tl.constexpr,
+                  D: tl.constexpr, D_PAD: tl.constexpr, HG: tl.constexpr, TRIM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Queries' (log2 e/√D, for exp2), keys' and values' weights of HG heads, and the projection's, [W, C_PAD]."""
+    ch = tl.arange(0, C_PAD)
+    lane = tl.arange(0, HG * D_PAD)
+    out = (head + lane // D_PAD) * D + lane % D_PAD  # the channel of the weights that lane stands for
+    used = (lane % D_PAD < D) & (head + lane // D_PAD < HEADS)
+    wq = _folded(
+        qk_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_bias_ptr, out, used, HAS_BIAS, 1.4426950408889634 / D**0.5, C,
+        C_PAD, TRIM, DTYPE,
+    )  # fmt: skip
+    wk = _folded(
+        qk_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_bias_ptr, C + out, used, HAS_BIAS, 1.0, C, C_PAD, TRIM, DTYPE
+    )
+    wv = _folded(v_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, v_bias_ptr, out, used, HAS_BIAS, 1.0, C, C_PAD, TRIM, DTYPE)
+    at = ch[None, :] * C + out[:, None]
+    wp = tl.load(proj_weight_ptr + at, mask=(ch < C)[None, :] & used[:, None], other=0.0).to(DTYPE)
+    return wq, wk, wv, wp
+
+
+@triton.jit
+def _heads(h, wq, wk, wv, own, ones, S: tl.constexpr, T: tl.constexpr, G: tl.constexpr, HG: tl.constexpr, W: tl.constexpr,
+           FAST: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Attention of HG heads: q [G, T, W], k and v [G, HG·T, W] stacked, P before its normalisation [G, T, HG·T] in float32,
+    the output and the reciprocal of P's sums [G, T, W] in float32."""
+    DTYPE: tl.constexpr = h[0].dtype
+    q = tl.reshape(_dot(h, wq, PRECISION).to(DTYPE), (G, T, W))
+    k = tl.reshape(_dot(h, wk, PRECISION).to(DTYPE), (G, 1, T, W))
+    v = tl.reshape(_dot(h, wv, PRECISION).to(DTYPE), (G, 1, T, W))
+    k = tl.reshape(tl.where(own, k, 0.0).to(DTYPE), (G, HG * T, W))
+    v = tl.reshape(tl.where(own, v, 0.0).to(DTYPE), (G, HG * T, W))
+    s = tl.reshape(tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION), (G, T, HG, T))
+    if T > S:
+        s = tl.where((tl.arange(0, T) < S)[None, None, None, :], s, float("-inf"))
+    p = tl.reshape(exp2(s - tl.max(s, 3)[:, :, :, None], FAST), (G, T, HG * T))  # the largest is 1, to the bit
+    rounded = p.to(DTYPE)
+    o = tl.dot(rounded, v, input_precision=PRECISION)
+    inverse = reciprocal(tl.dot(rounded, ones, input_precision=PRECISION), FAST)
+    return q, k, v, p, o * inverse, inverse
+
+
+@triton.jit
+def _own(G: tl.constexpr, T: tl.constexpr, HG: tl.constexpr, D_PAD: tl.constexpr, DTYPE: tl.constexpr):
+    """Which channels are a head's own, [1, HG, 1, W]; and as ones below one another for every row, [G, HG·T, W]."""
+    W: tl.constexpr = HG * D_PAD
+    own = (tl.arange(0, W)[None, :] // D_PAD == tl.arange(0, HG)[:, None])[None, :, None, :]
+    if HG == 1:
+        return own, tl.full((G, T, W), 1.0, DTYPE)  # a constant needs no registers
+    else:
+        ones = tl.broadcast_to(tl.where(own, 1.0, 0.0), (G, HG, T, W))
+        return own, tl.reshape(ones, (G, HG * T, W)).to(DTYPE)
+
+
+@triton.jit
 def _inner_fwd_kernel(
     x_ptr, y_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr, proj_weight_ptr,
     proj_bias_ptr, norm2_weight_ptr, norm2_bias_ptr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, fc2_bias_ptr,
     attn_scale_ptr, mlp_scale_ptr, n_patches, eps,
     C: tl.constexpr, C_PAD: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HG: tl.constexpr,
     S: tl.constexpr, T: tl.constexpr, MLP: tl.constexpr, SLICE: tl.constexpr, G: tl.constexpr,
-    HAS_QKV_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, RESIDENT: tl.constexpr, FAST: tl.constexpr, PAIRS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_QKV_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, KEEP_HEADS: tl.constexpr, RESIDENT: tl.constexpr,
+    FAST: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     EXACT: tl.constexpr = tl.float32 == DTYPE
@@ -268,62 +324,15 @@ def _inner_fwd_kernel(
     real = ch < C
     one = ch == C
 
-    lane = tl.arange(0, W)
-    wq, wk, wv, wp = (), (), (), ()
-    for head in tl.static_range(0, HEADS, HG):
-        source = (head + lane // D_PAD) * D + lane % D_PAD  # the channel of the weights that lane stands for
-        used = (lane % D_PAD < D) & (head + lane // D_PAD < HEADS)
-        # scores come out in units of log2, for exp2
-        wq = wq + (
-            _folded(
-                qk_weight_ptr,
-                norm1_weight_ptr,
-                norm1_bias_ptr,
-                qk_bias_ptr,
-                source,
-                used,
-                HAS_QKV_BIAS,
-                1.4426950408889634 / D**0.5,
-                C,
-                C_PAD,
-                TRIM,
-                DTYPE,
-            ),
-        )
-        wk = wk + (
-            _folded(
-                qk_weight_ptr,
-                norm1_weight_ptr,
-                norm1_bias_ptr,
-                qk_bias_ptr,
-                C + source,
-                used,
-                HAS_QKV_BIAS,
-                1.0,
-                C,
-                C_PAD,
-                TRIM,
-                DTYPE,
-            ),
-        )
-        wv = wv + (
-            _folded(
-                v_weight_ptr,
-                norm1_weight_ptr,
-                norm1_bias_ptr,
-                v_bias_ptr,
-                source,
-                used,
-                HAS_QKV_BIAS,
-                1.0,
-                C,
-                C_PAD,
-                TRIM,
-                DTYPE,
-            ),
-        )
-        at = ch[None, :] * C + source[:, None]
-        wp = wp + (tl.load(proj_weight_ptr + at, mask=real[None, :] & used[:, None], other=0.0).to(DTYPE),)  # [W, C_PAD]
+    heads = ()
+    if KEEP_HEADS:
+        for head in tl.static_range(0, HEADS, HG):
+            heads = heads + (
+                _folded_heads(
+                    head, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
+                    proj_weight_ptr, HAS_QKV_BIAS, C, C_PAD, HEADS, D, D_PAD, HG, TRIM, DTYPE,
+                ),
+            )  # fmt: skip
     proj_bias = tl.load(proj_bias_ptr + ch, mask=real, other=0.0).to(tl.float32)
     # octaves that PAIRS raises fc2's weights by, and with them the sum that their product is added to
     raised, up, down = 0, 1.0, 1.0
@@ -363,9 +372,7 @@ def _inner_fwd_kernel(
     diagonal = (ch[:, None] == ch[None, :]) & real[:, None]
     identity = tl.where(diagonal, 1.0, 0.0).to(DTYPE)
     centring = tl.where(real[:, None] & real[None, :], tl.where(diagonal, C - 1.0, -1.0) / C_PAD, 0.0).to(DTYPE)
-    own = (lane[None, :] // D_PAD == tl.arange(0, HG)[:, None])[None, :, None, :]  # [1, HG, 1, W]
-    ones = tl.broadcast_to(tl.where(own, 1.0, 0.0), (G, HG, T, W))
-    ones = tl.reshape(ones, (G, HG * T, W)).to(DTYPE)
+    own, ones = _own(G, T, HG, D_PAD, DTYPE)
 
     row = tl.arange(0, M)
     patch, token = row // T, row % T
@@ -389,21 +396,19 @@ def _inner_fwd_kernel(
         h = _columns(h, M, C_PAD, TRIM)
         total = tl.zeros((M, C_PAD), tl.float32) if APART else x
         total += proj_bias[None, :]
-        for i in tl.static_range(len(wq)):
-            q = tl.reshape(_dot(h, wq[i], PRECISION).to(DTYPE), (G, T, W))
-            k = tl.reshape(_dot(h, wk[i], PRECISION).to(DTYPE), (G, 1, T, W))
-            v = tl.reshape(_dot(h, wv[i], PRECISION).to(DTYPE), (G, 1, T, W))
-            k = tl.reshape(tl.where(own, k, 0.0).to(DTYPE), (G, HG * T, W))
-            v = tl.reshape(tl.where(own, v, 0.0).to(DTYPE), (G, HG * T, W))
-            s = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION)
-            s = tl.reshape(s, (G, T, HG, T))
-            if T > S:
-                s = tl.where((tl.arange(0, T) < S)[None, None, None, :], s, float("-inf"))
-            p = exp2(s - tl.max(s, 3)[:, :, :, None], FAST).to(DTYPE)
-            p = tl.reshape(p, (G, T, HG * T))
-            o = tl.dot(p, v, input_precision=PRECISION)  # [G, T, W]
-            o *= reciprocal(tl.dot(p, ones, input_precision=PRECISION), FAST)
-            total = tl.dot(tl.reshape(o.to(DTYPE), (M, W)), wp[i], total, input_precision=PRECISION)
+        if KEEP_HEADS:
+            for i in tl.static_range(len(heads)):
+                wq, wk, wv, wp = heads[i]
+                _, _, _, _, o, _ = _heads(h, wq, wk, wv, own, ones, S, T, G, HG, W, FAST, PRECISION)
+                total = tl.dot(tl.reshape(o.to(DTYPE), (M, W)), wp, total, input_precision=PRECISION)
+        else:
+            for head in range(0, HEADS, HG):  # not unrolled, there may be many
+                wq, wk, wv, wp = _folded_heads(
+                    head, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
+                    proj_weight_ptr, HAS_QKV_BIAS, C, C_PAD, HEADS, D, D_PAD, HG, TRIM, DTYPE,
+                )  # fmt: skip
+                _, _, _, _, o, _ = _heads(h, wq, wk, wv, own, ones, S, T, G, HG, W, FAST, PRECISION)
+                total = tl.dot(tl.reshape(o.to(DTYPE), (M, W)), wp, total, input_precision=PRECISION)
         if HAS_SCALE:
             mine = turn * G + patch
             x += total * tl.load(attn_scale_ptr + mine, mask=mine < n_patches, other=0.0)[:, None]
@@ -463,14 +468,15 @@ def _centred_weight(weight_ptr, gamma_ptr, beta_ptr, bias_ptr, out, used, HAS_BI
 def _head_weights(head: tl.constexpr, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
                   proj_weight_ptr, HAS_BIAS: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, HEADS: tl.constexpr,
                   D: tl.constexpr, D_PAD: tl.constexpr, HG: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Queries' (over √D), keys' and values' weights of HG heads, [C_PAD, W], and the projection's, [W, C_PAD]."""
+    """Queries' (log2 e/√D), keys' and values' weights of HG heads, [C_PAD, W], and the projection's, [W, C_PAD]."""
     ch = tl.arange(0, C_PAD)
     lane = tl.arange(0, HG * D_PAD)
     out = (head + lane // D_PAD) * D + lane % D_PAD  # the channel of the weights that lane stands for
     used = (lane % D_PAD < D) & (head + lane // D_PAD < HEADS)
     wq = _centred_weight(
-        qk_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_bias_ptr, out, used, HAS_BIAS, 1.0 / D**0.5, C, C_PAD, DTYPE
-    )
+        qk_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_bias_ptr, out, used, HAS_BIAS, 1.4426950408889634 / D**0.5, C,
+        C_PAD, DTYPE,
+    )  # fmt: skip
     wk = _centred_weight(
         qk_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_bias_ptr, C + out, used, HAS_BIAS, 1.0, C, C_PAD, DTYPE
     )
@@ -478,44 +484,6 @@ def _head_weights(head: tl.constexpr, norm1_weight_ptr, norm1_bias_ptr, qk_weigh
     at = ch[None, :] * C + out[:, None]
     wp = tl.load(proj_weight_ptr + at, mask=(ch < C)[None, :] & used[:, None], other=0.0).to(DTYPE)
     return wq, wk, wv, wp
-
-
-@triton.jit
-def _heads(h, wq, wk, wv, own, ones, S: tl.constexpr, T: tl.constexpr, G: tl.constexpr, HG: tl.constexpr, W: tl.constexpr,
-           FAST: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Attention of HG heads: q [G, T, W], k and v [G, HG·T, W] stacked, P before its normalisation [G, T, HG·T] in float32,
-    the output and the reciprocal of P's sums [G, T, W] in float32."""
-    DTYPE: tl.constexpr = h.dtype
-    q = tl.reshape(tl.dot(h, wq, input_precision=PRECISION).to(DTYPE), (G, T, W))
-    k = tl.reshape(tl.dot(h, wk, input_precision=PRECISION).to(DTYPE), (G, 1, T, W))
-    v = tl.reshape(tl.dot(h, wv, input_precision=PRECISION).to(DTYPE), (G, 1, T, W))
-    k = tl.reshape(tl.where(own, k, 0.0).to(DTYPE), (G, HG * T, W))
-    v = tl.reshape(tl.where(own, v, 0.0).to(DTYPE), (G, HG * T, W))
-    s = tl.reshape(tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION), (G, T, HG, T))
-    if T > S:
-        s = tl.where((tl.arange(0, T) < S)[None, None, None, :], s, float("-inf"))
-    top = tl.max(s, 3)
-    if FAST:  # one instruction; but rounds in proportion to the scores
-        s = s * 1.4426950408889634 - (top * 1.4426950408889634)[:, :, :, None]
-    else:
-        s = (s - top[:, :, :, None]) * 1.4426950408889634
-    p = tl.reshape(exp2(s, FAST), (G, T, HG * T))
-    rounded = p.to(DTYPE)
-    inverse = reciprocal(tl.dot(rounded, ones, input_precision=PRECISION), FAST)
-    o = tl.dot(rounded, v, input_precision=PRECISION) * inverse
-    return q, k, v, p, o, inverse
-
-
-@triton.jit
-def _own(G: tl.constexpr, T: tl.constexpr, HG: tl.constexpr, D_PAD: tl.constexpr, DTYPE: tl.constexpr):
-    """Which channels are a head's own, [1, HG, 1, W]; and as ones below one another for every row, [G, HG·T, W]."""
-    W: tl.constexpr = HG * D_PAD
-    own = (tl.arange(0, W)[None, :] // D_PAD == tl.arange(0, HG)[:, None])[None, :, None, :]
-    if HG == 1:
-        return own, tl.full((G, T, W), 1.0, DTYPE)  # a constant needs no registers
-    else:
-        ones = tl.broadcast_to(tl.where(own, 1.0, 0.0), (G, HG, T, W))
-        return own, tl.reshape(ones, (G, HG * T, W)).to(DTYPE)
 
 
 @triton.jit
@@ -694,7 +662,7 @@ def _inner_bwd_mlp_kernel(
         total += proj_bias[None, :]
         for i in tl.static_range(len(heads)):
             wq, wk, wv, wp = heads[i]
-            _, _, _, _, o, _ = _heads(h, wq, wk, wv, own, ones, S, T, G, HG, W, FAST, PRECISION)
+            _, _, _, _, o, _ = _heads((h,), (wq,), (wk,), (wv,), own, ones, S, T, G, HG, W, FAST, PRECISION)
             total = tl.dot(tl.reshape(o.to(DTYPE), (M, W)), wp, total, input_precision=PRECISION)
         mine = turn * G + patch
         if HAS_SCALE:
@@ -801,11 +769,13 @@ def _inner_bwd_attention_kernel(
         else:
             dz = dy
 
+        # q is log2 e times as large, for exp2; so are dk and what q and k give to dh. dv is made so, too: then dh and, by the
+        # host, the sums are scaled back, which is less than scaling the gradient of every score
         dh = tl.zeros((M, C_PAD), tl.float32)
         newq, newk, newv, newp = (), (), (), ()
         for i in tl.static_range(len(heads)):
             wq, wk, wv, wp = heads[i]
-            q, k, v, p, o, sums = _heads(h, wq, wk, wv, own, ones, S, T, G, HG, W, FAST, PRECISION)
+            q, k, v, p, o, sums = _heads((h,), (wq,), (wk,), (wv,), own, ones, S, T, G, HG, W, FAST, PRECISION)
             do = tl.reshape(tl.dot(dz, tl.trans(wp), input_precision=PRECISION), (G, T, W))
             do = do * sums  # P's normalisation, which P itself then needs nowhere
             do = do.to(DTYPE)
@@ -813,13 +783,17 @@ def _inner_bwd_attention_kernel(
             ds = tl.reshape(tl.dot(do, tl.permute(v, (0, 2, 1)), input_precision=PRECISION), (G, T, HG, T))
             p4 = tl.reshape(p, (G, T, HG, T))
             mean, weight = tl.sum(p4 * ds, 3), tl.sum(p4, 3)
-            mean = tl.div_rn(mean, weight) if EXACT else mean * reciprocal(weight, FAST)
+            if EXACT:
+                mean = tl.div_rn(mean, weight)
+            else:
+                near = reciprocal(weight, FAST)
+                mean *= near + near * (1.0 - weight * near)  # a Newton step: of 1, the reciprocal is 1, to the bit
             ds = tl.reshape(p4 * (ds - mean[:, :, :, None]), (G, T, HG * T)).to(DTYPE)
             dq = tl.reshape(tl.dot(ds, k, input_precision=PRECISION).to(DTYPE), (M, W))
             dk = tl.dot(tl.permute(ds, (0, 2, 1)), q, input_precision=PRECISION)  # [G, HG·T, W]
             dv = tl.dot(tl.permute(p.to(DTYPE), (0, 2, 1)), do, input_precision=PRECISION)
             dk = tl.sum(tl.where(own, tl.reshape(dk, (G, HG, T, W)), 0.0), 1)
-            dv = tl.sum(tl.where(own, tl.reshape(dv, (G, HG, T, W)), 0.0), 1)
+            dv = tl.sum(tl.where(own, tl.reshape(dv, (G, HG, T, W)), 0.0), 1) * 1.4426950408889634
             dk = tl.reshape(dk.to(DTYPE), (M, W))
             dv = tl.reshape(dv.to(DTYPE), (M, W))
             dh = tl.dot(dq, tl.trans(wq), dh, input_precision=PRECISION)
@@ -834,7 +808,7 @@ def _inner_bwd_attention_kernel(
         if NEED_WEIGHTS:
             gq, gk, gv, gp = newq, newk, newv, newp
             gb = dot_onto(gb, tl.trans(dz), tl.full((M, 16), 1.0, DTYPE), EXACT, PRECISION)
-        dx = _norm_gradient(dh, h, inverse, real, C)
+        dx = _norm_gradient(dh, h, inverse * 0.6931471805599453, real, C)
         dx += tl.dot(dy, identity) if not EXACT else dy
         tl.store(dx_ptr + first + offset, dx.to(DTYPE), mask=live)
 
@@ -912,10 +886,14 @@ def gradients_unsupported(sizes: dict[str, Any], dtype: torch.dtype, device: tor
         reasons.append(f"S={sizes['S']} pixels a patch; the backward takes 1 to 16")
     if sizes["M"] > 256:
         reasons.append(f"{sizes['M']} hidden channels of the inner MLP; the backward takes 1 to 256")
-    if sizes["C"] > 31 and not torch.compiler.is_compiling():  # which cannot trace the question
+    large = sizes["C"] > 31 or (dtype == torch.float32 and sizes["C"] > 15 and sizes["M"] > 128)
+    if large and not torch.compiler.is_compiling():  # which cannot trace the question
         shared = operation.runner.shared_memory(device)
-        if shared is not None and shared < 112 << 10:  # sm_86 and sm_89
-            reasons.append(f"C={sizes['C']} channels a pixel need 112 KiB of shared memory; this GPU has {shared >> 10}")
+        most = 160 if sizes["C"] > 31 else 115  # KiB, of any heads and hidden channels; TNT-B has 112
+        if shared is not None and shared < 112 << 10:  # sm_86, sm_89 and sm_120
+            reasons.append(
+                f"C={sizes['C']} channels in {dtype} need up to {most} KiB of shared memory; this GPU has {shared >> 10}"
+            )
     return reasons
 
 
@@ -927,9 +905,17 @@ def _specialise(
     c_pad = max(16, triton.next_power_of_2(C + 1))
     rows, warps, hidden, stages, _, mma_arch = CONFIGS[c_pad, dtype != "fp32"]
     T = max(16, triton.next_power_of_2(S))
+    if T > 16:
+        d_pad = max(d_pad, T // 8)  # up to 128 rows of keys and values: shared memory has no room for more in float32
+    hg = max(1, 16 // d_pad)
+    # what is kept on the chip of the weights leaves 24 KiB for the rest, on the smallest GPUs with 99 KiB
+    size = 4 if dtype == "fp32" else 2
+    head_bytes, mlp_bytes = 4 * c_pad * -(-H // hg) * hg * d_pad * size, 2 * c_pad * M * size
+    keep = head_bytes <= 64 << 10
+    resident = c_pad < (64 if dtype == "fp32" else 128) and M <= 256 and keep * head_bytes + mlp_bytes <= 72 << 10
     constants = dict(
-        C=C, C_PAD=c_pad, HEADS=H, D=D, D_PAD=d_pad, HG=max(1, 16 // d_pad), S=S, T=T, MLP=M, SLICE=hidden, G=max(1, rows // T),
-        HAS_QKV_BIAS=has_qkv_bias, HAS_SCALE=has_scale, RESIDENT=c_pad < (64 if dtype == "fp32" else 128) and M <= 256,
+        C=C, C_PAD=c_pad, HEADS=H, D=D, D_PAD=d_pad, HG=hg, S=S, T=T, MLP=M, SLICE=hidden, G=max(1, rows // T),
+        HAS_QKV_BIAS=has_qkv_bias, HAS_SCALE=has_scale, KEEP_HEADS=keep, RESIDENT=resident,
         FAST=fast, PRECISION=prec,
     )  # fmt: skip
     constants["PAIRS"] = fast and dtype == "bf16" and constants["RESIDENT"]  # else fc2 would be gone through twice a turn
@@ -948,7 +934,7 @@ def _specialise(
 def _specialise_backward(spec: Launch, weights: bool) -> tuple[Launch, Launch]:
     """The two launches of the backward that belongs to a forward."""
     dtype = spec.pointers["x_ptr"]
-    mlps = ("RESIDENT", "SLICE", "MLP", "PAIRS")
+    mlps = ("KEEP_HEADS", "RESIDENT", "SLICE", "MLP", "PAIRS")
     common = {k: v for k, v in spec.constants.items() if k not in mlps} | {"NEED_WEIGHTS": weights}
     halves = []
     for kernel, configs in ((_inner_bwd_mlp_kernel, MLP_CONFIGS), (_inner_bwd_attention_kernel, ATTENTION_CONFIGS)):
@@ -1132,7 +1118,7 @@ def _inner_backward(
     qkv, proj, proj_bias_sum = found.split((3 * size, size, c_pad))
     qkv = qkv.view(3, c_pad, -1, d_pad)[:, : C + 1, :num_heads, : C // num_heads]  # without padding
     qkv = qkv.permute(1, 0, 2, 3).reshape(C + 1, 3, C)
-    qkv = torch.cat((qkv[:, 0] * (C // num_heads) ** -0.5, qkv[:, 1], qkv[:, 2]), 1)
+    qkv = torch.cat((qkv[:, 0] * (C // num_heads) ** -0.5, qkv[:, 1:].flatten(1) * log(2)), 1)
     norm_weight, norm_bias, weight, bias = _unfold(given[0], given[1], torch.cat((given[2], given[4])), qkv)
     gradients |= {1: norm_weight, 2: norm_bias, 3: weight[: 2 * C], 4: bias[: 2 * C], 5: weight[2 * C :], 6: bias[2 * C :]}
     proj = proj.view(c_pad, -1, d_pad)[:C, :num_heads, : C // num_heads].reshape(C, C)

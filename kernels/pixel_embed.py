@@ -83,12 +83,21 @@ def _window(
 
 
 @triton.jit
+def _channel_weight(weight_ptr, c, CHANNELS: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, DTYPE: tl.constexpr):
+    """The weight of a channel of the image, [64, C_PAD]: its window has 8 to a row, 7·8 of 64 are real."""
+    k, ch = tl.arange(0, 64), tl.arange(0, C_PAD)
+    real = (k // 8 < 7) & (k % 8 < 7)
+    place = ch[None, :] * (CHANNELS * 49) + (c * 49 + k // 8 * 7 + k % 8)[:, None]
+    return tl.load(weight_ptr + place, mask=real[:, None] & (ch < C)[None, :], other=0.0).to(DTYPE)
+
+
+@triton.jit
 def _pixel_embed_fwd_kernel(
     image_ptr, y_ptr, weight_ptr, bias_ptr, pixel_pos_ptr,
     n_tokens, n_patches, columns, height, width, stride_b, stride_c, stride_h, stride_w,
     CHANNELS: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, S: tl.constexpr, S_W: tl.constexpr, PATCH_H: tl.constexpr,
     PATCH_W: tl.constexpr, STRIDE: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, LEGACY: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     DT: tl.constexpr = y_ptr.dtype.element_ty
     k = tl.arange(0, 64)  # a channel's window, 8 to a row: 7·8 of 64 are real
@@ -96,10 +105,9 @@ def _pixel_embed_fwd_kernel(
     real = (ky < 7) & (kx < 7)
     ch = tl.arange(0, C_PAD)
     weights = ()
-    for c in tl.static_range(CHANNELS):
-        place = ch[None, :] * (CHANNELS * 49) + (c * 49 + ky * 7 + kx)[:, None]
-        w = tl.load(weight_ptr + place, mask=real[:, None] & (ch < C)[None, :], other=0.0)  # [64, C_PAD]
-        weights = weights + (w.to(DT),)
+    if KEEP:
+        for c in tl.static_range(CHANNELS):
+            weights = weights + (_channel_weight(weight_ptr, c, CHANNELS, C, C_PAD, DT),)
     bias = tl.zeros((C_PAD,), tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + ch, mask=ch < C, other=0.0).to(tl.float32)
@@ -131,7 +139,8 @@ def _pixel_embed_fwd_kernel(
             acc += tl.load(pixel_pos_ptr + ch[None, :] * S + s[:, None], mask=mask, other=0.0).to(tl.float32)
         for c in tl.static_range(CHANNELS):
             x = tl.load(image_ptr + tl.cast(c, tl.int64) * stride_c + at, mask=inside, other=0.0).to(DT)  # [BLOCK, 64]
-            acc = tl.dot(x, weights[c], acc, input_precision=PRECISION)
+            w = weights[c] if KEEP else _channel_weight(weight_ptr, c, CHANNELS, C, C_PAD, DT)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
         tl.store(y_ptr + token[:, None] * C + ch[None, :], acc.to(DT), mask=live[:, None] & (ch < C)[None, :])
 
 
@@ -295,10 +304,12 @@ def _specialise(
 ) -> Launch:  # fmt: skip
     block, warps, _ = CONFIGS[dtype]
     rows, columns = patch_size[0] // stride, patch_size[1] // stride
+    c_pad = max(16, triton.next_power_of_2(C))
+    keep = channels * 64 * c_pad * (4 if dtype == "fp32" else 2) <= 64 << 10  # else the weights do not fit on every chip
     constants = dict(
-        CHANNELS=channels, C=C, C_PAD=max(16, triton.next_power_of_2(C)), S=rows * columns, S_W=columns, PATCH_H=patch_size[0],
+        CHANNELS=channels, C=C, C_PAD=c_pad, S=rows * columns, S_W=columns, PATCH_H=patch_size[0],
         PATCH_W=patch_size[1], STRIDE=stride, STEP_H=patch_stride[0], STEP_W=patch_stride[1], LEGACY=legacy, HAS_BIAS=has_bias,
-        HAS_POS=has_pos, BLOCK=block, PRECISION=prec,
+        HAS_POS=has_pos, KEEP=keep, BLOCK=block, PRECISION=prec,
     )  # fmt: skip
     pointers = {name: dtype for name in ("image_ptr", "y_ptr", "weight_ptr", "bias_ptr", "pixel_pos_ptr")}
     integers = ("n_tokens", "n_patches", "columns", "height", "width", "stride_b", "stride_c", "stride_h", "stride_w")
@@ -307,7 +318,7 @@ def _specialise(
 
 def _specialise_weight_bwd(forward: Launch, dtype: str) -> Launch:
     block, warps, _ = WEIGHT_CONFIGS[dtype]
-    constants = {name: value for name, value in forward.constants.items() if name not in ("HAS_BIAS", "HAS_POS")}
+    constants = {name: value for name, value in forward.constants.items() if name not in ("HAS_BIAS", "HAS_POS", "KEEP")}
     # channels a program: what fits into registers, 96 of each thread
     group = max(1, min(constants["CHANNELS"], 192 // constants["C_PAD"]))
     constants |= dict(BLOCK=block, GROUP=group)
@@ -321,7 +332,9 @@ def _specialise_weight_bwd(forward: Launch, dtype: str) -> Launch:
 
 def _specialise_image_bwd(forward: Launch, dtype: str) -> Launch:
     constants = {
-        name: value for name, value in forward.constants.items() if name not in ("HAS_BIAS", "HAS_POS", "S", "PRECISION")
+        name: value
+        for name, value in forward.constants.items()
+        if name not in ("HAS_BIAS", "HAS_POS", "KEEP", "S", "PRECISION")
     }
     constants |= dict(S_H=forward.constants["S"] // constants["S_W"], BLOCK=IMAGE_BLOCK)
     pointers = {"weight_ptr": dtype, "gradient_ptr": dtype, "image_ptr": dtype}

@@ -56,3 +56,17 @@ def test_each_is_a_launch_that_is_shipped(inner):
 )  # fmt: skip
 def test_kinds(text, kind):
     assert dynamic_cost.kind(tuple(text.split("."))) == kind
+
+
+def test_accesses_are_listed_by_line(capsys):
+    assert dynamic_cost.main(["--kernel", "pixel_embed", "--variant", "ti"]) == 0
+    text = capsys.readouterr().out
+    assert "_pixel_embed_image_bwd_kernel: accesses that could be cheaper" in text
+    head = next(line for line in text.splitlines() if line.split()[:2] == ["line", "access"])
+    assert head.split()[2:] == ["instructions", "warps", "turns", "least", "sectors", "filled"]
+    rows = [line.split() for line in text.splitlines() if ".global." in line]
+    assert rows
+    assert all(int(sectors) > int(filled) for *_, sectors, filled in rows)
+    with pytest.raises(SystemExit):
+        dynamic_cost.main(["--variant", "xl"])
+    assert "invalid choice: 'xl'" in capsys.readouterr().err

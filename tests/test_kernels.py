@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import pytest
 import timm
 import torch
+from fuzz import DRAWS, off_by_rounding
 from helpers import KernelPath, Tf32Products, lay, paths, perturb
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,28 +33,39 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def check(path: KernelPath, operation: str, tensors: dict, others: dict, dtype: torch.dtype, gradients: bool = True) -> None:
-    """Output and every gradient of an operation, by the rule. ``tensors``: float64 on the CPU, or None; others get none."""
+def check(
+    path: KernelPath, operation: str, tensors: dict, others: dict, dtype: torch.dtype, gradients: bool = True, draws: tuple = ()
+) -> None:
+    """Output and every gradient of an operation, by the rule. ``tensors``: float64 on the CPU, or None; others get none.
+
+    PyTorch's own error is the largest of its results and those with the weights off by rounding in ``draws`` ways.
+    """
     tensors = {k: v if v is None else v.to(dtype) for k, v in tensors.items()}
-    results = {}
-    for label, function, kind, device in (
-        ("fused", getattr(kernels.OPERATIONS[operation], operation), dtype, path.device),
-        ("same", getattr(reference, operation), dtype, path.device),
-        ("exact", getattr(reference, operation), torch.float64, "cpu"),
-    ):
-        given = {k: v if v is None else v.to(device, kind).requires_grad_(gradients) for k, v in tensors.items()}
+
+    def compute(function, kind: torch.dtype, device: str, draw: int = 0) -> dict[str, torch.Tensor]:
+        given = {k: v if v is None else v.to(device, kind) for k, v in tensors.items()}
+        if draw:
+            weights = {k: v for k, v in given.items() if v is not None and k != "pixel"}
+            given |= {k: off_by_rounding(v, dtype, draw) for k, v in weights.items()}
+        given = {k: v if v is None else v.requires_grad_(gradients) for k, v in given.items()}
         fixed = {k: v.to(device, kind) if isinstance(v, torch.Tensor) else v for k, v in others.items()}
-        with path.as_reference() if label == "same" else nullcontext():
-            out = function(**given, **fixed)
-            results[label] = {"output": out.detach()}
-            if gradients:
-                generator = torch.Generator().manual_seed(9)
-                upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype).to(device, kind)
-                wanted = {k: v for k, v in given.items() if v is not None}
-                found = torch.autograd.grad(out, list(wanted.values()), upstream)
-                results[label] |= {f"gradient of {k}": g for k, g in zip(wanted, found, strict=True)}
-    for name, exact in results["exact"].items():
-        path.rule(f"{operation}, {name}", results["fused"][name], results["same"][name], exact, dtype)
+        out = function(**given, **fixed)
+        found = {"output": out.detach()}
+        if gradients:
+            generator = torch.Generator().manual_seed(9)
+            upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype).to(device, kind)
+            wanted = {k: v for k, v in given.items() if v is not None}
+            of_wanted = torch.autograd.grad(out, list(wanted.values()), upstream)
+            found |= {f"gradient of {k}": g for k, g in zip(wanted, of_wanted, strict=True)}
+        return found
+
+    plain = getattr(reference, operation)
+    fused = compute(getattr(kernels.OPERATIONS[operation], operation), dtype, path.device)
+    with path.as_reference():
+        own = [compute(plain, dtype, path.device, draw) for draw in (0, *draws)]
+    for name, exact in compute(plain, torch.float64, "cpu").items():
+        same = max([x[name] for x in own], key=lambda x: (x.double().cpu() - exact).abs().max().item())
+        path.rule(f"{operation}, {name}", fused[name], same, exact, dtype)
 
 
 def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> torch.Tensor:
@@ -301,6 +313,13 @@ def test_inner_of_outliers(path, dtype):
     check(path, "inner", tensors, dict(num_heads=4), dtype, gradients=False)
 
 
+@everywhere
+@paths(interpreter="", compiled="float32")
+def test_weights_gradients_are_sums_of_many_turns(path, dtype):
+    """A sum that goes on from turn to turn may be rounded at every turn, not at every row: which the compiler made of it."""
+    check(path, "inner", inner_tensors(40, 16, 12, 48), dict(num_heads=2), dtype)
+
+
 @paths()
 @pytest.mark.parametrize("which", [("attn_scale", "mlp_scale"), ("attn_scale",), ("mlp_scale",)], ids="+".join)
 def test_inner_with_drop_path(which, path, dtype):
@@ -387,10 +406,14 @@ def test_any_strides_of_any_tensor(operation, path, dtype):
 @paths()
 @pytest.mark.parametrize(("S", "C", "H", "scale"), [(3, 63, 3, 45), (3, 24, 1, 20), (2, 12, 2, 30)], ids=str)
 def test_gradients_of_saturated_attention(S, C, H, scale, path, dtype):
-    """Where P is 1, what is taken off dP is dP itself. Few keys, or ties between two of them decide instead."""
+    """Where P is 1, what is taken off dP is dP itself. Few keys, or ties between two of them decide instead.
+
+    Scores of thousands are off by several where q and k are rounded to bfloat16, and the gradient is e to their differences.
+    So PyTorch's own error, from one seed to the next between 1e-34 and 1e3, is taken from several draws of such rounding.
+    """
     tensors = inner_tensors(7, S, C, 4 * C)
     tensors["qk_weight"] *= scale / 1.5
-    check(path, "inner", tensors, dict(num_heads=H), dtype)
+    check(path, "inner", tensors, dict(num_heads=H), dtype, draws=DRAWS)
 
 
 @paths()
@@ -551,10 +574,8 @@ def test_nan_and_infinity_stay_in_their_patch(S, bad, path, dtype):
     assert torch.equal(out, clean)
 
 
-@paths()
-@pytest.mark.parametrize(
-    ("C", "E"), [pytest.param(12, 192, marks=wide), (24, 384), pytest.param(40, 640, marks=wide)], ids=["ti", "s", "b"]
-)
+@paths(compiled="", gpu="bfloat16 float16 float32 tf32")  # the machine cannot but give the same bits: it faults at a race
+@pytest.mark.parametrize(("C", "E"), [(12, 192), (24, 384), (40, 640)], ids=["ti", "s", "b"])
 @pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
 def test_the_same_bits_twice(operation, C, E, path, dtype):
     tensors, others = (

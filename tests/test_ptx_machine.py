@@ -338,7 +338,9 @@ def test_correctly_rounded_functions():
     same(values(compute("rcp.approx.ftz.f32 %r0, %r1;", np.uint32, special_), "f32"), [math.inf, -math.inf, 0, -0.0, math.nan])
     want = [math.inf, -math.inf, 0, math.nan, math.nan]
     same(values(compute("rsqrt.approx.ftz.f32 %r0, %r1;", np.uint32, special_), "f32"), want)
-    same(values(compute("ex2.approx.ftz.f32 %r0, %r1;", np.uint32, special_), "f32"), [1, 1, math.inf, 0, math.nan])
+    for error in (-1, 0, 1):
+        found = compute("ex2.approx.ftz.f32 %r0, %r1;", np.uint32, special_, error=error)
+        same(values(found, "f32"), [1, 1, math.inf, 0, math.nan])
 
 
 def test_double():

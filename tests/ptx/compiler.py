@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 TESTS = Path(__file__).resolve().parents[1]
+KEPT = 64  # kernels
 
 
 class Compiled(NamedTuple):
@@ -75,6 +76,8 @@ class Compiler:
         request = (function.__module__, function.__qualname__, given, dict(constants), dict(options), int(target[3:]))
         key = repr(request)
         if key not in self.known:
+            if len(self.known) >= KEPT:
+                del self.known[next(iter(self.known))]  # the oldest; a whole release check has thousands
             self.known[key] = Compiled(*self._ask(request))
         return self.known[key]
 
@@ -174,6 +177,7 @@ def _compile(device: Device, module: str, name: str, given: tuple, constants: di
     kernel = getattr(importlib.import_module(module), name)
     arguments = [Pointer(*rest) if kind == "pointer" else rest[0] for kind, *rest in given]
     compiled = kernel.run(*arguments, grid=(1,), warmup=True, **constants, **options)
+    kernel.device_caches.clear()  # of the memory only; files stay
     signature = list(compiled.src.signature.values())
     parameters = tuple(i for i in range(len(arguments)) if signature[i] != "constexpr")
     ptx, metadata = compiled.asm["ptx"], compiled.metadata

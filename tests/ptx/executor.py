@@ -9,7 +9,7 @@ import torch
 
 from tnt_fast.kernels import operation
 
-from .compiler import Compiled, compiler
+from .compiler import KEPT, Compiled, compiler
 from .machine import Cost, Kernel
 
 # bytes of shared memory that a program can have (CUDA C++ Programming Guide, technical specifications by compute capability)
@@ -82,6 +82,8 @@ class Executor:
 
 def _machine(compiled: Compiled) -> Kernel:
     if compiled.key not in _machines:
+        if len(_machines) >= KEPT:
+            del _machines[next(iter(_machines))]
         _machines[compiled.key] = Kernel(compiled.ptx, compiled.shared, compiled.name)
     return _machines[compiled.key]
 

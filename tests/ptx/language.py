@@ -18,7 +18,7 @@ UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 # The largest error of an approximate instruction (PTX ISA 8.7, "Floating Point Instructions"), relative or absolute.
 BOUNDS = {
-    ("ex2", "f32"): ("relative", 2.0**-22),  # 2 units in the last place
+    ("ex2", "f32"): ("relative", 2.0**-22),  # 2 units in the last place; of 0 it is 1 to the bit, a special value
     ("rcp", "f32"): ("relative", 2.0**-23),  # 1 unit
     ("rsqrt", "f32"): ("relative", 2.0**-22.9),
     ("sqrt", "f32"): ("relative", 2.0**-23),
@@ -801,7 +801,10 @@ class _Statement:
             e = f"({value if 'rn' in self.modifiers else self._approximate(value, type_)}).astype(np.float32)"
         elif name in FUNCTIONS and type_ == "f32":
             value = f"{FUNCTIONS[name]}({a[0]}.astype(np.float64))"
-            e = f"({self._approximate(value, type_) if 'approx' in self.modifiers else value}).astype(np.float32)"
+            if "approx" in self.modifiers:
+                value = self._approximate(value, type_)
+                value = f"np.where({a[0]} == 0, 1.0, {value})" if name == "ex2" else value
+            e = f"({value}).astype(np.float32)"
         else:
             raise Unknown("this instruction")
         if "sat" in self.modifiers:

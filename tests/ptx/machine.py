@@ -22,6 +22,7 @@ Not seen: what ptxas makes of the PTX, and time.
 """
 
 import linecache
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -608,6 +609,7 @@ class Kernel:
             source = self._source(index, True) if masked else self._sources[index]
             name = f"<{self.name} {id(self)} block {index}{' masked' * masked}>"
             linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+            weakref.finalize(self, linecache.cache.pop, name, None)
             scope = self.translator.scope  # constants come in by translating
             exec(compile(source, name, "exec"), scope)
             self._functions[index, masked] = scope["block"]

@@ -1,0 +1,52 @@
+"""What is accepted fits on the chip: the extremes are compiled, for the GPUs with the least shared memory, and not run."""
+
+import pytest
+import torch
+from test_kernels import embed_case, fold_tensors, inner_tensors
+
+pytest.importorskip("triton")
+
+from ptx.executor import Executor, running
+
+from tnt_fast import kernels
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def launch(operation: str, tensors: dict, others: dict, dtype: torch.dtype, target: str, gradients: bool = True) -> None:
+    """The executor raises where a launch needs more than the target has."""
+    given = {k: v if v is None else v.to(dtype).requires_grad_(gradients) for k, v in tensors.items()}
+    with running(Executor(target, programs=slice(0))):
+        out = getattr(kernels.OPERATIONS[operation], operation)(**given, **others)
+        if gradients:
+            torch.autograd.grad(out, [v for v in given.values() if v is not None], torch.ones_like(out))
+
+
+@pytest.mark.parametrize("target", ["sm_89"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("S", "C", "H", "M"),
+    [(4, 96, 4, 384), (64, 96, 96, 24), (64, 6, 6, 24), (64, 62, 2, 24), (16, 63, 63, 24), (64, 31, 1, 224), (64, 63, 7, 64)],
+    ids=str,
+)  # fmt: skip
+def test_inner(S, C, H, M, dtype, target):
+    launch("inner", inner_tensors(3, S, C, M), dict(num_heads=H), dtype, target, gradients=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("C", "H", "M"), [(31, 31, 256), (30, 6, 256), (31, 1, 256)], ids=str)
+def test_the_backward_of_inner(C, H, M, dtype):
+    launch("inner", inner_tensors(3, 16, C, M), dict(num_heads=H), dtype, "sm_89")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("legacy", [False, True], ids=["norms", "legacy"])
+@pytest.mark.parametrize(("S", "C", "E"), [(16, 128, 1024), (16, 128, 512), (4, 65, 256)], ids=str)
+def test_fold(S, C, E, legacy, dtype):
+    launch("fold", fold_tensors(1, 2, S, C, E, legacy), {}, dtype, "sm_89")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("channels", "C"), [(8, 128), (3, 128), (1, 64)], ids=str)
+def test_pixel_embed(channels, C, dtype):
+    launch("pixel_embed", *embed_case(1, channels, 16, 16, C, (16, 16), 4, (16, 16), False), dtype, "sm_89")
