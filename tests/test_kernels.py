@@ -165,7 +165,7 @@ def test_pixel_embed(B, channels, H, W, C, patch, stride, step, legacy, path, dt
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
-@paths("", "float16")
+@paths("", "bfloat16 float16")
 def test_pixel_embed_of_an_image_that_lies_far_apart(axis, path, dtype):
     tensors, others = embed_case(3, 3, 32, 48, 24, (16, 16), 4, (16, 16), False)
     tensors = {k: v.to(path.device, dtype) for k, v in tensors.items()}
