@@ -1,5 +1,5 @@
-# make demo · test · test-newest · test-oldest · fuzz · check · check-compiled · bench · gpu · sanitize. Everything is installed into $(VENV), at
-# the versions of $(CONSTRAINTS).
+# make demo · test · test-newest · test-oldest · fuzz · check · check-compiled · bench · gpu · sanitize. Everything is installed
+# into $(VENV), at the versions of $(CONSTRAINTS).
 PYTHON ?= python3
 CONSTRAINTS ?= .ci/constraints.txt
 VENV := .venv
@@ -46,8 +46,8 @@ check: $(READY)
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --count $(N) --seed $(SEED) --processes $(PROCESSES) --json benchmarks/results/fuzz.json
 
-# The compiled kernels run on the CPU, all of it: five targets, four precisions, every case, then mutations; for a release, in about
-# an hour on two cores. Fails where an answer is wrong, and where fewer than 95% of the mutations are noticed.
+# The compiled kernels run on the CPU, all of it: five targets, four precisions, every case, then mutations; for a release, in one
+# to two hours on two cores. Fails where an answer is wrong, and where fewer than 95% of the mutations are noticed.
 check-compiled: $(READY)
 	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist worksteal --wide --paths $(COMPILED) -k sm_ \
 	    --compiled-json benchmarks/results/compiled.json tests/test_kernels.py tests/test_approximations.py tests/test_backward.py

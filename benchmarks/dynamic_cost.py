@@ -23,10 +23,10 @@ import timm
 import torch
 from torch import Tensor
 
+from benchmarks.measure import DTYPES
 from tnt_fast import kernels as shipped
 
 VARIANTS = ("ti", "s", "s_legacy", "b")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IMAGE, PATCHES = 128, 64
 KINDS = {
     "matrix": r"mma",
@@ -105,6 +105,15 @@ def accesses(launch: Any, every: bool = False) -> list[list[str]]:
     return [[*name, *map(str, total.values())] for name, total in found.items()]
 
 
+def aligned(lines: list[list[str]], words: int) -> str:
+    """Plain text, columns aligned; the first so many are words, the others numbers."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i < words else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        for line in lines
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     from tests.ptx.compiler import TARGETS
 
@@ -117,16 +126,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for launch in _launched(options.kernel, options.variant, options.dtype, options.target, 2):
         rows = accesses(launch, options.all)
-        lines = [["line", "access", "instructions", "warps", "turns", "least", "sectors", "filled"], *rows]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         print(f"{launch.name}: {'' if rows else 'no '}accesses{'' if options.all else ' that could be cheaper'}")
-        for line in lines if rows else []:
-            print(
-                "  "
-                + "  ".join(
-                    cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-                )
-            )
+        if rows:
+            print(aligned([["line", "access", "instructions", "warps", "turns", "least", "sectors", "filled"], *rows], 2))
     return 0
 
 

@@ -50,9 +50,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import dynamic_cost
+from benchmarks.dynamic_cost import VARIANTS, aligned
 from tnt_fast import kernels as shipped
 
-VARIANTS = ("ti", "s", "s_legacy", "b")
 DTYPES = ("bf16", "fp16", "fp32")
 
 PATCHES = 256 * 196 * 12
@@ -339,9 +339,15 @@ def rows(
                 found[future] |= {"error": f"{type(error).__name__}: {error}"} if error else {"error": None} | future.result()
     for future, row in found.items():
         operation = tuple(row[name] for name in ("kernel", "variant", "dtype", "target"))
-        if operation in executed:
-            launches = executed[operation].result()
-            same = (x for x in launches if (x["function"], x["constants"]) == (row["function"], constants[future]))
+        if operation in executed and row["error"] is None:
+            if error := executed[operation].exception():
+                row["error"] = f"{type(error).__name__}: {error}"
+                continue
+            same = (
+                x
+                for x in executed[operation].result()
+                if (x["function"], x["constants"]) == (row["function"], constants[future])
+            )
             row["dynamic"] = next(({k: v for k, v in x.items() if k not in ("function", "constants")} for x in same), None)
     return list(found.values())
 
@@ -375,12 +381,7 @@ def _table(good: list[dict[str, Any]]) -> str:
             )
             cells += [f"{seen['bytes'] / 32:.0f}" if seen else "-"]
         lines.append([str(cell) for cell in cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = 5  # the first columns are words
-    return "\n".join(
-        "  ".join(c.ljust(w) if i < text else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
+    return aligned(lines, 5)  # the first columns are words
 
 
 def comparison(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
@@ -413,9 +414,7 @@ def comparison(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
         cells += [f"{a[key]:g}" if a[key] == b[key] else f"{a[key]:g} → {b[key]:g}" for key in keys.values()]
         lines.append(cells)
     lines = [line + [""] * (len(lines[0]) - len(line)) for line in lines]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*(table if len(lines) > 1 else []), f"{same} launches did not change"])
+    return "\n".join([*([aligned(lines, len(lines[0]))] if len(lines) > 1 else []), f"{same} launches did not change"])
 
 
 def _write_json(path: Path, table: list[dict[str, Any]]) -> None:
@@ -432,9 +431,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", action="append", help=f"only this one; repeatable ({listed})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a JSON list")
     parser.add_argument("--sass", type=Path, metavar="DIR", help="write the disassembly of each row")
-    parser.add_argument(
-        "--dynamic", action="store_true", help="run the PTX of NVIDIA's targets, too, and count what it executes"
-    )
+    counted = "run the PTX, too, and count what it executes: sm_90's, or that of each --target"
+    parser.add_argument("--dynamic", action="store_true", help=counted)
     parser.add_argument("--jobs", type=int, help="compilations at a time (default: one a core)")
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="only say what changed between two results"

@@ -146,10 +146,12 @@ def _rows(weight_ptr, gamma_ptr, beta_ptr, ch, out, used, C: tl.constexpr):
 
 @triton.jit
 def _folded(weight_ptr, gamma_ptr, beta_ptr, bias_ptr, out, used, HAS_BIAS: tl.constexpr, UNIT, C: tl.constexpr,
-            C_PAD: tl.constexpr, TRIM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """UNIT·(rows C of a weight and bias after LayerNorm): [C_PAD, len(out)], row C for the constant one.
+            C_PAD: tl.constexpr, TRIM: tl.constexpr, CENTRED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """UNIT·(rows C of a weight and bias after LayerNorm): a tuple of [C_PAD, len(out)], row C for the constant one.
 
-    With TRIM the last quarter of the rows is left out, and the rest comes in two parts, as _columns has it.
+    With TRIM the last quarter of the rows is left out, and the rest comes in two parts, as _columns has it. With CENTRED, for
+    the backward, which has no TRIM, the mean over the channels is taken off: the same product with a normalised tile, whose
+    channels sum to 0; the product of a gradient with its transpose then has no mean, as LayerNorm's backward wants it.
     """
     ch = tl.arange(0, C_PAD // 2 if TRIM else C_PAD)
     w, shift = _rows(weight_ptr, gamma_ptr, beta_ptr, ch, out, used, C)
@@ -163,6 +165,8 @@ def _folded(weight_ptr, gamma_ptr, beta_ptr, bias_ptr, out, used, HAS_BIAS: tl.c
         w_more = tl.where((more == C)[:, None], shift[None, :], w_more)
         return (w * UNIT).to(DTYPE), (w_more * UNIT).to(DTYPE)
     else:
+        if CENTRED:
+            w = tl.where((ch < C)[:, None], w - (tl.sum(w, 0) * (1.0 / C))[None, :], 0.0)
         return ((tl.where((ch == C)[:, None], shift[None, :], w) * UNIT).to(DTYPE),)
 
 
@@ -211,7 +215,7 @@ def _mlp_slice(start: tl.constexpr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr
     else:
         unit = 1.0
         fc2 = fc2.to(DTYPE)
-    fc1 = _folded(fc1_weight_ptr, gamma_ptr, beta_ptr, fc1_bias_ptr, hid, used, True, unit, C, C_PAD, TRIM, DTYPE)
+    fc1 = _folded(fc1_weight_ptr, gamma_ptr, beta_ptr, fc1_bias_ptr, hid, used, True, unit, C, C_PAD, TRIM, False, DTYPE)
     return fc1, fc2
 
 
@@ -248,9 +252,10 @@ def _normalise(centred, one, eps, C: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl
 
 
 @triton.jit
-def _folded_heads(head, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
+def _head_weights(head, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
                   proj_weight_ptr, HAS_BIAS: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, HEADS: tl.constexpr,
-                  D: tl.constexpr, D_PAD: tl.constexpr, HG: tl.constexpr, TRIM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+                  D: tl.constexpr, D_PAD: tl.constexpr, HG: tl.constexpr, TRIM: tl.constexpr, CENTRED: tl.constexpr,
+                  DTYPE: tl.constexpr):  # fmt: skip
     """Queries' (log2 e/√D, for exp2), keys' and values' weights of HG heads, and the projection's, [W, C_PAD]."""
     ch = tl.arange(0, C_PAD)
     lane = tl.arange(0, HG * D_PAD)
@@ -258,12 +263,15 @@ def _folded_heads(head, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias
     used = (lane % D_PAD < D) & (head + lane // D_PAD < HEADS)
     wq = _folded(
         qk_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_bias_ptr, out, used, HAS_BIAS, 1.4426950408889634 / D**0.5, C,
-        C_PAD, TRIM, DTYPE,
+        C_PAD, TRIM, CENTRED, DTYPE,
     )  # fmt: skip
     wk = _folded(
-        qk_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_bias_ptr, C + out, used, HAS_BIAS, 1.0, C, C_PAD, TRIM, DTYPE
+        qk_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_bias_ptr, C + out, used, HAS_BIAS, 1.0, C, C_PAD, TRIM, CENTRED,
+        DTYPE,
+    )  # fmt: skip
+    wv = _folded(
+        v_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, v_bias_ptr, out, used, HAS_BIAS, 1.0, C, C_PAD, TRIM, CENTRED, DTYPE
     )
-    wv = _folded(v_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, v_bias_ptr, out, used, HAS_BIAS, 1.0, C, C_PAD, TRIM, DTYPE)
     at = ch[None, :] * C + out[:, None]
     wp = tl.load(proj_weight_ptr + at, mask=(ch < C)[None, :] & used[:, None], other=0.0).to(DTYPE)
     return wq, wk, wv, wp
@@ -328,9 +336,9 @@ def _inner_fwd_kernel(
     if KEEP_HEADS:
         for head in tl.static_range(0, HEADS, HG):
             heads = heads + (
-                _folded_heads(
+                _head_weights(
                     head, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
-                    proj_weight_ptr, HAS_QKV_BIAS, C, C_PAD, HEADS, D, D_PAD, HG, TRIM, DTYPE,
+                    proj_weight_ptr, HAS_QKV_BIAS, C, C_PAD, HEADS, D, D_PAD, HG, TRIM, False, DTYPE,
                 ),
             )  # fmt: skip
     proj_bias = tl.load(proj_bias_ptr + ch, mask=real, other=0.0).to(tl.float32)
@@ -403,9 +411,9 @@ def _inner_fwd_kernel(
                 total = tl.dot(tl.reshape(o.to(DTYPE), (M, W)), wp, total, input_precision=PRECISION)
         else:
             for head in range(0, HEADS, HG):  # not unrolled, there may be many
-                wq, wk, wv, wp = _folded_heads(
+                wq, wk, wv, wp = _head_weights(
                     head, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
-                    proj_weight_ptr, HAS_QKV_BIAS, C, C_PAD, HEADS, D, D_PAD, HG, TRIM, DTYPE,
+                    proj_weight_ptr, HAS_QKV_BIAS, C, C_PAD, HEADS, D, D_PAD, HG, TRIM, False, DTYPE,
                 )  # fmt: skip
                 _, _, _, _, o, _ = _heads(h, wq, wk, wv, own, ones, S, T, G, HG, W, FAST, PRECISION)
                 total = tl.dot(tl.reshape(o.to(DTYPE), (M, W)), wp, total, input_precision=PRECISION)
@@ -447,43 +455,6 @@ def _inner_fwd_kernel(
         else:
             x = x + total if APART else total * down
         tl.store(y_ptr + first + offset, tl.where(real[None, :], x, 0.0).to(DTYPE), mask=live)
-
-
-@triton.jit
-def _centred_weight(weight_ptr, gamma_ptr, beta_ptr, bias_ptr, out, used, HAS_BIAS: tl.constexpr, UNIT,
-                    C: tl.constexpr, C_PAD: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """_folded with the mean over the channels taken off: the same product with a normalised tile, whose channels sum to 0.
-
-    The product of a gradient with its transpose then comes out without its mean, as LayerNorm's backward wants it.
-    """
-    ch = tl.arange(0, C_PAD)
-    w, shift = _rows(weight_ptr, gamma_ptr, beta_ptr, ch, out, used, C)
-    if HAS_BIAS:
-        shift += tl.load(bias_ptr + out, mask=used, other=0.0).to(tl.float32)
-    w = tl.where((ch < C)[:, None], w - (tl.sum(w, 0) * (1.0 / C))[None, :], 0.0)
-    return (tl.where((ch == C)[:, None], shift[None, :], w) * UNIT).to(DTYPE)
-
-
-@triton.jit
-def _head_weights(head: tl.constexpr, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
-                  proj_weight_ptr, HAS_BIAS: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, HEADS: tl.constexpr,
-                  D: tl.constexpr, D_PAD: tl.constexpr, HG: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Queries' (log2 e/√D), keys' and values' weights of HG heads, [C_PAD, W], and the projection's, [W, C_PAD]."""
-    ch = tl.arange(0, C_PAD)
-    lane = tl.arange(0, HG * D_PAD)
-    out = (head + lane // D_PAD) * D + lane % D_PAD  # the channel of the weights that lane stands for
-    used = (lane % D_PAD < D) & (head + lane // D_PAD < HEADS)
-    wq = _centred_weight(
-        qk_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_bias_ptr, out, used, HAS_BIAS, 1.4426950408889634 / D**0.5, C,
-        C_PAD, DTYPE,
-    )  # fmt: skip
-    wk = _centred_weight(
-        qk_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, qk_bias_ptr, C + out, used, HAS_BIAS, 1.0, C, C_PAD, DTYPE
-    )
-    wv = _centred_weight(v_weight_ptr, norm1_weight_ptr, norm1_bias_ptr, v_bias_ptr, out, used, HAS_BIAS, 1.0, C, C_PAD, DTYPE)
-    at = ch[None, :] * C + out[:, None]
-    wp = tl.load(proj_weight_ptr + at, mask=(ch < C)[None, :] & used[:, None], other=0.0).to(DTYPE)
-    return wq, wk, wv, wp
 
 
 @triton.jit
@@ -613,7 +584,7 @@ def _inner_bwd_mlp_kernel(
         heads = heads + (
             _head_weights(
                 head, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
-                proj_weight_ptr, HAS_QKV_BIAS, C, C_PAD, HEADS, D, D_PAD, HG, DTYPE,
+                proj_weight_ptr, HAS_QKV_BIAS, C, C_PAD, HEADS, D, D_PAD, HG, False, True, DTYPE,
             ),
         )  # fmt: skip
     proj_bias = tl.load(proj_bias_ptr + ch, mask=real, other=0.0).to(tl.float32)
@@ -624,12 +595,12 @@ def _inner_bwd_mlp_kernel(
         unit, out = _mlp_units(
             hid, used, fc1_weight_ptr, norm2_weight_ptr, norm2_bias_ptr, fc1_bias_ptr, C, C_PAD, SLICE, PAIRS
         )
-        fc1 = _centred_weight(
-            fc1_weight_ptr, norm2_weight_ptr, norm2_bias_ptr, fc1_bias_ptr, hid, used, True, unit, C, C_PAD, DTYPE
+        fc1 = _folded(
+            fc1_weight_ptr, norm2_weight_ptr, norm2_bias_ptr, fc1_bias_ptr, hid, used, True, unit, C, C_PAD, False, True, DTYPE
         )
         at = ch[:, None] * MLP + hid[None, :]
         fc2 = tl.load(fc2_weight_ptr + at, mask=real[:, None] & used[None, :], other=0.0).to(tl.float32)
-        w1 = w1 + (fc1,)
+        w1 = w1 + fc1
         w2 = w2 + ((fc2 * out).to(DTYPE),)  # [C_PAD, SLICE]
         g1 = g1 + (tl.zeros((C_PAD, SLICE), tl.float32),)
         g2 = g2 + (tl.zeros((C_PAD, SLICE), tl.float32),)
@@ -662,7 +633,7 @@ def _inner_bwd_mlp_kernel(
         total += proj_bias[None, :]
         for i in tl.static_range(len(heads)):
             wq, wk, wv, wp = heads[i]
-            _, _, _, _, o, _ = _heads((h,), (wq,), (wk,), (wv,), own, ones, S, T, G, HG, W, FAST, PRECISION)
+            _, _, _, _, o, _ = _heads((h,), wq, wk, wv, own, ones, S, T, G, HG, W, FAST, PRECISION)
             total = tl.dot(tl.reshape(o.to(DTYPE), (M, W)), wp, total, input_precision=PRECISION)
         mine = turn * G + patch
         if HAS_SCALE:
@@ -733,7 +704,7 @@ def _inner_bwd_attention_kernel(
         heads = heads + (
             _head_weights(
                 head, norm1_weight_ptr, norm1_bias_ptr, qk_weight_ptr, qk_bias_ptr, v_weight_ptr, v_bias_ptr,
-                proj_weight_ptr, HAS_QKV_BIAS, C, C_PAD, HEADS, D, D_PAD, HG, DTYPE,
+                proj_weight_ptr, HAS_QKV_BIAS, C, C_PAD, HEADS, D, D_PAD, HG, False, True, DTYPE,
             ),
         )  # fmt: skip
         gq = gq + (tl.zeros((C_PAD, W), tl.float32),)
@@ -775,7 +746,7 @@ def _inner_bwd_attention_kernel(
         newq, newk, newv, newp = (), (), (), ()
         for i in tl.static_range(len(heads)):
             wq, wk, wv, wp = heads[i]
-            q, k, v, p, o, sums = _heads((h,), (wq,), (wk,), (wv,), own, ones, S, T, G, HG, W, FAST, PRECISION)
+            q, k, v, p, o, sums = _heads((h,), wq, wk, wv, own, ones, S, T, G, HG, W, FAST, PRECISION)
             do = tl.reshape(tl.dot(dz, tl.trans(wp), input_precision=PRECISION), (G, T, W))
             do = do * sums  # P's normalisation, which P itself then needs nowhere
             do = do.to(DTYPE)
@@ -796,9 +767,9 @@ def _inner_bwd_attention_kernel(
             dv = tl.sum(tl.where(own, tl.reshape(dv, (G, HG, T, W)), 0.0), 1) * 1.4426950408889634
             dk = tl.reshape(dk.to(DTYPE), (M, W))
             dv = tl.reshape(dv.to(DTYPE), (M, W))
-            dh = tl.dot(dq, tl.trans(wq), dh, input_precision=PRECISION)
-            dh = tl.dot(dk, tl.trans(wk), dh, input_precision=PRECISION)
-            dh = tl.dot(dv, tl.trans(wv), dh, input_precision=PRECISION)
+            dh = tl.dot(dq, tl.trans(wq[0]), dh, input_precision=PRECISION)
+            dh = tl.dot(dk, tl.trans(wk[0]), dh, input_precision=PRECISION)
+            dh = tl.dot(dv, tl.trans(wv[0]), dh, input_precision=PRECISION)
             if NEED_WEIGHTS:
                 o = tl.reshape(o.to(DTYPE), (M, W))
                 newq = newq + (dot_onto(gq[i], tl.trans(h), dq, EXACT, PRECISION),)

@@ -1,11 +1,10 @@
-import json
 import os
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import PATHS, KernelPath
+from helpers import PATHS, KernelPath, write_json
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test fetches weights
 if not torch.cuda.is_available():
@@ -134,6 +133,4 @@ def pytest_terminal_summary(terminalreporter, config):
         f"the largest error is {total['worst_ratio'] or 0:.2f} of the allowed"
     )
     if file := config.getoption("compiled_json"):
-        beside = file.with_name(f"{file.name}.tmp")
-        beside.write_text(json.dumps(rows, indent=1) + "\n")
-        beside.replace(file)
+        write_json(file, rows)

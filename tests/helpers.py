@@ -6,7 +6,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,43 @@ def lay(tensor: torch.Tensor, axis: int | None) -> torch.Tensor:
     else:
         whole = torch.frombuffer(mmap.mmap(-1, size * tensor.element_size()), dtype=tensor.dtype)
     return whole.as_strided(tensor.shape, strides).copy_(tensor)
+
+
+def results(
+    function: Callable[..., torch.Tensor],
+    tensors: Mapping[str, torch.Tensor | None],
+    others: Mapping[str, Any],
+    dtype: torch.dtype,
+    kind: torch.dtype,
+    device: str = "cpu",
+    gradients: bool | Collection[str] = True,
+    far: Mapping[str, int] | None = None,
+) -> dict[str, torch.Tensor]:
+    """A function's output, and its gradients by name, in ``kind``, of values that are rounded to ``dtype``.
+
+    ``gradients``: of all tensors, of those that are named, or of none; ``others`` get none. ``far``: an axis by name, also of
+    "upstream", the gradient of the output, as ``lay`` takes it.
+    """
+    far = far or {}
+    given = {k: v if v is None else lay(v.to(dtype).to(device, kind), far.get(k)) for k, v in tensors.items()}
+    wanted = [k for k, v in given.items() if v is not None and (gradients is True or (gradients and k in gradients))]
+    given = {k: v if v is None else v.detach().requires_grad_(k in wanted) for k, v in given.items()}
+    fixed = {k: v.to(device, kind) if isinstance(v, torch.Tensor) else v for k, v in others.items()}
+    out = function(**given, **fixed)
+    found = {"output": out.detach()}
+    if wanted:
+        generator = torch.Generator().manual_seed(9)
+        upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype).to(device, kind)
+        of_wanted = torch.autograd.grad(out, [given[k] for k in wanted], lay(upstream, far.get("upstream")))
+        found |= {f"gradient of {k}": g for k, g in zip(wanted, of_wanted, strict=True)}
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written beside and renamed: a reader never sees half a file."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    beside.replace(path)
 
 
 def run_once(tmp_path_factory: pytest.TempPathFactory, name: str, script: str, *arguments: str) -> tuple[Path, dict[str, Any]]:

@@ -59,13 +59,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does
 
-from helpers import KernelPath, lay
+from helpers import KernelPath, results, write_json
 from ptx import machine
 from ptx.compiler import TARGETS, Compiler
-from ptx.executor import SHARED_MEMORY, Executor, running
-from ptx.flow import depends_on_data, dominators, flow, known, normal, registers, ways
-from ptx.language import Instruction, Unknown
-from ptx.machine import Fault, Kernel
+from ptx.executor import Executor, running
+from ptx.flow import depends_on_data, dominators, flow, known, normal, registers
+from ptx.language import Instruction, Unknown, ways
+from ptx.machine import Fault, Kernel, memory_of
 from test_kernels import embed_case, fold_tensors, growing, inner_tensors, one_by_one, shrunk, spiked
 
 from tnt_fast import kernels, reference
@@ -233,9 +233,7 @@ class Launches(Executor):
         self.seen: dict[str, Kernel] = {}
 
     def launch(self, kernel: Any, grid: int, arguments: tuple, constants: dict, options: dict) -> None:
-        compiled = self.compiler.compile(kernel, arguments, constants, options, self.target)
-        if compiled.shared > SHARED_MEMORY[self.target]:
-            raise RuntimeError(f"{compiled.name} needs {compiled.shared} bytes of shared memory")
+        compiled = self.compile(kernel, arguments, constants, options)
         if compiled.key not in self.built:
             code = Kernel(compiled.ptx, compiled.shared, compiled.name)
             text = repr((compiled.name, [[ins.text for ins in block] for block in code.code.blocks]))  # no paths, no lines
@@ -243,7 +241,7 @@ class Launches(Executor):
         digest, code = self.built[compiled.key]
         self.seen[digest] = code
         given = [arguments[i] for i in compiled.parameters]
-        storages = {x.untyped_storage().data_ptr(): _whole(x) for x in given if isinstance(x, Tensor)}
+        storages = {x.untyped_storage().data_ptr(): memory_of(x) for x in given if isinstance(x, Tensor)}
         far = any(x.numel() >= 2**28 for x in storages.values())
         with torch.no_grad():
             if far or digest in self.replaced:
@@ -262,12 +260,6 @@ class Launches(Executor):
             code.run(grid, given, self.error)
             after = enumerate(zip(before, storages.values(), strict=True))
             self.memory[key] = [(i, new.clone()) for i, (old, new) in after if not torch.equal(old, new)]
-
-
-def _whole(x: Tensor) -> Tensor:
-    """A tensor's storage as bytes."""
-    storage = x.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),))
 
 
 class Judge:
@@ -294,18 +286,7 @@ class Judge:
     def call(self, case: Case, function: Callable, dtype: torch.dtype, kind: torch.dtype, gradients) -> dict[str, Tensor]:
         """Output and gradients of a function in ``kind``, of values that are rounded to ``dtype``."""
         far = case.far if kind == dtype else {}
-        given = {k: v if v is None else lay(v.to(dtype).to(kind), far.get(k)) for k, v in case.tensors.items()}
-        wanted = [k for k, v in given.items() if v is not None and (gradients is True or gradients and k in gradients)]
-        given = {k: v if v is None else v.detach().requires_grad_(k in wanted) for k, v in given.items()}
-        fixed = {k: v.to(kind) if isinstance(v, Tensor) else v for k, v in case.others.items()}
-        out = function(**given, **fixed)
-        found = {"output": out.detach()}
-        if gradients:
-            generator = torch.Generator().manual_seed(9)
-            upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype).to(kind)
-            gradient = torch.autograd.grad(out, [given[k] for k in wanted], lay(upstream, far.get("upstream")))
-            found |= {f"gradient of {k}": g for k, g in zip(wanted, gradient, strict=True)}
-        return found
+        return results(function, case.tensors, case.others, dtype, kind, gradients=gradients, far=far)
 
     def examine(self, number: int, executor: Launches, gradients: bool = True) -> dict[str, Tensor]:
         """Output and gradients.
@@ -1280,7 +1261,7 @@ def main(arguments: list[str] | None = None) -> int:
     result["seconds"] = round(time.monotonic() - began)
     print(table(result))
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        write_json(args.json, result)
     return 130 if stopped else int(bool(result["errors"]) or (result["share_noticed"] or 0) < ENOUGH)
 
 

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from fuzz import DRAWS, off_by_rounding
-from helpers import KernelPath, Tf32Products, lay, paths, perturb
+from helpers import KernelPath, Tf32Products, lay, paths, perturb, results
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
@@ -40,32 +40,20 @@ def check(
 
     PyTorch's own error is the largest of its results and those with the weights off by rounding in ``draws`` ways.
     """
-    tensors = {k: v if v is None else v.to(dtype) for k, v in tensors.items()}
+    fused, plain = getattr(kernels.OPERATIONS[operation], operation), getattr(reference, operation)
 
-    def compute(function, kind: torch.dtype, device: str, draw: int = 0) -> dict[str, torch.Tensor]:
-        given = {k: v if v is None else v.to(device, kind) for k, v in tensors.items()}
+    def off(draw: int) -> dict:
+        rounded = {k: v if v is None else v.to(dtype) for k, v in tensors.items()}
         if draw:
-            weights = {k: v for k, v in given.items() if v is not None and k != "pixel"}
-            given |= {k: off_by_rounding(v, dtype, draw) for k, v in weights.items()}
-        given = {k: v if v is None else v.requires_grad_(gradients) for k, v in given.items()}
-        fixed = {k: v.to(device, kind) if isinstance(v, torch.Tensor) else v for k, v in others.items()}
-        out = function(**given, **fixed)
-        found = {"output": out.detach()}
-        if gradients:
-            generator = torch.Generator().manual_seed(9)
-            upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype).to(device, kind)
-            wanted = {k: v for k, v in given.items() if v is not None}
-            of_wanted = torch.autograd.grad(out, list(wanted.values()), upstream)
-            found |= {f"gradient of {k}": g for k, g in zip(wanted, of_wanted, strict=True)}
-        return found
+            rounded |= {k: off_by_rounding(v, dtype, draw) for k, v in rounded.items() if v is not None and k != "pixel"}
+        return rounded
 
-    plain = getattr(reference, operation)
-    fused = compute(getattr(kernels.OPERATIONS[operation], operation), dtype, path.device)
+    found = results(fused, tensors, others, dtype, dtype, path.device, gradients)
     with path.as_reference():
-        own = [compute(plain, dtype, path.device, draw) for draw in (0, *draws)]
-    for name, exact in compute(plain, torch.float64, "cpu").items():
+        own = [results(plain, off(draw), others, dtype, dtype, path.device, gradients) for draw in (0, *draws)]
+    for name, exact in results(plain, tensors, others, dtype, torch.float64, gradients=gradients).items():
         same = max([x[name] for x in own], key=lambda x: (x.double().cpu() - exact).abs().max().item())
-        path.rule(f"{operation}, {name}", fused[name], same, exact, dtype)
+        path.rule(f"{operation}, {name}", found[name], same, exact, dtype)
 
 
 def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> torch.Tensor:

@@ -69,10 +69,18 @@ class Executor:
     def shared_memory(self, device: torch.device) -> int:
         return SHARED_MEMORY[self.target]
 
-    def launch(self, kernel: Any, grid: int, arguments: Sequence[Any], constants: dict, options: dict) -> None:
+    def compile(self, kernel: Any, arguments: Sequence[Any], constants: dict, options: dict) -> Compiled:
+        """
+        Raises:
+            RuntimeError: it does not compile, or needs more shared memory than there is.
+        """
         compiled = self.compiler.compile(kernel, arguments, constants, options, self.target)
         if compiled.shared > (most := SHARED_MEMORY[self.target]):
             raise RuntimeError(f"{compiled.name} needs {compiled.shared} bytes of shared memory; {self.target} has {most}")
+        return compiled
+
+    def launch(self, kernel: Any, grid: int, arguments: Sequence[Any], constants: dict, options: dict) -> None:
+        compiled = self.compile(kernel, arguments, constants, options)
         programs = None if self.chosen is None else range(grid)[self.chosen]
         with torch.no_grad():
             costs = _machine(compiled).run(grid, [arguments[i] for i in compiled.parameters], self.error, programs, self.count)

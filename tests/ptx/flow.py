@@ -12,7 +12,7 @@ from typing import NamedTuple
 import networkx
 import numpy as np
 
-from .language import Code, Instruction
+from .language import Code, Instruction, ways
 from .machine import Kernel, Memory, State
 
 Place = tuple[int, int]  # (block, instruction in it)
@@ -50,19 +50,6 @@ def flow(kernel: Kernel) -> Flow:
 
 def registers(kernel: Kernel, text: str) -> Iterator[str]:
     return (name for name in re.findall(r"%?[A-Za-z_][\w@]*", text) if name in kernel.translator.numbers)
-
-
-def ways(code: Code) -> networkx.DiGraph:
-    """From which block to which."""
-    graph = networkx.DiGraph()
-    for i, block in enumerate(code.blocks):
-        graph.add_node(i)
-        last = block[-1] if block else None
-        if last and last.parts[0] == "bra":
-            graph.add_edge(i, code.labels[last.operands[0]])
-        if i + 1 < len(code.blocks) and not (last and last.parts[0] in ("bra", "ret", "exit") and not last.guard):
-            graph.add_edge(i, i + 1)
-    return graph
 
 
 def dominators(code: Code) -> list[set[int]]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import networkx
 import numpy as np
 
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
@@ -166,6 +167,19 @@ def parse(ptx: str) -> Code:
             if instruction.parts[0] in ("bra", "ret", "exit"):
                 blocks.append([])
     return Code(entries[0], target[1], parameters, int(threads[1]), registers, blocks, labels)
+
+
+def ways(code: Code) -> networkx.DiGraph:
+    """From which block to which."""
+    graph = networkx.DiGraph()
+    for i, block in enumerate(code.blocks):
+        graph.add_node(i)
+        last = block[-1] if block else None
+        if last and last.parts[0] == "bra":
+            graph.add_edge(i, code.labels[last.operands[0]])
+        if i + 1 < len(code.blocks) and not (last and last.parts[0] in ("bra", "ret", "exit") and not last.guard):
+            graph.add_edge(i, i + 1)
+    return graph
 
 
 # ---- arithmetic ----

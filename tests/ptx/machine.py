@@ -31,7 +31,7 @@ import networkx
 import numpy as np
 import torch
 
-from .language import UNSIGNED, Code, Instruction, Translator, Unknown, odd, parse
+from .language import UNSIGNED, Code, Instruction, Translator, Unknown, parse, ways
 
 SPACE = 44  # a storage lies in a space of 1 << SPACE bytes, its number << SPACE,
 MIDDLE = 1 << SPACE - 1  # and begins in the middle: an access before it is in the same space
@@ -61,12 +61,18 @@ class Cost(NamedTuple):
     bytes: int = 0
 
 
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's storage, all of it, as bytes."""
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),))
+
+
 class Storage:
     """A tensor's memory, the part of it that was passed, and which programs touched it."""
 
     def __init__(self, tensor: torch.Tensor, granule: int):
         storage = tensor.untyped_storage()
-        self.bytes = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),)).numpy()
+        self.bytes = memory_of(tensor).numpy()
         self.offset = storage.data_ptr() % 256  # alignment is as it really is
         self.granule = granule
         self.ranges: list[tuple[int, int]] = []
@@ -155,8 +161,8 @@ class State:
         self.granule = kernel.shared_granule
         self.stride = -(-max(kernel.shared, 16) // 16) * 16
         size = self.stride * len(programs)
-        self.shared = {8 * k: np.full(size, 0xFF, np.uint8).view(UNSIGNED[8 * k]) for k in (1,)}
-        self.shared |= {8 * k: self.shared[8].view(UNSIGNED[8 * k]) for k in (2, 4, 8)}
+        shared = np.full(size, 0xFF, np.uint8)
+        self.shared = {bits: shared.view(UNSIGNED[bits]) for bits in UNSIGNED}
         count = size // self.granule
         self.written = np.zeros(count, bool)
         self.pending = np.zeros(count, bool)
@@ -220,13 +226,15 @@ class State:
     # shared memory
 
     def _place(self, lanes, address, size, number) -> tuple[np.ndarray, np.ndarray]:
-        """(first byte, granules) of each access."""
+        """(first byte, granules) of each access, which is counted."""
         offset = address.astype(np.int64)
         wrong = (offset < 0) | (offset + size > self.kernel.shared)
         if wrong.any():
             raise self.fault(number, f"shared address {offset[wrong][0]} of {self.kernel.shared}", lanes[wrong])
         if (wrong := offset % size != 0).any():
             raise self.fault(number, f"shared address {offset[wrong][0]} is not aligned to {size}", lanes[wrong])
+        if self.costs is not None:
+            self._count_shared(lanes, address, size, number)
         at = self.place[lanes] * self.stride + offset
         return at, at[:, None] // self.granule + np.arange(size // self.granule)
 
@@ -299,8 +307,6 @@ class State:
     def load_shared(self, address, width, count, mask, number):
         lanes = self._on(mask)
         words = self._shared_read(lanes, address[lanes], width // 8 * count, number)
-        if self.costs is not None:
-            self._count_shared(lanes, address[lanes], width // 8 * count, number)
         return self._spread(lanes, words, width, count)
 
     def _spread(self, lanes, words, width, count):
@@ -322,8 +328,6 @@ class State:
         lanes = self._on(mask)
         words = self._words([self._unsigned(v) for v in values], lanes)
         self._shared_write(lanes, address[lanes], words, number)
-        if self.costs is not None:
-            self._count_shared(lanes, address[lanes], words.dtype.itemsize * words.shape[1], number)
 
     @staticmethod
     def _unsigned(v):
@@ -339,8 +343,6 @@ class State:
     def ldmatrix(self, address, count, trans, mask, number):
         warps, lanes = self._rows(address, count, mask, number)
         words = self._shared_read(lanes, address[lanes], 16, number)
-        if self.costs is not None:
-            self._count_shared(lanes, address[lanes], 16, number)
         tiles = words.view(np.uint16).reshape(len(warps), count, 8, 8)
         if trans:
             tiles = tiles.transpose(0, 1, 3, 2)
@@ -357,8 +359,6 @@ class State:
         if trans:
             tiles = tiles.transpose(0, 1, 3, 2)
         self._shared_write(lanes, address[lanes], np.ascontiguousarray(tiles).reshape(-1, 8).view(np.uint32), number)
-        if self.costs is not None:
-            self._count_shared(lanes, address[lanes], 16, number)
 
     # asynchronous copies
 
@@ -380,8 +380,6 @@ class State:
         for place in np.unique(self.place[lanes]):
             mine = self.place[lanes] == place
             self.group[place].append((lanes[mine], at[mine], data[mine].view(np.uint32), g[mine], number))
-        if self.costs is not None:
-            self._count_shared(lanes, target[lanes], size, number)
 
     def _programs(self, mask, number) -> np.ndarray:
         whole = self._whole(mask, self.threads, number, "program")
@@ -533,22 +531,22 @@ class State:
         self.costs[number]["bytes"] += size * len(np.unique((warp << 50) | first))
 
 
-def _order(ways: networkx.DiGraph, entry: int) -> list[int]:
+def _order(graph: networkx.DiGraph, entry: int) -> list[int]:
     """Blocks so that one comes behind all that lead to it, and behind a whole loop that does; a loop's own likewise inside.
 
     Of threads that wait at several blocks the first in this order goes on: then all have met before any goes past.
     """
-    ways = ways.copy()
-    ways.remove_edges_from(list(ways.in_edges(entry)))
-    loops = networkx.condensation(ways)
+    graph = graph.copy()
+    graph.remove_edges_from(list(graph.in_edges(entry)))
+    loops = networkx.condensation(graph)
     order = []
     for number in networkx.lexicographical_topological_sort(loops, key=lambda n: min(loops.nodes[n]["members"])):
         members = loops.nodes[number]["members"]
         if len(members) == 1:
             order += members
         else:
-            header = min(m for m in members if any(p not in members for p in ways.predecessors(m)))
-            order += _order(ways.subgraph(members), header)
+            header = min(m for m in members if any(p not in members for p in graph.predecessors(m)))
+            order += _order(graph.subgraph(members), header)
     return order
 
 
@@ -587,16 +585,9 @@ class Kernel:
         except Unknown as error:
             raise Unknown(f"{name or 'PTX'}: {error}") from None
         self._functions: dict[tuple[int, bool], object] = {}
-        ways = networkx.DiGraph()
-        for i, block in enumerate(self.code.blocks):
-            last = block[-1] if block else None
-            ways.add_node(i)
-            if last and last.parts[0] == "bra":
-                ways.add_edge(i, self.code.labels[last.operands[0]])
-            if i + 1 < len(self.code.blocks) and not (last and last.parts[0] in ("bra", "ret", "exit") and not last.guard):
-                ways.add_edge(i, i + 1)
-        reached = {0, *networkx.descendants(ways, 0)}
-        self._rank = {block: rank for rank, block in enumerate(_order(ways.subgraph(reached), 0))}
+        graph = ways(self.code)
+        reached = {0, *networkx.descendants(graph, 0)}
+        self._rank = {block: rank for rank, block in enumerate(_order(graph.subgraph(reached), 0))}
 
     def _source(self, index: int, masked: bool) -> str:
         lines = ["def block(P, R, M):"]
@@ -683,6 +674,3 @@ class Kernel:
                 if target < len(self.code.blocks) and lanes.any():
                     waiting[target] = waiting[target] | lanes if target in waiting else lanes
         raise Fault(f"{self.name}: a program does not end within {ENDLESS} blocks")
-
-
-__all__ = ["Cost", "Fault", "Kernel", "Unknown", "odd"]
