@@ -48,7 +48,7 @@ from tnt_fast.kernels.operation import (
     wrong_eps,
     zeros_for_none,
 )
-from tnt_fast.kernels.tile import Launch, centred
+from tnt_fast.kernels.tile import Launch, centred, dot
 
 # dtype: (rows per program, K chunk, warps, stages). Chosen by static cost for sm_90 on 2026-11-22, not yet timed on a GPU.
 CONFIGS = {
@@ -154,7 +154,7 @@ def _fold_fwd_kernel(
             )  # [WIDTH, BLOCK_E]
             w = w.to(DT)
             for p in tl.static_range(PARTS):
-                new = new + (tl.dot(rows[p], w, accs[i * PARTS + p], input_precision=PRECISION),)
+                new = new + (dot(rows[p], w, PRECISION, accs[i * PARTS + p]),)
         accs = new
 
     for p in tl.static_range(PARTS):

@@ -54,7 +54,7 @@ from tnt_fast.kernels.operation import (
     wrong_eps,
     zeros_for_none,
 )
-from tnt_fast.kernels.tile import Launch, centred, dot_onto, exp2, gelu, reciprocal, tanh
+from tnt_fast.kernels.tile import Launch, centred, dot, dot_onto, exp2, gelu, reciprocal, tanh
 
 # (C_PAD, half precision): (rows of a turn, warps, hidden channels at once, stages, programs a multiprocessor, mma_arch).
 # Chosen by static cost for sm_90 on 2026-11-22, not yet timed on a GPU. TNT-Ti, S and B have C_PAD 16, 32 and 64.
@@ -232,9 +232,9 @@ def _columns(h, M: tl.constexpr, C_PAD: tl.constexpr, TRIM: tl.constexpr):
 
 @triton.jit
 def _dot(h, w, PRECISION: tl.constexpr):
-    total = tl.dot(h[0], w[0], input_precision=PRECISION)
+    total = dot(h[0], w[0], PRECISION)
     for i in tl.static_range(1, len(w)):
-        total = tl.dot(h[i], w[i], total, input_precision=PRECISION)
+        total = dot(h[i], w[i], PRECISION, total)
     return total
 
 
@@ -288,13 +288,13 @@ def _heads(h, wq, wk, wv, own, ones, S: tl.constexpr, T: tl.constexpr, G: tl.con
     v = tl.reshape(_dot(h, wv, PRECISION).to(DTYPE), (G, 1, T, W))
     k = tl.reshape(tl.where(own, k, 0.0).to(DTYPE), (G, HG * T, W))
     v = tl.reshape(tl.where(own, v, 0.0).to(DTYPE), (G, HG * T, W))
-    s = tl.reshape(tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION), (G, T, HG, T))
+    s = tl.reshape(dot(q, tl.permute(k, (0, 2, 1)), PRECISION), (G, T, HG, T))
     if T > S:
         s = tl.where((tl.arange(0, T) < S)[None, None, None, :], s, float("-inf"))
     p = tl.reshape(exp2(s - tl.max(s, 3)[:, :, :, None], FAST), (G, T, HG * T))  # the largest is 1, to the bit
     rounded = p.to(DTYPE)
-    o = tl.dot(rounded, v, input_precision=PRECISION)
-    inverse = reciprocal(tl.dot(rounded, ones, input_precision=PRECISION), FAST)
+    o = dot(rounded, v, PRECISION)
+    inverse = reciprocal(dot(rounded, ones, PRECISION), FAST)
     return q, k, v, p, o * inverse, inverse
 
 
@@ -408,7 +408,7 @@ def _inner_fwd_kernel(
             for i in tl.static_range(len(heads)):
                 wq, wk, wv, wp = heads[i]
                 _, _, _, _, o, _ = _heads(h, wq, wk, wv, own, ones, S, T, G, HG, W, FAST, PRECISION)
-                total = tl.dot(tl.reshape(o.to(DTYPE), (M, W)), wp, total, input_precision=PRECISION)
+                total = dot(tl.reshape(o.to(DTYPE), (M, W)), wp, PRECISION, total)
         else:
             for head in range(0, HEADS, HG):  # not unrolled, there may be many
                 wq, wk, wv, wp = _head_weights(
@@ -416,7 +416,7 @@ def _inner_fwd_kernel(
                     proj_weight_ptr, HAS_QKV_BIAS, C, C_PAD, HEADS, D, D_PAD, HG, TRIM, False, DTYPE,
                 )  # fmt: skip
                 _, _, _, _, o, _ = _heads(h, wq, wk, wv, own, ones, S, T, G, HG, W, FAST, PRECISION)
-                total = tl.dot(tl.reshape(o.to(DTYPE), (M, W)), wp, total, input_precision=PRECISION)
+                total = dot(tl.reshape(o.to(DTYPE), (M, W)), wp, PRECISION, total)
         if HAS_SCALE:
             mine = turn * G + patch
             x += total * tl.load(attn_scale_ptr + mine, mask=mine < n_patches, other=0.0)[:, None]
@@ -448,7 +448,7 @@ def _inner_fwd_kernel(
                     DTYPE,
                 )
             hidden = _gelu(_dot(h, fc1, PRECISION), FAST, PAIRS).to(fc2.dtype)  # [M, SLICE]
-            total = tl.dot(hidden, fc2, total, input_precision=PRECISION)
+            total = dot(hidden, fc2, PRECISION, total)
         if HAS_SCALE:
             mine = turn * G + patch
             x += total * (tl.load(mlp_scale_ptr + mine, mask=mine < n_patches, other=0.0) * down)[:, None]
@@ -634,7 +634,7 @@ def _inner_bwd_mlp_kernel(
         for i in tl.static_range(len(heads)):
             wq, wk, wv, wp = heads[i]
             _, _, _, _, o, _ = _heads((h,), wq, wk, wv, own, ones, S, T, G, HG, W, FAST, PRECISION)
-            total = tl.dot(tl.reshape(o.to(DTYPE), (M, W)), wp, total, input_precision=PRECISION)
+            total = dot(tl.reshape(o.to(DTYPE), (M, W)), wp, PRECISION, total)
         mine = turn * G + patch
         if HAS_SCALE:
             x += total * tl.load(attn_scale_ptr + mine, mask=mine < n_patches, other=0.0)[:, None]
@@ -648,10 +648,10 @@ def _inner_bwd_mlp_kernel(
         dh = tl.zeros((M, C_PAD), tl.float32)
         new1, new2 = (), ()
         for i in tl.static_range(len(w1)):
-            hidden = tl.dot(h, w1[i], input_precision=PRECISION)  # [M, SLICE]
-            dhidden = tl.dot(dz, w2[i], input_precision=PRECISION)
+            hidden = dot(h, w1[i], PRECISION)  # [M, SLICE]
+            dhidden = dot(dz, w2[i], PRECISION)
             hidden, dhidden = _gelu_gradient(hidden, dhidden, FAST, PAIRS, DTYPE)
-            dh = tl.dot(dhidden, tl.trans(w1[i]), dh, input_precision=PRECISION)
+            dh = dot(dhidden, tl.trans(w1[i]), PRECISION, dh)
             if NEED_WEIGHTS:
                 new1 = new1 + (dot_onto(g1[i], tl.trans(h), dhidden, EXACT, PRECISION),)
                 new2 = new2 + (dot_onto(g2[i], tl.trans(dz), hidden, EXACT, PRECISION),)
@@ -747,11 +747,11 @@ def _inner_bwd_attention_kernel(
         for i in tl.static_range(len(heads)):
             wq, wk, wv, wp = heads[i]
             q, k, v, p, o, sums = _heads((h,), wq, wk, wv, own, ones, S, T, G, HG, W, FAST, PRECISION)
-            do = tl.reshape(tl.dot(dz, tl.trans(wp), input_precision=PRECISION), (G, T, W))
+            do = tl.reshape(dot(dz, tl.trans(wp), PRECISION), (G, T, W))
             do = do * sums  # P's normalisation, which P itself then needs nowhere
             do = do.to(DTYPE)
             # dP minus its mean over P, in float32: where P is about 1, the two are large and cancel
-            ds = tl.reshape(tl.dot(do, tl.permute(v, (0, 2, 1)), input_precision=PRECISION), (G, T, HG, T))
+            ds = tl.reshape(dot(do, tl.permute(v, (0, 2, 1)), PRECISION), (G, T, HG, T))
             p4 = tl.reshape(p, (G, T, HG, T))
             mean, weight = tl.sum(p4 * ds, 3), tl.sum(p4, 3)
             if EXACT:
@@ -760,16 +760,16 @@ def _inner_bwd_attention_kernel(
                 near = reciprocal(weight, FAST)
                 mean *= near + near * (1.0 - weight * near)  # a Newton step: of 1, the reciprocal is 1, to the bit
             ds = tl.reshape(p4 * (ds - mean[:, :, :, None]), (G, T, HG * T)).to(DTYPE)
-            dq = tl.reshape(tl.dot(ds, k, input_precision=PRECISION).to(DTYPE), (M, W))
-            dk = tl.dot(tl.permute(ds, (0, 2, 1)), q, input_precision=PRECISION)  # [G, HG·T, W]
-            dv = tl.dot(tl.permute(p.to(DTYPE), (0, 2, 1)), do, input_precision=PRECISION)
+            dq = tl.reshape(dot(ds, k, PRECISION).to(DTYPE), (M, W))
+            dk = dot(tl.permute(ds, (0, 2, 1)), q, PRECISION)  # [G, HG·T, W]
+            dv = dot(tl.permute(p.to(DTYPE), (0, 2, 1)), do, PRECISION)
             dk = tl.sum(tl.where(own, tl.reshape(dk, (G, HG, T, W)), 0.0), 1)
             dv = tl.sum(tl.where(own, tl.reshape(dv, (G, HG, T, W)), 0.0), 1) * 1.4426950408889634
             dk = tl.reshape(dk.to(DTYPE), (M, W))
             dv = tl.reshape(dv.to(DTYPE), (M, W))
-            dh = tl.dot(dq, tl.trans(wq[0]), dh, input_precision=PRECISION)
-            dh = tl.dot(dk, tl.trans(wk[0]), dh, input_precision=PRECISION)
-            dh = tl.dot(dv, tl.trans(wv[0]), dh, input_precision=PRECISION)
+            dh = dot(dq, tl.trans(wq[0]), PRECISION, dh)
+            dh = dot(dk, tl.trans(wk[0]), PRECISION, dh)
+            dh = dot(dv, tl.trans(wv[0]), PRECISION, dh)
             if NEED_WEIGHTS:
                 o = tl.reshape(o.to(DTYPE), (M, W))
                 newq = newq + (dot_onto(gq[i], tl.trans(h), dq, EXACT, PRECISION),)

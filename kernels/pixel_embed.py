@@ -41,7 +41,7 @@ from tnt_fast.kernels.operation import (
     register,
     start,
 )
-from tnt_fast.kernels.tile import Launch, dot_onto
+from tnt_fast.kernels.tile import Launch, dot, dot_onto
 
 # dtype: (tokens a turn, warps, programs a multiprocessor). Chosen by static cost for sm_90 on 2026-11-22, not yet timed.
 CONFIGS = {
@@ -140,7 +140,7 @@ def _pixel_embed_fwd_kernel(
         for c in tl.static_range(CHANNELS):
             x = tl.load(image_ptr + tl.cast(c, tl.int64) * stride_c + at, mask=inside, other=0.0).to(DT)  # [BLOCK, 64]
             w = weights[c] if KEEP else _channel_weight(weight_ptr, c, CHANNELS, C, C_PAD, DT)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            acc = dot(x, w, PRECISION, acc)
         tl.store(y_ptr + token[:, None] * C + ch[None, :], acc.to(DT), mask=live[:, None] & (ch < C)[None, :])
 
 

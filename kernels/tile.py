@@ -85,6 +85,23 @@ def centred(x, real, SIZE: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _factor(x, PRECISION: tl.constexpr):
+    """x as a product takes it: rounded to TF32, where that is asked, because the instructions cut; half the error, no bias."""
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        return tl.where(finite, bits + 0x1000, bits).to(tl.float32, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr, total=None):
+    """a·b, or total + a·b as one running sum."""
+    return tl.dot(_factor(a, PRECISION), _factor(b, PRECISION), total, input_precision=PRECISION)
+
+
+@triton.jit
 def dot_onto(total, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """total + a·b, for sums that run over many turns.
 
@@ -92,6 +109,8 @@ def dot_onto(total, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     Where max_num_imprecise_acc is 0, as it is by itself, the compiler makes one sum of both again; else it means nothing here.
     """
     if EXACT:
+        a = _factor(a, PRECISION)
+        b = _factor(b, PRECISION)
         return total + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
     else:
-        return tl.dot(a, b, total, input_precision=PRECISION)
+        return dot(a, b, PRECISION, total)

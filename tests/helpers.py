@@ -96,8 +96,7 @@ class KernelPath:
         """Assert the rule of the house for one tensor."""
         assert fused.shape == exact.shape, name
         error, own = ((x.double().cpu() - exact).abs().max().item() for x in (fused, same))
-        # TF32 has float16's 10 bits of fraction, and with them its eps; the kernels leave it to the instruction to cut float32
-        # off after those, which errs by up to eps, where rounding to nearest errs by half of that
+        # TF32 has float16's 10 bits of fraction, and with them its eps
         eps = 2**-10 if self.tf32 else torch.finfo(dtype).eps
         allowed = 2 * own + 4 * eps * exact.abs().max().item()
         if error != 0:
