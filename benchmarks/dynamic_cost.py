@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.measure import DTYPES
 from tnt_fast import kernels as shipped
+from tnt_fast import reference
 
 VARIANTS = ("ti", "s", "s_legacy", "b")
 IMAGE, PATCHES = 128, 64
@@ -67,10 +68,11 @@ def _launched(kernel: str, variant: str, dtype: str, target: str, images: int) -
         "inner": {"pixel": (images * PATCHES, 16, model.sizes()["C"])},
         "fold": {"pixel": (images * PATCHES, 16, model.sizes()["C"]), "patch": (images, 1 + PATCHES, model.embed_dim)},
     }[kernel]
+    given = reference.by_name(given)
     inputs = {name: torch.randn(shape, dtype=DTYPES[dtype], requires_grad=True) for name, shape in shapes.items()}
     executor = Executor(target, count=True)
     with running(executor):
-        out = getattr(shipped.OPERATIONS[kernel], kernel)(**inputs, **given)
+        out = shipped.OPERATIONS[kernel](**reference.in_records(inputs | given))
         leaves = [x for x in (*inputs.values(), *given.values()) if isinstance(x, Tensor) and x.requires_grad]
         torch.autograd.grad(out, leaves, torch.randn_like(out))
     return executor.launched

@@ -11,52 +11,52 @@ import torch
 
 from benchmarks import measure
 from tnt_fast import kernels, reference
+from tnt_fast.tnt import transformer_arguments
 
 VARIANTS = {"s": "tnt_fast_s_patch16_224", "b": "tnt_fast_b_patch16_224"}
 
 
-def arguments(variant: str, operation: str, batch: int, dtype: torch.dtype, device: str) -> tuple[tuple, dict]:
-    """Random arguments of an operation, with a block's own (perturbed) weights: positional ones and keywords."""
+def arguments(variant: str, operation: str, batch: int, dtype: torch.dtype, device: str) -> tuple[dict, dict]:
+    """Random arguments of an operation, with a block's own (perturbed) weights: its tensors by name, and the others."""
     torch.manual_seed(0)
     model = timm.create_model(VARIANTS[variant], depth=1, device=device)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.05 * torch.randn_like(p)
     model = model.to(dtype).requires_grad_(False)
-    block, embed = model.blocks[0], model.pixel_embed
-    N, S, C, E = model.num_patches, model.sizes()["S"], embed.in_dim, model.embed_dim
+    block, sizes, shapes = model.blocks[0], model.sizes(), {}
     if operation == "pixel_embed":
-        image = torch.randn(batch, 3, *embed.img_size, device=device, dtype=dtype)
-        given = (image, embed.proj.weight, embed.proj.bias, model.pixel_pos)
-        return given, dict(patch_size=embed.patch_size, stride=embed.stride, patch_stride=embed.patch_stride)
-    pixel = torch.randn(batch * N, S, C, device=device, dtype=dtype)
-    patch = torch.randn(batch, 1 + N, E, device=device, dtype=dtype)
-    if operation == "fold":
-        norms = (block.norm1_proj.weight, block.norm1_proj.bias, block.proj.weight, block.proj.bias)
-        return (pixel, patch, *norms, block.norm2_proj.weight, block.norm2_proj.bias), {}
-    x, norm1, attn, norm2, mlp = {
-        "inner": (pixel, block.norm_in, block.attn_in, block.norm_mlp_in, block.mlp_in),
-        "outer": (patch, block.norm_out, block.attn_out, block.norm_mlp, block.mlp),
-    }[operation]
-    parts = (norm1, attn.qk, attn.v, attn.proj, norm2, mlp.fc1, mlp.fc2)
-    return (x, *(t for part in parts for t in (part.weight, part.bias))), dict(num_heads=attn.num_heads)
+        shapes["image"] = (batch, 3, *model.pixel_embed.img_size)
+    if operation in ("inner", "fold"):
+        shapes["pixel"] = (batch * sizes["N"], sizes["S"], sizes["C"])
+    if operation in ("fold", "outer"):
+        shapes["patch"] = (batch, 1 + sizes["N"], sizes["E"])
+    outer = transformer_arguments(block.norm_out, block.attn_out, block.norm_mlp, block.mlp)
+    given = (model.fused_arguments() | block.fused_arguments() | {"outer": outer})[operation]
+    given = {name: torch.randn(shape, device=device, dtype=dtype) for name, shape in shapes.items()} | reference.by_name(given)
+    others = {name: x for name, x in given.items() if x is not None and not isinstance(x, torch.Tensor)}
+    return {name: x for name, x in given.items() if name not in others}, others
+
+
+def call(function, given: dict, others: dict) -> torch.Tensor:
+    return function(**reference.in_records(given | others))
 
 
 def activations(operation: str) -> int:
-    """How many of an operation's arguments are activations; the others are weights."""
+    """How many of an operation's arguments are activations, which come first; the others are weights."""
     return 2 if operation == "fold" else 1
 
 
-def bytes_moved(operation: str, given: tuple, out: torch.Tensor) -> int:
+def bytes_moved(operation: str, given: dict, out: torch.Tensor) -> int:
     """Activations read and written once, as the kernels' docstrings count them."""
-    return sum(x.numel() * x.element_size() for x in (*given[: activations(operation)], out))
+    return sum(x.numel() * x.element_size() for x in (*list(given.values())[: activations(operation)], out))
 
 
-def error(operation: str, given: tuple, others: dict, fused: torch.Tensor) -> measure.Error:
+def error(operation: str, given: dict, others: dict, fused: torch.Tensor) -> measure.Error:
     """Of a result against float64, by the rule of the house."""
     function = getattr(reference, operation)
-    exact = function(*(x if x is None else x.double() for x in given), **others)
-    return measure.by_rule(fused, exact, function(*given, **others))
+    exact = call(function, {name: x if x is None else x.double() for name, x in given.items()}, others)
+    return measure.by_rule(fused, exact, call(function, given, others))
 
 
 def main() -> int:
@@ -69,7 +69,7 @@ def main() -> int:
         for operation in kernels.OPERATIONS:
             for dtype in (torch.bfloat16, torch.float32):
                 given, others = arguments(variant, operation, 1, dtype, "cuda")
-                out = getattr(kernels.OPERATIONS[operation], operation)(*given, **others)
+                out = call(kernels.OPERATIONS[operation], given, others)
                 found = error(operation, given, others, out)
                 print(f"{variant} {operation} {dtype}: error {found.error:.3g}, allowed {found.allowed:.3g}")
                 if not found.error <= found.allowed:

@@ -4,7 +4,7 @@
         [--sass DIR]
     python -m benchmarks.static_cost --compare OLD NEW
 
-Every configuration that the kernels ship (``launches()`` of each module in ``tnt_fast.kernels.OPERATIONS``) is compiled ahead
+Every configuration that the kernels ship (``launches()`` of each of ``tnt_fast.kernels.OPERATIONS``) is compiled ahead
 of time for every target. One row each: registers, spills and shared memory, how much of it is resident on one SM, and the
 instructions that one patch costs in the main loop.
 
@@ -39,6 +39,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,23 +189,33 @@ def read_code(disassembly: str, backend: str) -> Code:
     return Code(count(body), count(reachable - body), real(loops(body - entries)), real(outer))
 
 
+def described(types: Any, place: tuple[int, ...] = ()) -> tuple[Any, dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """A kernel's signature from its arguments' types, tuples among them; what is constant in it; what is divisible by 16."""
+    if isinstance(types, tuple):
+        parts = [described(each, (*place, i)) for i, each in enumerate(types)]
+        signature = [part[0] for part in parts]
+        constants, aligned = ({k: v for part in parts for k, v in part[i].items()} for i in (1, 2))
+        return type(types)(*signature) if hasattr(types, "_fields") else tuple(signature), constants, aligned
+    if types is None or isinstance(types, int):
+        return "constexpr", {place: types}, {}
+    return types, {}, {place: [["tt.divisibility", 16]]} if types.startswith("*") else {}
+
+
 def _compile(launch: Any, target: Target) -> Any:
     """Triton's compiled kernel of one launch."""
     constants = dict(launch.constants)
-    if target.backend == "hip" and "FAST" in constants:
-        constants["FAST"] = False  # the fast forms are PTX
-    types = {name: f"*{element}" for name, element in launch.pointers.items()}
-    types |= dict.fromkeys(launch.integers, "i32") | dict.fromkeys(launch.floats, "fp32")
-    types |= dict.fromkeys(constants, "constexpr")
+    if target.backend == "hip":  # the fast forms are PTX
+        constants |= {name: replace(Z, FAST=False) for name, Z in constants.items() if hasattr(Z, "FAST")}
     names = launch.kernel.arg_names
-    if wrong := set(types) ^ set(names):
+    if wrong := (set(launch.types) | set(constants)) ^ set(names):
         raise ValueError(f"the launch and {launch.kernel.__name__} disagree about the arguments {sorted(wrong)}")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in launch.pointers}
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    if launch.mma_arch and target.backend == "cuda" and target.arch >= 90:
-        options["arch"] = launch.mma_arch  # as the launcher does there
+    signature, fixed, aligned = described(tuple(launch.types.get(name, "constexpr") for name in names))
+    fixed |= {(names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+    if launch.config.mma_arch and target.backend == "cuda" and target.arch >= 90:
+        options["arch"] = launch.config.mma_arch  # as the launcher does there
     return triton.compile(
-        ASTSource(launch.kernel, {name: types[name] for name in names}, constants, aligned),
+        ASTSource(launch.kernel, dict(zip(names, signature, strict=True)), fixed, aligned),
         target=GPUTarget(target.backend, target.arch, target.warp_size),
         options=options,
     )
@@ -255,7 +266,7 @@ def _row(kernel: str, number: int, target: str, sass: Path | None) -> dict[str, 
         (sass / f"{name}.{'sass' if limits.backend == 'cuda' else 'amdgcn'}").write_text(text)
 
     shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0)
-    programs, warps = occupancy(target, launch.num_warps, found["registers"], shared, columns)
+    programs, warps = occupancy(target, launch.config.warps, found["registers"], shared, columns)
     code = read_code(text, limits.backend)
     whole = launch.turns > 1  # else the main loop goes over patches, and the rest is shared by all its turns
     ops = Counter({op: n * launch.turns for op, n in code.loop.items()}) + (code.rest if whole else Counter())
@@ -263,7 +274,7 @@ def _row(kernel: str, number: int, target: str, sass: Path | None) -> dict[str, 
     for op, count in ops.items():
         name = op.split(".")[0]
         kinds[next((kind for kind, form in KINDS[limits.backend].items() if re.fullmatch(form, name)), "other")] += count
-    each = launch.num_warps / launch.patches
+    each = launch.config.warps / launch.patches
     per_patch = sum(kinds.values()) * each
     return found | {
         "shared_bytes": shared,
@@ -325,7 +336,8 @@ def rows(
             for number, (variant, dtype, launch) in enumerate(shipped.OPERATIONS[kernel].launches()):
                 if variant in variants and dtype in dtypes:
                     names = dict(kernel=kernel, function=launch.kernel.__name__, variant=variant, dtype=dtype)
-                    sizes = {name: getattr(launch, name) for name in ("num_warps", "num_stages", "patches", "turns")}
+                    sizes = dict(num_warps=launch.config.warps, num_stages=launch.config.stages)
+                    sizes |= dict(patches=launch.patches, turns=launch.turns)
                     for target in targets:
                         row = pool.submit(_row, kernel, number, target, sass)
                         found[row], constants[row] = names | {"target": target} | sizes, launch.constants

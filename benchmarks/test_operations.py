@@ -28,16 +28,15 @@ WHERE = {True: dict(batch=256, dtype="bf16"), False: dict(batch=1, dtype="fp32")
 SETS = 3  # of inputs, in turns
 
 
-def call(operation: str, function, given: tuple, others: dict, mode: str, upstream: Tensor) -> dict[str, Tensor]:
+def call(operation: str, function, given: dict, others: dict, mode: str, upstream: Tensor) -> dict[str, Tensor]:
     """The result of an operation, and of "backward" the gradient of every tensor but the image, as in training."""
     if mode == "forward":
         with torch.no_grad():
-            return {"result": function(*given, **others)}
-    first = 1 if operation == "pixel_embed" else 0
-    leaves = {i: x.detach().requires_grad_() for i, x in enumerate(given) if x is not None and i >= first}
-    out = function(*(leaves.get(i, x) for i, x in enumerate(given)), **others)
+            return {"result": arguments.call(function, given, others)}
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items() if x is not None and name != "image"}
+    out = arguments.call(function, given | leaves, others)
     gradients = torch.autograd.grad(out, list(leaves.values()), upstream.to(out))
-    return {"result": out.detach(), **{f"gradient {i}": x for i, x in zip(leaves, gradients, strict=True)}}
+    return {"result": out.detach(), **{f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}}
 
 
 def operation_case(variant: str, operation: str, mode: str, provider: str, batch: int, dtype: str) -> Case:
@@ -48,27 +47,26 @@ def operation_case(variant: str, operation: str, mode: str, provider: str, batch
             raise Skipped("this version has no fused kernel for it")
         if provider == "fused" and mode == "backward":
             sizes = timm.create_model(arguments.VARIANTS[variant], depth=1, device="meta").sizes()
-            module, device = kernels.OPERATIONS[operation], torch.device(DEVICE)
-            if reasons := module.gradients_unsupported(sizes, DTYPES[dtype], device):
+            if reasons := kernels.OPERATIONS[operation].gradients_unsupported(sizes, DTYPES[dtype], torch.device(DEVICE)):
                 raise Skipped("its gradients are not fused: " + "; ".join(reasons))
         given, others = arguments.arguments(variant, operation, batch, DTYPES[dtype], DEVICE)
         eager = getattr(reference, operation)
-        function = getattr(kernels.OPERATIONS[operation], operation) if provider == "fused" else eager
+        function = kernels.OPERATIONS[operation] if provider == "fused" else eager
         if provider == "compiled":
             function = torch.compile(eager, dynamic=False)
         many = arguments.activations(operation)
-        sets = [(*(torch.randn_like(x) for x in given[:many]), *given[many:]) for _ in range(SETS)]
-        upstream = torch.randn_like(eager(*given, **others))
+        sets = [given | {name: torch.randn_like(given[name]) for name in list(given)[:many]} for _ in range(SETS)]
+        upstream = torch.randn_like(arguments.call(eager, given, others))
 
-        def run(function, given: tuple) -> dict[str, Tensor]:
+        def run(function, given: dict) -> dict[str, Tensor]:
             return call(operation, function, given, others, mode, upstream)
 
         def check():
-            exact = run(eager, tuple(x if x is None else x.double() for x in given))
+            exact = run(eager, {name: x if x is None else x.double() for name, x in given.items()})
             found, own = run(function, given), run(eager, given)
             return {name: measure.by_rule(found[name], exact[name], own[name]) for name in exact}
 
-        own_bytes = sum(x.numel() * x.element_size() for x in given if x is not None)
+        own_bytes = sum(x.numel() * x.element_size() for x in given.values() if x is not None)
         slack = measure.FOREIGN if provider == "compiled" else 1.0
         return Provider(lambda i: run(function, sets[i % SETS]), check, own_bytes, slack, ahead=True)
 
@@ -80,7 +78,7 @@ def work(info: dict) -> tuple[float, float]:
     """FLOP and bytes of one call; a backward has twice the products, and reads and writes as much again for the gradients."""
     given, others = arguments.arguments(info["variant"], info["operation"], 1, DTYPES[info["dtype"]], "meta")
     with FlopCounterMode(display=False) as counter:
-        out = getattr(reference, info["operation"])(*given, **others)
+        out = arguments.call(getattr(reference, info["operation"]), given, others)
     moved = arguments.bytes_moved(info["operation"], given, out)
     times = info["batch"] * (1 if info["mode"] == "forward" else 3)
     return times * counter.get_total_flops(), times * moved

@@ -1,14 +1,14 @@
 """Fused Triton operations of TNT, imported as ``tnt_fast.kernels`` only.
 
-One file an operation: forward, backward, registration, and beside them ``unsupported(...)``, the limits of that
-operation. ``OPERATIONS`` maps an operation's name (``pixel_embed``, ``inner``, ``fold``, ``outer``) to its module, which
-has the function of that name, with the signature of its twin in ``tnt_fast.reference``, ``DESCRIPTION``, what it reads and
-what stands against it, ``unsupported(sizes)``, the part of that which depends on sizes as ``TNT.sizes()`` gives them, and
-``gradients_unsupported(sizes, dtype, device)``, the reasons why PyTorch computes their gradients. Nothing here knows the model.
+One file an operation: forward, backward, limits, launches, in an ``operation.Operation`` of the file's name, which is called
+as its twin in ``tnt_fast.reference`` is. ``OPERATIONS`` has them by name. Adding one is adding a file: what checks, chooses,
+counts, compiles and measures walks over ``OPERATIONS``. Nothing here knows the model.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from pkgutil import iter_modules
+from typing import Any
 
 import torch
 
@@ -16,7 +16,7 @@ if __name__ != "tnt_fast.kernels":
     raise ImportError(f"the folder kernels/ of tnt_fast was imported as {__name__!r}; import it as 'tnt_fast.kernels'")
 
 HAS_TRITON = find_spec("triton") is not None
-OPERATIONS: dict[str, ModuleType] = {}
+OPERATIONS: dict[str, Any] = {}  # Operation, which needs Triton, by name
 
 
 def on_cpu() -> bool:
@@ -42,6 +42,10 @@ def unsupported() -> list[str]:
 
 
 if HAS_TRITON:
-    from tnt_fast.kernels import fold, inner, operation, pixel_embed
+    from tnt_fast.kernels import operation
 
-    OPERATIONS.update(pixel_embed=pixel_embed, inner=inner, fold=fold)
+    _modules = {name: import_module(f"{__name__}.{name}") for _, name, _ in iter_modules(__path__)}
+    _found = {name: getattr(module, name, None) for name, module in _modules.items()}
+    _found = {name: x for name, x in _found.items() if isinstance(x, operation.Operation)}
+    # in the order of reference.py, which is that of the flow
+    OPERATIONS.update(sorted(_found.items(), key=lambda item: item[1].twin.__code__.co_firstlineno))

@@ -1,32 +1,38 @@
-"""What every fused operation shares on the host: what it reads, checks, registration with PyTorch, launching.
+"""What a fused operation is, and what all share on the host: what they read, checks, registration with PyTorch, launching.
 
 An operation is registered as ``torch.ops.tnt_fast.NAME`` by ``torch.library.custom_op``, so that ``torch.compile``,
 ``torch.export`` and FlopCounterMode see one node. Its backward is another one, ``NAME_backward``, which starts again from the
 inputs: nothing else is kept.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from math import prod
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from tnt_fast.kernels.tile import Launch
+from tnt_fast.reference import by_name
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a turn more, in 32 bits
+MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a tile more, in 32 bits
+
+
+# ---- launching ----
 
 
 class Gpu:
     """What runs the kernels: Triton's launcher, on a GPU. All that depends on the machine is asked of ``runner``."""
 
     on_cpu = False  # takes CPU tensors, slowly, to test the kernels: only where backend="fused" asks for it
-    nvidia = torch.version.hip is None  # compiled for NVIDIA: the fast forms of tile.py, TF32, Launch.mma_arch
+    nvidia = torch.version.hip is None  # compiled for NVIDIA: the fast forms of tile.py, TF32, Config.mma_arch
 
     def capability(self, device: torch.device | None = None) -> tuple[int, int] | None:
         """Compute capability of a device, or of the current one; None where it has none."""
@@ -55,7 +61,7 @@ class Interpreter(Gpu):
     nvidia = False
 
     def programs(self, device: torch.device, per_sm: int) -> int:
-        return 3  # a few, so that programs do take several turns
+        return 3  # a few, so that programs do take several tiles
 
     def shared_memory(self, device: torch.device) -> int | None:
         return None
@@ -65,6 +71,103 @@ class Interpreter(Gpu):
 
 
 runner = Interpreter() if triton.knobs.runtime.interpret else Gpu()
+
+
+class Config(NamedTuple):
+    """How a kernel is launched: an entry of its file's table.
+
+    ``rows``: of a tile; ``chunk``: how much of what a kernel goes through by pieces is one; ``per_sm``: programs on a
+    multiprocessor of a grid that stays, and takes tile after tile; ``mma_arch``: from sm_90 on, the older architecture whose
+    matrix instructions are taken.
+    """
+
+    rows: int
+    warps: int
+    per_sm: int = 0
+    chunk: int = 0
+    stages: int = 1
+    mma_arch: str | None = None
+
+
+def derived(of: Callable[[Any], Any]) -> Any:
+    """A field that follows from those before it. No property: Triton tells kernels apart by their constants' fields alone."""
+    return field(init=False, metadata={"of": of})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What a kernel is compiled for, its last argument Z. No tuple, of which some versions of Triton keep the values only."""
+
+    DTYPE: Any
+    PRECISION: str = "ieee"
+    FAST: bool = False
+    EXACT: bool = derived(lambda Z: tl.float32 == Z.DTYPE)
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if "of" in each.metadata:
+                object.__setattr__(self, each.name, each.metadata["of"](self))
+
+    @classmethod
+    def computed(cls, dtype: torch.dtype, **sizes: Any) -> "Sizes":
+        """For a computation in ``dtype``, in the precision that PyTorch asks for now."""
+        return cls(DTYPE=tl.str_to_ty(DTYPES[dtype], None), PRECISION=precision(dtype), FAST=is_fast(dtype), **sizes)
+
+
+class Launch(NamedTuple):
+    """One specialisation of a kernel: what ``launch`` starts and what benchmarks/static_cost.py compiles.
+
+    ``constants``: the constexprs by name; of our kernels Z alone. ``patches``: how many one turn of a program's main loop
+    completes; where that loop walks over parts of patches instead, how many the program completes in ``turns`` of it.
+    ``types``: of the other arguments, by name, in Triton's spelling ("*bf16", "i32", …), None for what is absent, a tuple for a
+    tuple of them; ``launch`` does not read it.
+    """
+
+    kernel: Any
+    constants: dict[str, Any]
+    config: Config
+    patches: float
+    turns: int = 1
+    types: Mapping[str, Any] = {}
+
+    def shipped(self, dtype: torch.dtype, **others: Any) -> "Launch":
+        """As an NVIDIA GPU gets it, with its types: every ``*_ptr`` points to ``dtype``, but for ``others``."""
+        constants = {name: replace(Z, PRECISION="ieee", FAST=not Z.EXACT) for name, Z in self.constants.items()}
+        names = [name for name in self.kernel.arg_names if name not in self.constants]
+        known = {name: f"*{DTYPES[dtype]}" for name in names if name.endswith("_ptr")} | {"eps": "fp32"} | others
+        return self._replace(constants=constants, types={name: known.get(name, "i32") for name in names})
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 products are computed: as PyTorch's ``torch.backends.cuda.matmul`` says."""
+    if dtype != torch.float32 or not runner.nvidia:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul  # asked for allow_tf32 where fp32_precision was set, newer versions raise
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+def is_fast(dtype: torch.dtype) -> bool:
+    """Whether the approximations of tile.py are used: half precision, compiled for an NVIDIA GPU."""
+    return dtype != torch.float32 and runner.nvidia
+
+
+def programs(device: torch.device, tiles: int, per_sm: int) -> int:
+    """Size of a grid that stays: what fits on the device at once, at most one program a tile."""
+    return min(tiles, runner.programs(device, per_sm))
+
+
+def launch(spec: Launch, grid: int, *arguments: Any) -> None:
+    """Launch a specialisation; ``arguments`` in the kernel's order, the first a tensor."""
+    config = spec.config
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    capability = runner.capability(arguments[0].device) if config.mma_arch else None
+    if capability is not None and capability[0] >= 9:
+        options["arch"] = config.mma_arch
+    runner.launch(spec.kernel, grid, arguments, spec.constants, options)
+
+
+# ---- what an operation reads ----
 
 
 class Argument(NamedTuple):
@@ -77,23 +180,122 @@ class Argument(NamedTuple):
 
     name: str
     shape: str
-    optional: bool = False
-    activation: bool = False
+    optional: bool
+    activation: bool
 
 
-class Description(NamedTuple):
-    """What an operation reads: its errors and the model's reasons against it are both made from this.
+class Operation:
+    """A fused operation: what a file of this folder defines a subclass of, and calls with the arguments of its twin.
 
-    ``arguments``: its tensors; the first names dtype and device of the computation. ``limits(sizes)``: reasons against sizes by
-    their names. ``numbers(given)``: the sizes that its other arguments set, and reasons against those. ``together``: names of
-    tensors that are given or left out together.
+    Errors, the model's reasons against the kernels, warnings and fallbacks are all made from what it says here.
     """
 
-    name: str
-    arguments: tuple[Argument, ...]
-    limits: Callable[[dict[str, Any]], list[str]]
-    numbers: Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[str]]] = lambda given: ({}, [])
-    together: tuple[str, ...] = ()
+    twin: Any  # the function of reference.py, whose arguments are the operation's
+    shapes: Mapping[str, str]  # of its tensors, by name
+    activations: tuple[str, ...]  # the first names dtype and device of the computation
+    together: tuple[str, ...] = ()  # tensors that are given or left out together
+    unread: str | None = None  # a tensor of the gradient's shape that ``backward`` does not read, and is not kept for it
+
+    def forward(self, a: SimpleNamespace) -> Tensor:
+        """Allocate and launch; ``a``: the arguments by name, checked."""
+        raise NotImplementedError
+
+    def empty(self, a: SimpleNamespace) -> Tensor:
+        """A tensor like the result, for tracing."""
+        raise NotImplementedError
+
+    def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
+        """Gradients of the tensors that ``needed`` names, in any dtype; more of them do no harm."""
+        raise NotImplementedError
+
+    def multiply_adds(self, a: SimpleNamespace) -> int:
+        """Of the forward, from arguments of which the tensors are shapes."""
+        raise NotImplementedError
+
+    def launches(self) -> Iterable[tuple[str, str, Launch]]:
+        """(variant, dtype, specialisation) of the named variants."""
+        raise NotImplementedError
+
+    def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """The sizes that arguments set which are no tensors, and reasons against those."""
+        return {}, []
+
+    def unsupported(self, sizes: Mapping[str, Any]) -> list[str]:
+        """Reasons against sizes, as ``TNT.sizes()`` names them or ``shapes`` and ``numbers``; some may be unknown."""
+        raise NotImplementedError
+
+    def gradients_unsupported(self, sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
+        """Reasons why PyTorch computes the gradients of sizes that the forward takes."""
+        return []
+
+    # ---- calling it ----
+
+    def __init__(self) -> None:
+        parameters = inspect.signature(self.twin).parameters
+        self.name = self.twin.__name__
+        self.__doc__ = self.__doc__ or type(self).__doc__
+        self.__signature__ = inspect.signature(self.twin)
+        self.needed = tuple(name for name, p in parameters.items() if p.default is p.empty)
+        self.defaults = {name: None if p.default is p.empty else p.default for name, p in parameters.items()}
+        self.records = {name: p.annotation for name, p in parameters.items() if hasattr(p.annotation, "_fields")}
+        kinds = by_name({
+            name: self.records[name](**self.records[name].__annotations__) if name in self.records else p.annotation
+            for name, p in parameters.items()
+        })  # fmt: skip
+        self.arguments = tuple(
+            Argument(name, self.shapes[name], kind != Tensor, name in self.activations)
+            for name, kind in kinds.items()
+            if name in self.shapes
+        )
+        self._register({name: list[int] if kind == tuple[int, int] else kind for name, kind in kinds.items()})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The twin, fused: float32, float16 or bfloat16, the weights in the same dtype (or float32 under autocast).
+
+        Raises:
+            TypeError, ValueError: a tensor of another dtype, device or shape; named, with what is accepted.
+        """
+        given = dict(zip(self.defaults, args, strict=False)) | kwargs
+        missing = [name for name in self.needed if name not in given]
+        unknown = [name for name in given if name not in self.defaults]
+        if missing or unknown or len(args) + len(kwargs) != len(given):
+            raise TypeError(f"{self.name}: arguments {missing} are missing, {unknown} unknown; it takes {list(self.defaults)}")
+        given = by_name({name: given.get(name, default) for name, default in self.defaults.items()})
+        if reasons := self.numbers(given)[1]:  # before the operation's schema, which says less
+            raise ValueError(f"{self.name}: {'; '.join(reasons)}")
+        return self._operation(*self.prepare(given).values())
+
+    def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments as the operation takes them.
+
+        Activations in autocast's dtype where it is on; weights as they are, the kernels round them on loading.
+
+        Raises:
+            TypeError: what is no tensor; autocast is off, and the dtypes differ. ValueError: a needed one is None.
+            NotImplementedError: a tensor carries a tangent of forward-mode differentiation or is a torch.func transform's.
+        """
+        for argument in self.arguments:
+            x = given[argument.name]
+            if x is None and not argument.optional:
+                raise ValueError(f"{self.name}: {argument.name} is None; it is needed")
+            if x is not None and not isinstance(x, Tensor):
+                raise TypeError(f"{self.name}: {argument.name} is a {type(x).__name__}; accepted: torch.Tensor")
+        if not torch.compiler.is_compiling():
+            tensors = [x for x in given.values() if isinstance(x, Tensor)]
+            dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+            if dual or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
+                raise NotImplementedError(
+                    f"{self.name}: the kernels have no forward-mode derivatives and no batching rule (dual tensors, "
+                    f"torch.func); take tnt_fast.reference.{self.name}, or a model with backend='reference'"
+                )
+        first = given[self.activations[0]]
+        if torch.is_autocast_enabled(first.device.type):
+            dtype = torch.get_autocast_dtype(first.device.type)  # autocast leaves float64 as it is
+            for name in self.activations:
+                given[name] = given[name].to(dtype) if given[name].dtype in DTYPES else given[name]
+        elif found := self.wrong_types(given, first.dtype, False):
+            raise TypeError(f"{self.name}: {'; '.join(found)}")
+        return given
 
     def check(self, given: Mapping[str, Any]) -> None:
         """Raise unless the kernels take these arguments, by name; the weights may be float32, as under autocast.
@@ -101,10 +303,8 @@ class Description(NamedTuple):
         Raises:
             TypeError: a dtype. ValueError: a device, a shape, a number, a tensor that is missing; each with what is accepted.
         """
-        name = self.arguments[0].name
+        name = self.activations[0]
         first = given[name]
-        if first is None:
-            raise ValueError(f"{self.name}: {name} is None; it is needed")
         if first.dtype in DTYPES and not first.is_cuda and not runner.on_cpu:
             raise ValueError(
                 f"{self.name}: {name} is on device {str(first.device)!r}; the kernel takes CUDA tensors "
@@ -115,43 +315,9 @@ class Description(NamedTuple):
         if found := self.wrong_values(given, first.device):
             raise ValueError(f"{self.name}: {'; '.join(found)}")
 
-    def prepare(self, *tensors: Tensor | None) -> list[Tensor | None]:
-        """The tensors, in the order of ``arguments``, as the operation takes them.
-
-        Activations in autocast's dtype where it is on; weights as they are, the kernels round them on loading.
-
-        Raises:
-            TypeError: what is no tensor; autocast is off, and the dtypes differ. ValueError: a needed one is None.
-            NotImplementedError: a tensor carries a tangent of forward-mode differentiation or is a torch.func transform's.
-        """
-        for argument, x in zip(self.arguments, tensors, strict=True):
-            if x is None and not argument.optional:
-                raise ValueError(f"{self.name}: {argument.name} is None; it is needed")
-            if x is not None and not isinstance(x, Tensor):
-                raise TypeError(f"{self.name}: {argument.name} is a {type(x).__name__}; accepted: torch.Tensor")
-        if not torch.compiler.is_compiling():
-            given = [x for x in tensors if x is not None]
-            dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
-            if dual or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given):
-                raise NotImplementedError(
-                    f"{self.name}: the kernels have no forward-mode derivatives and no batching rule (dual tensors, "
-                    f"torch.func); take tnt_fast.reference.{self.name}, or a model with backend='reference'"
-                )
-        kind = tensors[0].device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)  # autocast leaves float64 as it is
-            return [
-                x.to(dtype) if argument.activation and x.dtype in DTYPES else x
-                for argument, x in zip(self.arguments, tensors, strict=True)
-            ]
-        found = self.wrong_types(dict(zip([a.name for a in self.arguments], tensors, strict=True)), tensors[0].dtype, False)
-        if found:
-            raise TypeError(f"{self.name}: {'; '.join(found)}")
-        return list(tensors)
-
     def wrong_types(self, given: Mapping[str, Any], dtype: torch.dtype, autocast: bool) -> list[str]:
         """Reasons against the dtypes of those tensors that are given, for a computation in ``dtype``."""
-        first = self.arguments[0].name
+        first = self.activations[0]
         if dtype not in DTYPES:
             return [f"{first} is {dtype}; accepted: {', '.join(map(str, DTYPES))}"]
         found = []
@@ -167,7 +333,7 @@ class Description(NamedTuple):
 
     def wrong_values(self, given: Mapping[str, Any], device: torch.device, sizes: Mapping[str, int] | None = None) -> list[str]:
         """Reasons against all else that is given; without the activations, ``sizes`` holds their sizes."""
-        first = self.arguments[0].name
+        first = self.activations[0]
         numbers, found = self.numbers(given)
         if found:
             return found
@@ -197,7 +363,116 @@ class Description(NamedTuple):
                 found.append(f"{name} has shape {actual}; expected ({', '.join(map(str, expected))}{',' * (len(axes) == 1)})")
         if len({given.get(name) is None for name in self.together}) > 1:
             found.append(f"{' and '.join(self.together)} are given or left out together")
-        return self.limits(sizes) + found if known else found
+        return self.unsupported(sizes) + found if known else found
+
+    # ---- with PyTorch ----
+
+    def _packed(self, flat: Sequence[Any]) -> SimpleNamespace:
+        """Arguments by the twin's names, records in one piece, from their flat sequence."""
+        rest, found = iter(flat), {}
+        for name in self.defaults:
+            record = self.records.get(name)
+            found[name] = record(*(next(rest) for _ in record._fields)) if record else next(rest)
+        return SimpleNamespace(**found)
+
+    def _register(self, kinds: dict[str, Any]) -> None:
+        """As ``torch.ops.tnt_fast.NAME``, and its gradients as ``NAME_backward``; ``kinds``: the types of the arguments."""
+        names = list(kinds)
+
+        def define(name: str, function: Any, kinds: dict[str, Any], result: Any) -> Any:
+            parameter = inspect.Parameter
+            parameters = [parameter(n, parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for n, kind in kinds.items()]
+            function.__signature__ = inspect.Signature(parameters, return_annotation=result)
+            return torch.library.custom_op(f"tnt_fast::{name}", function, mutates_args=())
+
+        def forward(*flat: Any) -> Tensor:
+            self.check(dict(zip(names, flat, strict=True)))
+            return self.forward(self._packed(flat))
+
+        def gradients(gradient: Tensor, *flat: Any) -> list[Tensor]:
+            *flat, needed = flat
+            # autocast has chosen the dtypes in the forward; in a backward that runs under it, it must not do so again
+            with torch.autocast(gradient.device.type, enabled=False):
+                found = self.backward(gradient, self._packed(flat), {names[i] for i in needed})
+            return _new([found[names[i]] for i in needed], [flat[i] for i in needed], [gradient, *flat])
+
+        operation = define(self.name, forward, kinds, Tensor)
+        operation.register_fake(lambda *flat: self.empty(self._packed(flat)))
+        many = {"gradient": Tensor, **kinds, "needed": list[int]}
+        backward_operation = define(f"{self.name}_backward", gradients, many, list[Tensor])
+
+        @backward_operation.register_fake
+        def _(gradient, *flat):
+            return [torch.empty(flat[i].shape, dtype=flat[i].dtype, device=flat[i].device) for i in flat[-1]]
+
+        def setup_context(ctx, inputs, output):
+            kept = [x if isinstance(x, Tensor) and name != self.unread else None for name, x in zip(names, inputs, strict=True)]
+            ctx.save_for_backward(*kept)
+            ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+
+        def backward(ctx, gradient):
+            batched = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)
+            if not torch.compiler.is_compiling() and any(is_batched(gradient) for is_batched in batched):
+                raise NotImplementedError(
+                    f"the backward of {self.name} takes one gradient, not a batch (is_grads_batched, vectorize=True, "
+                    "torch.func.vmap); compute them one by one, or take a model with backend='reference'"
+                )
+            needed = [i for i, wanted in enumerate(ctx.needs_input_grad) if wanted]
+            flat = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+            if self.unread is not None:
+                flat[names.index(self.unread)] = gradient
+            found = dict(zip(needed, backward_operation(gradient, *flat, needed), strict=True))
+            return tuple([found.get(i) for i in range(len(flat))])
+
+        operation.register_autograd(backward, setup_context=setup_context)
+
+        @register_flop_formula(getattr(torch.ops.tnt_fast, self.name))
+        def _(*flat, out_shape=None, **kwargs):
+            return 2 * self.multiply_adds(self._packed(flat))
+
+        @register_flop_formula(getattr(torch.ops.tnt_fast, f"{self.name}_backward"))
+        def _(gradient, *flat, out_shape=None, **kwargs):  # the forward again, and a product for each side of every product
+            return 6 * self.multiply_adds(self._packed(flat[:-1]))
+
+        self._operation = operation
+
+    def recomputed(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
+        """Gradients by PyTorch, through the reference: for what a kernel does not take.
+
+        Raises:
+            RuntimeError: inside of a TorchDispatchMode, where torch.func records nothing.
+        """
+        if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode):
+            raise RuntimeError(
+                f"the kernels do not take these gradients of {self.name} (tnt_fast.why_not_fused(model, image, "
+                "gradients=True) says why), and PyTorch cannot compute them inside of a TorchDispatchMode such as "
+                "FlopCounterMode; there, set model.backend = 'reference'"
+            )
+        flat = by_name(vars(a))
+        dtypes = {x.dtype for x in flat.values() if isinstance(x, Tensor)}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # mixed under autocast
+        flat = {name: x.to(dtype) if isinstance(x, Tensor) else x for name, x in flat.items()}
+        wanted = [name for name in flat if name in needed]
+
+        def of_wanted(*given: Tensor) -> Tensor:
+            changed = flat | dict(zip(wanted, given, strict=True))
+            return self.twin(**vars(self._packed(list(changed.values()))))
+
+        _, pull = torch.func.vjp(of_wanted, *(flat[name] for name in wanted))
+        return dict(zip(wanted, pull(gradient.to(dtype)), strict=True))
+
+
+def _new(found: list[Tensor], likes: list[Tensor], inputs: list[Any]) -> list[Tensor]:
+    """Gradients as autograd wants them: contiguous, in their arguments' dtypes, each in a memory of its own."""
+    result, seen = [], {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
+    for x, like in zip(found, likes, strict=True):
+        storage = x.untyped_storage()
+        own = storage.nbytes() == x.nbytes and storage.data_ptr() not in seen
+        if not own or x.dtype != like.dtype or x.shape != like.shape or not x.is_contiguous():
+            x = torch.empty(like.shape, dtype=like.dtype, device=like.device).copy_(x)
+        seen.add(x.untyped_storage().data_ptr())
+        result.append(x)
+    return result
 
 
 def wrong_eps(given: Mapping[str, Any]) -> list[str]:
@@ -212,131 +487,6 @@ def _size(axis: str, sizes: Mapping[str, int]) -> int | str:
     return axis if None in factors else prod(factors)
 
 
-def zeros_for_none(bias: Tensor | None, weight: Tensor) -> Tensor:
-    """The bias of a norm as a kernel reads it: contiguous, and zeros where there is none."""
-    return torch.zeros_like(weight, memory_format=torch.contiguous_format) if bias is None else bias.contiguous()
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 products are computed: as PyTorch's ``torch.backends.cuda.matmul`` says."""
-    if dtype != torch.float32 or not runner.nvidia:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul  # asked for allow_tf32 where fp32_precision was set, newer versions raise
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
-
-
-def is_fast(dtype: torch.dtype) -> bool:
-    """Whether the approximations of tile.py are used: half precision, compiled for an NVIDIA GPU."""
-    return dtype != torch.float32 and runner.nvidia
-
-
-def programs(device: torch.device, turns: int, per_sm: int) -> int:
-    """Size of the grid of a persistent kernel: what fits on the device at once, at most one program a turn."""
-    return min(turns, runner.programs(device, per_sm))
-
-
-def start(spec: Launch, grid: int, *arguments: Any) -> None:
-    """Launch a specialisation; ``arguments`` are its pointers, integers and floats in order, the first a tensor."""
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    capability = runner.capability(arguments[0].device) if spec.mma_arch else None
-    if capability is not None and capability[0] >= 9:
-        options["arch"] = spec.mma_arch
-    runner.launch(spec.kernel, grid, arguments, spec.constants, options)
-
-
-def register(
-    name: str,
-    function: Callable[..., Tensor],
-    empty: Callable[..., Tensor],
-    count: Callable[..., int],
-    gradients: Callable[..., list[Tensor]],
-    like_gradient: int | None = None,
-) -> Callable[..., Tensor]:
-    """Register ``function`` as ``torch.ops.tnt_fast.NAME``, and its gradients as ``NAME_backward``.
-
-    Args:
-        function: checks, allocates and launches; annotated with the types that torch.library understands; tensors first.
-        empty: same arguments; a tensor like the result, for tracing.
-        count: multiply-adds from the shapes of the tensors and the values of the other arguments.
-        gradients: ``gradients(gradient, *arguments of function, needed)``, annotated alike: the gradients of the arguments
-            whose positions ``needed: list[int]`` names, in that order, each new, contiguous, in its argument's dtype.
-        like_gradient: position of an argument whose values ``gradients`` does not read, of the gradient's shape: it is not
-            kept for the backward, the gradient stands in for it.
-    """
-    operation = torch.library.custom_op(f"tnt_fast::{name}", function, mutates_args=())
-    operation.register_fake(empty)
-
-    @functools.wraps(gradients)  # with its signature, from which torch.library makes the schema
-    def without_autocast(gradient: Tensor, *arguments: Any) -> list[Tensor]:
-        # autocast has chosen the dtypes in the forward; in a backward that runs under it, it must not do so again
-        with torch.autocast(gradient.device.type, enabled=False):
-            return gradients(gradient, *arguments)
-
-    backward_operation = torch.library.custom_op(f"tnt_fast::{name}_backward", without_autocast, mutates_args=())
-
-    @backward_operation.register_fake
-    def _(gradient, *arguments):
-        *tensors, needed = arguments
-        return [torch.empty(tensors[i].shape, dtype=tensors[i].dtype, device=tensors[i].device) for i in needed]
-
-    def setup_context(ctx, inputs, output):
-        kept = [x if isinstance(x, Tensor) and i != like_gradient else None for i, x in enumerate(inputs)]
-        ctx.save_for_backward(*kept)
-        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-
-    def backward(ctx, gradient):
-        batched = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)
-        if not torch.compiler.is_compiling() and any(is_batched(gradient) for is_batched in batched):
-            raise NotImplementedError(
-                f"the backward of {name} takes one gradient, not a batch (is_grads_batched, vectorize=True, torch.func.vmap); "
-                "compute them one by one, or take a model with backend='reference'"
-            )
-        needed = [i for i, wanted in enumerate(ctx.needs_input_grad) if wanted]
-        arguments = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        if like_gradient is not None:
-            arguments[like_gradient] = gradient
-        found = backward_operation(gradient, *arguments, needed)
-        result: list[Tensor | None] = [None] * len(arguments)
-        for i, g in zip(needed, found, strict=True):
-            result[i] = g
-        return tuple(result)
-
-    operation.register_autograd(backward, setup_context=setup_context)
-
-    @register_flop_formula(getattr(torch.ops.tnt_fast, name))
-    def _(*args, out_shape=None, **kwargs):
-        return 2 * count(*args)
-
-    @register_flop_formula(getattr(torch.ops.tnt_fast, f"{name}_backward"))
-    def _(gradient, *args, out_shape=None, **kwargs):
-        return 6 * count(*args[:-1])  # the forward again, and a product for each side of every product
-
-    return operation
-
-
-def recomputed(reference: Callable[..., Tensor], gradient: Tensor, arguments: Sequence[Any], needed: list[int]) -> list[Tensor]:
-    """Gradients by PyTorch, through the reference: for what a kernel does not take.
-
-    Raises:
-        RuntimeError: inside of a TorchDispatchMode, where torch.func records nothing.
-    """
-    if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode):
-        raise RuntimeError(
-            f"the kernels do not take these gradients of {reference.__name__} (tnt_fast.why_not_fused(model, image, "
-            "gradients=True) says why), and PyTorch cannot compute them inside of a TorchDispatchMode such as FlopCounterMode; "
-            "there, set model.backend = 'reference'"
-        )
-    tensors = [x if isinstance(x, Tensor) else None for x in arguments]
-    dtypes = {x.dtype for x in tensors if x is not None}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # mixed under autocast
-    inputs = [None if x is None else x.to(dtype) for x in tensors]
-
-    def of_needed(*given: Tensor) -> Tensor:
-        full = list(inputs)
-        for i, x in zip(needed, given, strict=True):
-            full[i] = x
-        return reference(*(other if x is None else x for x, other in zip(full, arguments, strict=True)))
-
-    _, pull = torch.func.vjp(of_needed, *(inputs[i] for i in needed))
-    return [g.to(tensors[i].dtype, copy=True).contiguous() for i, g in zip(needed, pull(gradient.to(dtype)), strict=True)]
+def contiguous(x: Any) -> Any:
+    """A tensor, those of a tuple, or None, as kernels read them."""
+    return None if x is None else x.contiguous() if isinstance(x, Tensor) else type(x)(*map(contiguous, x))

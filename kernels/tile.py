@@ -1,4 +1,6 @@
-"""Pieces that several kernels use: fast elementary functions, LayerNorm of a tile, and how a launch is described.
+"""Pieces that several kernels use: fast elementary functions, GELU and its derivative, LayerNorm of a tile, products.
+
+Every kernel's last argument ``Z`` is its sizes: what it is compiled for, an ``operation.Sizes``.
 
 Approximations, each with its largest error; all far below one rounding of float16 and bfloat16, and used (FAST) only when
 the kernel computes in those, compiled for an NVIDIA GPU. In float32 and in the interpreter the plain forms run.
@@ -9,32 +11,8 @@ the kernel computes in those, compiled for an NVIDIA GPU. In float32 and in the 
   and tanh.approx, 2^-11 relative (PTX ISA), on top.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
-
-
-class Launch(NamedTuple):
-    """One specialisation of a kernel: what the launcher starts and what benchmarks/static_cost.py compiles.
-
-    ``pointers`` maps each pointer argument to its element type in Triton's spelling ("bf16", "fp32", …), ``integers`` names the
-    run-time integers (i32), ``floats`` the run-time float32s, ``constants`` holds the constexprs; ``patches``: how many
-    patches one turn of a program's main loop completes; where that loop walks over parts of patches instead, how many the
-    program completes in ``turns`` of it. ``mma_arch``: from sm_90 on, the older
-    architecture whose matrix instructions are taken.
-    """
-
-    kernel: Any
-    pointers: dict[str, str]
-    integers: tuple[str, ...]
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    patches: float
-    floats: tuple[str, ...] = ()
-    turns: int = 1
-    mma_arch: str | None = None
 
 
 @triton.jit
@@ -73,6 +51,108 @@ def gelu(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def gelu_pairs(x, FAST: tl.constexpr, PAIRS: tl.constexpr):
+    """GELU; with PAIRS GELU(8x)/4 in float16: the caller scales the weights around it by 1/8 and 4, which is exact.
+
+    The polynomial of gelu in x²/64, which the saturating product clamps at 1. Largest error 3e-3 for |8x| below 4, where
+    rounding the exact value to bfloat16 makes 7.8e-3. |x| has to stay below 32752 (see inner._halvings), so that 2x is finite.
+    """
+    if PAIRS and FAST:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 h, q, t, c0, c1, c2;
+            mov.b32 c0, 0x46614661;   // 8 * 0.7975079, twice
+            mov.b32 c1, 0x4CBD4CBD;   // 8 * 64 * 0.0370056
+            mov.b32 c2, 0xC9C2C9C2;   // 8 * 64 * 64 * -0.0003515
+            cvt.rn.f16x2.f32 h, $2, $1;
+            mul.sat.f16x2 q, h, h;
+            fma.rn.f16x2 t, q, c2, c1;
+            fma.rn.f16x2 t, t, q, c0;
+            mul.f16x2 t, t, h;
+            tanh.approx.f16x2 t, t;
+            fma.rn.f16x2 $0, h, t, h;
+            }""",
+            "=r,f,f",
+            [x],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    elif PAIRS:
+        return (gelu(8.0 * x, FAST) * 0.25).to(tl.float16)
+    else:
+        return gelu(x, FAST)
+
+
+@triton.jit
+def gelu_gradient(x, da, FAST: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.constexpr):
+    """GELU(x), and its derivative times da; with PAIRS GELU(8x)/4 and twice the derivative at 8x times da.
+
+    The polynomial of gelu and its derivative. Pairs of float16 as in gelu_pairs, but for the product with da, which may be
+    too small for them. x·(1 − t²) is of an x clamped where 1 − t² is 0, but for what tanh.approx may be off there.
+    """
+    if PAIRS and FAST:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 h, q, t, n, e, u, g, c0, c1, c2, d1, d2, one, less;
+            .reg .b16 lo, hi;
+            .reg .f32 a, b;
+            mov.b32 c0, 0x46614661;   // 8 * 0.7975079, twice
+            mov.b32 c1, 0x4CBD4CBD;   // 8 * 64 * 0.0370056
+            mov.b32 c2, 0xC9C2C9C2;   // 8 * 64 * 64 * -0.0003515
+            mov.b32 d1, 0x531B531B;   // 3 * 8 * 64 * 0.0370056
+            mov.b32 d2, 0xD333D333;   // 5 * 8 * 64 * 64 * -0.0003515
+            mov.b32 one, 0x3C003C00;
+            mov.b32 less, 0xBC00BC00; // -1
+            cvt.rn.f16x2.f32 h, $3, $2;
+            mul.sat.f16x2 q, h, h;
+            fma.rn.f16x2 t, q, c2, c1;
+            fma.rn.f16x2 t, t, q, c0;
+            mul.f16x2 t, t, h;
+            tanh.approx.f16x2 t, t;
+            fma.rn.f16x2 g, h, t, h;
+            neg.f16x2 n, t;
+            fma.rn.f16x2 e, n, t, one;
+            min.NaN.f16x2 n, h, one;
+            max.NaN.f16x2 n, n, less;
+            mul.f16x2 e, e, n;
+            fma.rn.f16x2 u, q, d2, d1;
+            fma.rn.f16x2 u, u, q, c0;
+            add.f16x2 t, t, one;
+            fma.rn.f16x2 u, e, u, t;
+            mov.b32 {lo, hi}, g;
+            cvt.f32.f16 a, lo;
+            cvt.f32.f16 b, hi;
+            cvt.rn.bf16x2.f32 $0, b, a;
+            mov.b32 {lo, hi}, u;
+            cvt.f32.f16 a, lo;
+            cvt.f32.f16 b, hi;
+            mul.f32 a, a, $4;
+            mul.f32 b, b, $5;
+            cvt.rn.bf16x2.f32 $1, b, a;
+            }""",
+            "=r,=r,f,f,f,f",
+            [x, da],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    elif FAST:
+        x2 = tl.minimum(x * x, 36.0)
+        t = tanh(x * (0.7975079 + x2 * (0.0370056 - 0.0003515 * x2)))
+        half = 0.5 * x
+        slope = 0.5 * t + 0.5 + (half - half * t * t) * (0.7975079 + x2 * (0.1110168 - 0.0017575 * x2))
+        return (half * t + half).to(DTYPE), (da * slope).to(DTYPE)
+    elif PAIRS:
+        value, slope = gelu_gradient(8.0 * x, 2.0 * da, FAST, False, tl.float32)
+        return (value * 0.25).to(DTYPE), slope.to(DTYPE)
+    else:
+        phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        slope = phi + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
+        return (x * phi).to(DTYPE), (da * slope).to(DTYPE)
+
+
+@triton.jit
 def centred(x, real, SIZE: tl.constexpr, EXACT: tl.constexpr):
     """x − mean of each row of SIZE values, 0 in the columns that are not ``real``, with which x is zero.
 
@@ -85,9 +165,35 @@ def centred(x, real, SIZE: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _factor(x, PRECISION: tl.constexpr):
+def load(ptr, at, mask):
+    """Values in float32, 0 where they are masked or there are none at all, with ptr None.
+
+    ``at`` has the narrow part of an address, ``ptr`` what needs 64 bits: added up before, every value would need them.
+    """
+    if ptr is None:
+        return tl.zeros(mask.shape, tl.float32)
+    else:
+        return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros((ROWS, COLUMNS), tl.float32)
+
+
+@triton.jit
+def accumulators(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tuple of COUNT sums."""
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums = sums + (zeros(ROWS, COLUMNS),)
+    return sums
+
+
+@triton.jit
+def _factor(x, Z: tl.constexpr):
     """x as a product takes it: rounded to TF32, where that is asked, because the instructions cut; half the error, no bias."""
-    if PRECISION == "tf32" and x.dtype == tl.float32:
+    if Z.PRECISION == "tf32":
         bits = x.to(tl.int32, bitcast=True)
         finite = (bits & 0x7F800000) != 0x7F800000
         return tl.where(finite, bits + 0x1000, bits).to(tl.float32, bitcast=True)
@@ -96,21 +202,20 @@ def _factor(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr, total=None):
+def dot(a, b, Z: tl.constexpr, total=None):
     """a·b, or total + a·b as one running sum."""
-    return tl.dot(_factor(a, PRECISION), _factor(b, PRECISION), total, input_precision=PRECISION)
+    return tl.dot(_factor(a, Z), _factor(b, Z), total, input_precision=Z.PRECISION)
 
 
 @triton.jit
-def dot_onto(total, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a·b, for sums that run over many turns.
+def dot_onto(total, a, b, Z: tl.constexpr):
+    """total + a·b, for sums that run over many tiles.
 
-    EXACT, for float32 input: the product is summed by itself, so that a large total is rounded once a turn, not once a row.
-    Where max_num_imprecise_acc is 0, as it is by itself, the compiler makes one sum of both again; else it means nothing here.
+    In float32 the product is summed by itself, so that a large total is rounded once a tile, not once a row. Where
+    max_num_imprecise_acc is 0, as it is by itself, the compiler makes one sum of both again; else it means nothing here.
     """
-    if EXACT:
-        a = _factor(a, PRECISION)
-        b = _factor(b, PRECISION)
-        return total + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    if Z.EXACT:
+        product = tl.dot(_factor(a, Z), _factor(b, Z), input_precision=Z.PRECISION, max_num_imprecise_acc=1)
+        return total + product
     else:
-        return dot(a, b, PRECISION, total)
+        return dot(a, b, Z, total)

@@ -275,7 +275,7 @@ class Call:
                 x.requires_grad_(name in self.wanted)
             given[name] = x
         with on(0):
-            out = function(**given, **self.others)
+            out = function(**reference.in_records(given | self.others))
         found = {"output": out}
         leaves = {name: given[name] for name in self.wanted}
         if leaves:
@@ -305,7 +305,7 @@ class Call:
             own = self.own()
         except Exception as error:  # whatever it is, the fused operation must not answer
             refusal = error
-        operation = getattr(kernels.OPERATIONS[self.operation], self.operation)
+        operation = kernels.OPERATIONS[self.operation]
         try:
             with self.guard:
                 fused = self.compute(operation, fused=True)

@@ -15,6 +15,7 @@ is launched; at most as many programs as there are turns. Addresses stay within 
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -287,6 +288,28 @@ class Kernel:
             known[value] = interval
 
 
+def named(types: Any, prefix: str = "") -> dict[str, Any]:
+    """The types of a launch's arguments by name, those in a tuple by its name, a dot and their own."""
+    found = {}
+    for name, kind in (types._asdict() if hasattr(types, "_asdict") else types).items():
+        found |= named(kind, f"{prefix}{name}.") if isinstance(kind, tuple) else {f"{prefix}{name}": kind}
+    return found
+
+
+def changed(types: Any, kinds: dict[str, Any], prefix: str = "") -> Any:
+    """The types with some of them, by name as in ``named``, exchanged."""
+    fields = types._asdict() if hasattr(types, "_asdict") else types
+    found = {
+        name: changed(kind, kinds, f"{prefix}{name}.") if isinstance(kind, tuple) else kinds.get(f"{prefix}{name}", kind)
+        for name, kind in fields.items()
+    }
+    return type(types)(**found)
+
+
+def integers(launch: Any) -> list[str]:
+    return [name for name, kind in named(launch.types).items() if kind == "i32"]
+
+
 def compiled(launch: Any, kinds: dict[str, Any]) -> Kernel:
     """The IR of a launch after Triton's first stage, with each integer as "i32", as "i64" or as the constant 1.
 
@@ -297,14 +320,15 @@ def compiled(launch: Any, kinds: dict[str, Any]) -> Kernel:
     from triton.compiler import ASTSource
     from triton.compiler.compiler import make_backend
 
-    constants = launch.constants | {name: kind for name, kind in kinds.items() if kind == 1}
-    types = {name: f"*{element}" for name, element in launch.pointers.items()}
-    types |= kinds | dict.fromkeys(launch.floats, "fp32") | dict.fromkeys(constants, "constexpr")
-    types = {name: types[name] for name in launch.kernel.arg_names}
-    source = ASTSource(launch.kernel, types, constants, {})
+    from benchmarks.static_cost import described
+
+    types, names = changed(launch.types, kinds), launch.kernel.arg_names
+    signature, constants, _ = described(tuple(types.get(name, "constexpr") for name in names))
+    constants |= {(names.index(name),): value for name, value in launch.constants.items()}
+    source = ASTSource(launch.kernel, dict(zip(names, signature, strict=True)), constants, {})
     target = GPUTarget("cuda", 90, 32)
     backend = make_backend(target)
-    options = backend.parse_options({"num_warps": launch.num_warps, "num_stages": launch.num_stages})
+    options = backend.parse_options({"num_warps": launch.config.warps, "num_stages": launch.config.stages})
     stages: dict[str, Callable[[Any, dict[str, Any]], Any]] = {}
     backend.add_stages(stages, options, source.language)
     context = ir.context()
@@ -320,7 +344,7 @@ def compiled(launch: Any, kinds: dict[str, Any]) -> Kernel:
     # newer Tritons want the target, too
     module = source.make_ir(*(given[name] for name in inspect.signature(source.make_ir).parameters))
     text = str(stages["ttir"](module, {}))
-    return Kernel(text, [name for name, kind in types.items() if kind != "constexpr"])
+    return Kernel(text, [name for name, kind in named(types).items() if isinstance(kind, str)])
 
 
 def _pieces(most: int) -> Iterator[Interval]:
@@ -344,15 +368,14 @@ def _stride(extent: Interval | int) -> Interval:
 
 
 def _of_pixel_embed(launch: Any) -> Iterator[dict[str, Interval]]:
-    constants = launch.constants
-    tokens = constants["S"] if "S" in constants else constants["S_H"] * constants["S_W"]
+    Z = launch.constants["Z"]
     for batch, rows, columns in product(_pieces(ROWS), _pieces(SIDE), _pieces(SIDE)):
         height, width = (
-            Interval(*((n - 1) * constants[f"STEP_{side}"] + constants[f"PATCH_{side}"] for n in grid))
-            for side, grid in (("H", rows), ("W", columns))
+            Interval(*((n - 1) * step + patch for n in grid))
+            for step, patch, grid in ((Z.STEP_H, Z.PATCH_H, rows), (Z.STEP_W, Z.PATCH_W, columns))
         )
         yield {
-            "n_tokens": _product(batch, rows, columns, tokens),
+            "n_tokens": _product(batch, rows, columns, Z.S),
             "n_pixels": _product(batch, height, width),
             "n_patches": _product(rows, columns),
             "rows": rows,
@@ -360,7 +383,7 @@ def _of_pixel_embed(launch: Any) -> Iterator[dict[str, Interval]]:
             "height": height,
             "width": width,
             "stride_b": _stride(batch),
-            "stride_c": _stride(constants["CHANNELS"]),
+            "stride_c": _stride(Z.CHANNELS),
             "stride_h": _stride(height),
             "stride_w": _stride(width),
         }
@@ -371,7 +394,8 @@ def _of_inner(launch: Any) -> Iterator[dict[str, Interval]]:
 
 
 def _of_fold(launch: Any) -> Iterator[dict[str, Interval]]:
-    for groups, each in product(_pieces(ROWS) if launch.constants.get("GROUPED", True) else [Interval(1, 1)], _pieces(ROWS)):
+    grouped = getattr(launch.constants["Z"], "GROUPED", True)
+    for groups, each in product(_pieces(ROWS) if grouped else [Interval(1, 1)], _pieces(ROWS)):
         yield {
             "n_rows": _product(groups, each),
             "n_patches": each,
@@ -383,6 +407,12 @@ def _of_fold(launch: Any) -> Iterator[dict[str, Interval]]:
         }
 
 
+COUNTS = ("n_tokens", "n_pixels", "n_rows", "n_patches")  # what a kernel's tiles are cut from
+OPTIONAL = {
+    "pixel_embed": {"bias_ptr", "pixel_pos_ptr"},
+    "inner": {"qk_bias", "v_bias", "attn_scale_ptr", "mlp_scale_ptr", "sums_ptr"},
+    "fold": {"proj_bias", "norm2_weight", "norm2_bias", "shift_ptr", "dx_ptr", "sums_ptr"},
+}
 PASSED = {"pixel_embed": _of_pixel_embed, "inner": _of_inner, "fold": _of_fold}
 LIMITS = {"n_tokens": ROWS, "n_pixels": ROWS, "n_patches": ROWS, "n_rows": ROWS, "n_group": ROWS, "height": SIDE, "width": SIDE}
 
@@ -391,37 +421,40 @@ def ranges(operation: str, launch: Any, kinds: dict[str, Any]) -> Iterator[dict[
     """The ranges of a launch's integers, in pieces, where each has the type that ``compiled`` gave it."""
     if operation not in PASSED:
         raise ValueError(f"say in tests/intervals.py in what ranges the launchers of {operation} pass their integers")
-    constants = launch.constants
+    Z, passed = launch.constants["Z"], integers(launch)
+    count = next(name for name in COUNTS if name in passed)
     for piece in PASSED[operation](launch):
-        piece = {name: piece[name] for name in launch.integers}
+        piece = {name: piece[name.rpartition(".")[2]] for name in passed}
         for name, kind in kinds.items():
             low, high = piece[name]
             if kind == 1:
                 piece[name] = Interval(max(low, 1), min(high, 1))
             else:
-                piece[name] = Interval(low, min(high, LIMITS.get(name, high), 2**31 - 1 if kind == "i32" else high))
+                most = LIMITS.get(name.rpartition(".")[2], high)
+                piece[name] = Interval(low, min(high, most, 2**31 - 1 if kind == "i32" else high))
         if all(low <= high for low, high in piece.values()):
-            rows = piece[launch.integers[0]].high
-            turns = -(-rows // constants.get("BLOCK", constants.get("G")))
-            programs = turns * -(-constants.get("CHANNELS", 1) // constants.get("GROUP", constants.get("CHANNELS", 1)))
+            programs = -(-piece[count].high // getattr(Z, "BLOCK", getattr(Z, "G", None))) * getattr(Z, "GROUPS", 1)
             yield piece | {"program_id": Interval(0, programs - 1), "num_programs": Interval(1, programs)}
 
 
-def specialisations(variant: str, dtype: str, launch: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+def specialisations(operation: str, variant: str, dtype: str, launch: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     """A launch, and the types with which Triton may be asked for it: it passes 2^31 and above as i64, and makes 1 a constant.
 
     TNT-S in bfloat16 stands for all that a launch may have or not have, and for the 1s.
     """
-    small = dict.fromkeys(launch.integers, "i32")
+    passed = integers(launch)
+    small = dict.fromkeys(passed, "i32")
     kinds = [small]
     if dtype != "fp16":  # its blocks are those of bfloat16
-        far = small | {name: "i64" for name in launch.integers if "stride" in name}
-        kinds += [kind for kind in (far, dict.fromkeys(launch.integers, "i64")) if kind != small]
+        far = small | {name: "i64" for name in passed if "stride" in name}
+        kinds += [kind for kind in (far, dict.fromkeys(passed, "i64")) if kind != small]
     if dtype == "bf16" and variant.startswith("s"):
-        kinds += [small | {name: 1} for name in launch.integers]
-        switches = [name for name in launch.constants if name.startswith(("HAS_", "NEED_")) or name == "GROUPED"]
-        for switch in (True, False):
-            yield launch._replace(constants=launch.constants | dict.fromkeys(switches, switch)), small
+        kinds += [small | {name: 1} for name in passed]
+        Z, optional = launch.constants["Z"], [n for n in named(launch.types) if n.rpartition(".")[2] in OPTIONAL[operation]]
+        for has in (True, False):
+            types = changed(launch.types, dict.fromkeys(optional, "*fp32" if has else None))
+            sizes = replace(Z, GROUPED=has) if hasattr(Z, "GROUPED") else Z
+            yield launch._replace(constants={"Z": sizes}, types=types), small
     yield from ((launch, kind) for kind in kinds)
 
 
@@ -437,8 +470,8 @@ def proofs() -> Iterator[tuple[str, int, list[str]]]:
     """Of each shipped launch: its name, how many loads and stores were looked at, and what was found."""
     from tnt_fast.kernels import OPERATIONS
 
-    for operation, module in OPERATIONS.items():
-        for variant, dtype, shipped in module.launches():
-            results = [prove(operation, *each) for each in specialisations(variant, dtype, shipped)]
+    for name, operation in OPERATIONS.items():
+        for variant, dtype, shipped in operation.launches():
+            results = [prove(name, *each) for each in specialisations(name, variant, dtype, shipped)]
             found = dict.fromkeys(text for _, texts in results for text in texts)
-            yield f"{operation} {shipped.kernel.__name__} {variant} {dtype}", sum(n for n, _ in results), list(found)
+            yield f"{name} {shipped.kernel.__name__} {variant} {dtype}", sum(n for n, _ in results), list(found)

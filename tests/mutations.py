@@ -61,7 +61,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does
 
 from helpers import KernelPath, results, write_json
 from ptx import machine
-from ptx.compiler import TARGETS, Compiler
+from ptx.compiler import TARGETS, Compiler, flat
 from ptx.executor import Executor, running
 from ptx.flow import depends_on_data, dominators, flow, known, normal, registers
 from ptx.language import Instruction, Unknown, ways
@@ -240,7 +240,7 @@ class Launches(Executor):
             self.built[compiled.key] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), code
         digest, code = self.built[compiled.key]
         self.seen[digest] = code
-        given = [arguments[i] for i in compiled.parameters]
+        given = [flat(arguments)[i] for i in compiled.parameters]
         storages = {x.untyped_storage().data_ptr(): memory_of(x) for x in given if isinstance(x, Tensor)}
         far = any(x.numel() >= 2**28 for x in storages.values())
         with torch.no_grad():
@@ -297,7 +297,7 @@ class Judge:
         case = self.cases[number]
         path = KernelPath(self.target, case.precision)
         dtype = torch.float32 if path.tf32 else getattr(torch, case.precision)
-        fused, plain = getattr(kernels.OPERATIONS[case.operation], case.operation), getattr(reference, case.operation)
+        fused, plain = kernels.OPERATIONS[case.operation], getattr(reference, case.operation)
         gradients = gradients and case.gradients
         torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody wrote is NaN
         torch.backends.cuda.matmul.allow_tf32 = path.tf32

@@ -5,6 +5,7 @@ import math
 import mmap
 import operator
 import random
+import sys
 
 import pytest
 import torch
@@ -23,12 +24,16 @@ SCRIPT = """
 import json
 from pathlib import Path
 
+import torch
 import triton
 import triton.language as tl
 
-from intervals import Interval, compiled, proofs, prove
+from intervals import Interval, compiled, integers, proofs, prove
 from tnt_fast.kernels import fold, inner, pixel_embed
-from tnt_fast.kernels.tile import Launch
+from tnt_fast.kernels.operation import Config, Launch
+from tnt_fast.reference import TransformerWeights
+
+BF16 = torch.bfloat16
 
 
 @triton.jit
@@ -82,13 +87,13 @@ def beyond(x_ptr, i_ptr, n, HOW: tl.constexpr):
 
 
 def found(kernel, how, kind, **ranges):
-    pointers = {name: {"x_ptr": "fp32", "i_ptr": "i32"}[name] for name in kernel.arg_names if name.endswith("_ptr")}
-    integers = tuple(name for name in ("n", "stride") if name in kernel.arg_names)
+    known = {"x_ptr": "*fp32", "i_ptr": "*i32", "n": "i32", "stride": "i32"}
+    types = {name: known[name] for name in kernel.arg_names if name in known}
     constants = {"HOW": how} | ({"BLOCK": 64} if "BLOCK" in kernel.arg_names else {})
-    launch = Launch(kernel, pointers, integers, constants, 4, 1, 1)
+    launch = Launch(kernel, constants, Config(64, 4), 1, types=types)
     ranges = {"program_id": Interval(0, 2**30 - 1), "num_programs": Interval(1, 2**30)} | ranges
     try:
-        return [str(f) for f in compiled(launch, dict.fromkeys(integers, kind)).findings([ranges])]
+        return [str(f) for f in compiled(launch, dict.fromkeys(integers(launch), kind)).findings([ranges])]
     except ValueError as error:
         return f"error: {error}"
 
@@ -109,24 +114,26 @@ for kind, most in (("i32", 2**31 - 1), ("i64", 2**44)):
 def widest():
     # launches at the ends of what unsupported() accepts, and such as the named variants have none of
     for channels, C, legacy, step in ((8, 128, True, 1), (1, 24, False, 4)):
-        forward = pixel_embed._specialise(channels, C, [16, 16], step, [step, step], legacy, True, True, "bf16", "ieee")
-        backward = (pixel_embed._specialise_weight_bwd, pixel_embed._specialise_image_bwd)
-        yield from (("pixel_embed", launch) for launch in (forward, *(make(forward, "bf16") for make in backward)))
+        image = pixel_embed.Image("*bf16", *["i32"] * 6)
+        for kernel in ("fwd", "weight_bwd", "image_bwd"):
+            kernel = getattr(pixel_embed, f"_pixel_embed_{kernel}_kernel")
+            spec = pixel_embed._specialise(kernel, BF16, channels, C, (16, 16), step, (step, step), legacy)
+            yield "pixel_embed", spec.shipped(BF16, image=image)
+    w = TransformerWeights(*["*bf16"] * 14)
     for S, C, H, M, backward in ((64, 96, 3, 384, False), (49, 24, 4, 96, False), (9, 62, 2, 248, True)):
-        forward = inner._specialise(S, C, H, M, True, True, "bf16", "ieee", True)
-        yield "inner", forward
-        if backward:
-            yield from (("inner", launch) for launch in inner._specialise_backward(forward, True))
+        for kernel in ("fwd", "bwd_mlp", "bwd_attention")[: 3 if backward else 1]:
+            yield "inner", inner._specialise(getattr(inner, f"_inner_{kernel}_kernel"), BF16, S, C, H, M).shipped(BF16, w=w)
     for legacy in (False, True):
-        yield "fold", fold._specialise(64, 128, 1024, legacy, True, True, "bf16", "ieee")
+        yield "fold", fold._specialise(BF16, 64, 128, 1024, legacy).shipped(BF16, w=fold.Weights(*["*bf16"] * 6))
         for grouped in (False, True):
-            yield "fold", fold._specialise_norm_bwd(128 if legacy else 64 * 128, True, grouped, True, True, "bf16")
+            spec = fold._specialise_norm(fold._fold_norm_bwd_kernel, BF16, 128 if legacy else 64 * 128, grouped)
+            yield "fold", spec.shipped(BF16, sums_ptr="*fp32")
 
 
 results = []
 for operation, launch in widest():
     for far in ("i32", "i64"):
-        accesses, found = prove(operation, launch, {n: far if "stride" in n else "i32" for n in launch.integers})
+        accesses, found = prove(operation, launch, {n: far if "stride" in n else "i32" for n in integers(launch)})
         results.append((f"{operation} {launch.kernel.__name__} {launch.constants}", accesses, found))
 Path("results.json").write_text(json.dumps({"toys": toys, "shipped": list(proofs()), "widest": results}))
 """
@@ -306,16 +313,18 @@ def test_what_is_not_understood_is_an_error(operation, error):
         intervals.Kernel(IR.replace("OPERATION", operation), ["x_ptr", "n"])
 
 
-def _started(monkeypatch, run):
-    """(operation, launch, grid, integers by name) of what ``run`` starts."""
+def _launched(monkeypatch, run):
+    """(operation, launch, grid, integers by name) of what ``run`` launches."""
     seen = []
-    for operation, module in kernels.OPERATIONS.items():
+    for name, operation in kernels.OPERATIONS.items():
+        module = sys.modules[type(operation).__module__]
 
-        def start(spec, grid, *arguments, _operation=operation, _start=module.start):
-            seen.append((_operation, spec, grid, dict(zip(spec.kernel.arg_names, arguments, strict=False))))
-            _start(spec, grid, *arguments)
+        def launch(spec, grid, *arguments, _name=name, _launch=module.launch):
+            given = intervals.named(dict(zip(spec.kernel.arg_names, arguments, strict=False)))
+            seen.append((_name, spec, grid, {n: x for n, x in given.items() if isinstance(x, int)}))
+            _launch(spec, grid, *arguments)
 
-        monkeypatch.setattr(module, "start", start)
+        monkeypatch.setattr(module, "launch", launch)
     run()
     return seen
 
@@ -325,11 +334,12 @@ def test_launchers_pass_what_the_proof_assumes(monkeypatch, batch, legacy):
     """Their integers lie in one piece of the ranges, all together, and so does the grid."""
     model = TNT(**TINY, legacy=legacy, backend="fused").to(DEVICE)
     image = torch.randn(batch, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_()
-    seen = _started(monkeypatch, lambda: model(image).sum().backward())
+    seen = _launched(monkeypatch, lambda: model(image).sum().backward())
     assert {spec.kernel.__name__ for _, spec, _, _ in seen} >= {"_pixel_embed_fwd_kernel", "_fold_norm_bwd_kernel"}
-    for operation, spec, grid, arguments in seen:
-        passed = {name: arguments[name] for name in spec.integers} | {"num_programs": grid, "program_id": grid - 1}
-        pieces = list(intervals.ranges(operation, spec, dict.fromkeys(spec.integers, "i64")))
+    for operation, spec, grid, passed in seen:
+        spec = spec._replace(types=dict.fromkeys(passed, "i32"))
+        pieces = list(intervals.ranges(operation, spec, dict.fromkeys(passed, "i64")))
+        passed = passed | {"num_programs": grid, "program_id": grid - 1}
         assert any(all(low <= passed[name] <= high for name, (low, high) in piece.items()) for piece in pieces), (
             spec.kernel.__name__,
             passed,
@@ -354,7 +364,7 @@ def test_channels_may_lie_far_apart():
     weight = torch.randn(12, 3, 7, 7).to(image).requires_grad_()
     results = []
     for given in (image, image.contiguous()):
-        out = kernels.OPERATIONS["pixel_embed"].pixel_embed(given, weight, None, None, (16, 16), 4, (16, 16))
+        out = kernels.OPERATIONS["pixel_embed"](given, weight, None, None, (16, 16), 4, (16, 16))
         results.append((out, *torch.autograd.grad(out.float().square().sum(), weight)))
     for far, near in zip(*results, strict=True):
         assert far.isfinite().all()

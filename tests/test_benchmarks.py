@@ -55,8 +55,8 @@ def ids(path: Path) -> list[str]:
 def test_a_right_kernel_passes_the_guard_and_a_wrong_one_does_not(operation):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     given, others = timed.arguments("s", operation, 1, torch.float16, device)
-    out = getattr(kernels.OPERATIONS[operation], operation)(*given, **others)
-    assert out.shape == getattr(reference, operation)(*given, **others).shape
+    out = timed.call(kernels.OPERATIONS[operation], given, others)
+    assert out.shape == timed.call(getattr(reference, operation), given, others).shape
     found = timed.error(operation, given, others, out)
     assert found.error <= found.allowed
     found = timed.error(operation, given, others, -out)
@@ -66,7 +66,8 @@ def test_a_right_kernel_passes_the_guard_and_a_wrong_one_does_not(operation):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the wrong kernel is run in Triton's interpreter")
 def test_a_kernel_made_wrong_gets_no_time_and_the_run_fails(tmp_path):
     wrong = (
-        "from tnt_fast import kernels; m = kernels.OPERATIONS['fold']; right = m.fold; m.fold = lambda *a, **k: -right(*a, **k)"
+        "from tnt_fast import kernels; right = kernels.OPERATIONS['fold']; "
+        "kernels.OPERATIONS['fold'] = lambda *a, **k: -right(*a, **k)"
     )
     options = ["benchmarks/test_operations.py", "--benchmark-only", "-k", "fold and forward", "--benchmark-json"]
     done = suites(*options, str(tmp_path / "wrong.json"), before=wrong, TRITON_INTERPRET="1")
@@ -83,20 +84,19 @@ def test_a_gradient_made_wrong_is_refused_and_a_right_one_timed(mode, monkeypatc
     found = measure.measure(chosen, rounds=1)
     assert [len(row["times"]) for row in found.values()] == [1, 1]
 
-    module = kernels.OPERATIONS["fold"]
-    right = module.fold
+    right = kernels.OPERATIONS["fold"]
 
-    def wrong(pixel, patch, weight, *others, **more):  # the gradient of one weight is turned, the result is not
-        return right(pixel, patch, 2 * weight.detach() - weight, *others, **more)
+    def wrong(norm1_weight, **given):  # the gradient of one weight is turned, the result is not
+        return right(norm1_weight=2 * norm1_weight.detach() - norm1_weight, **given)
 
-    monkeypatch.setattr(module, "fold", wrong)
+    monkeypatch.setitem(kernels.OPERATIONS, "fold", wrong)
     found = measure.measure(chosen, rounds=1)
     fused = found[f"fold/s/{mode}/fp32/1/fused"]
     if mode == "forward":
         assert len(fused["times"]) == 1
     else:
         assert isinstance(fused, measure.Refused)
-        assert "not timed: gradient 2 is off by" in str(fused)
+        assert "not timed: gradient of norm1_weight is off by" in str(fused)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="small sizes of a machine without a GPU")
@@ -285,8 +285,9 @@ def test_the_issue_bound_of_a_fused_forward(stand_in, monkeypatch):
 
 def test_bytes_are_activations_read_and_written_once():
     pixel, patch = torch.zeros(196, 16, 24, dtype=torch.float16), torch.zeros(1, 197, 384, dtype=torch.float16)
-    assert timed.bytes_moved("inner", (pixel, torch.zeros(5)), pixel) == 2 * 196 * 16 * 24 * 2
-    assert timed.bytes_moved("fold", (pixel, patch, torch.zeros(5)), patch) == (196 * 16 * 24 + 2 * 197 * 384) * 2
+    assert timed.bytes_moved("inner", dict(pixel=pixel, qk_weight=torch.zeros(5)), pixel) == 2 * 196 * 16 * 24 * 2
+    given = dict(pixel=pixel, patch=patch, proj_weight=torch.zeros(5))
+    assert timed.bytes_moved("fold", given, patch) == (196 * 16 * 24 + 2 * 197 * 384) * 2
 
 
 @pytest.mark.parametrize(

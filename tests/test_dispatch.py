@@ -7,7 +7,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from tnt_fast import TNT, dispatch, kernels, reference, why_not_fused
 
 ROOT = Path(__file__).resolve().parents[1]
-DESCRIPTIONS = {name: module.DESCRIPTION for name, module in kernels.OPERATIONS.items()}  # of the real kernels
+REAL = dict(kernels.OPERATIONS)
 
 
 def tiny(**kwargs) -> TNT:
@@ -29,16 +28,16 @@ def stand_ins(monkeypatch):
     """Every operation has a "kernel"; the machine has nothing against it; calls are counted."""
     calls = dict.fromkeys(dispatch.OPERATIONS, 0)
 
-    def counted(name):
-        def operation(*args, **kwargs):
-            calls[name] += 1
-            return getattr(reference, name)(*args, **kwargs)
+    class StandIn:
+        def __init__(self, name):
+            self.name = name
+            self.wrong_types = self.wrong_values = self.gradients_unsupported = lambda *given: []
 
-        takes_all = SimpleNamespace(wrong_types=lambda *given: [], wrong_values=lambda *given: [])
-        limits = dict(DESCRIPTION=takes_all, gradients_unsupported=lambda sizes, dtype, device: [])
-        return SimpleNamespace(**{name: operation}, **limits)
+        def __call__(self, *args, **kwargs):
+            calls[self.name] += 1
+            return getattr(reference, self.name)(*args, **kwargs)
 
-    monkeypatch.setattr(kernels, "OPERATIONS", {name: counted(name) for name in dispatch.OPERATIONS})
+    monkeypatch.setattr(kernels, "OPERATIONS", {name: StandIn(name) for name in dispatch.OPERATIONS})
     monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     monkeypatch.setattr(dispatch, "_machine_reasons", lambda image, backend: [])
     monkeypatch.setattr(dispatch, "_warned", set())
@@ -80,7 +79,7 @@ def test_fused_does_not_touch_the_reference(stand_ins, monkeypatch):
         name: torch.zeros(8, 16, 12) if name != "fold" else torch.zeros(2, 5, 24) for name in ("pixel_embed", "inner", "fold")
     }
     for name, value in marks.items():
-        setattr(kernels.OPERATIONS[name], name, lambda *args, value=value, **kwargs: value)
+        kernels.OPERATIONS[name].__class__ = type("Constant", (), {"__call__": lambda *args, value=value, **kwargs: value})
     del kernels.OPERATIONS["outer"]
 
     def forbidden(*args, **kwargs):
@@ -195,9 +194,9 @@ def attributes(module: nn.Module, run) -> list[str]:
 
 @pytest.mark.parametrize("options", [{}, {"legacy": True, "qkv_bias": True, "drop_path_rate": 0.3}], ids=["", "legacy"])
 def test_each_attribute_of_each_submodule_changed_is_the_references_answer_or_a_reason(stand_ins, options, monkeypatch):
-    for name, module in kernels.OPERATIONS.items():
+    for name, operation in kernels.OPERATIONS.items():
         if name != "outer":
-            module.DESCRIPTION = DESCRIPTIONS[name]
+            operation.wrong_types, operation.wrong_values = REAL[name].wrong_types, REAL[name].wrong_values
     monkeypatch.delitem(kernels.OPERATIONS, "outer")  # its submodules are called
     model, image = tiny(depth=1, **options).train(), torch.randn(2, 3, 32, 32)
     model.backend = "fused"
@@ -248,8 +247,7 @@ def test_modules_that_are_still_called_may_have_hooks(stand_ins, child):
 
 
 def test_the_limits_of_a_kernel_are_reasons(stand_ins):
-    description = kernels.OPERATIONS["inner"].DESCRIPTION
-    description.wrong_values = lambda given, device, sizes: [f"S={sizes['S']} is above 8"]
+    kernels.OPERATIONS["inner"].wrong_values = lambda given, device, sizes: [f"S={sizes['S']} is above 8"]
     assert why_not_fused(tiny()) == ["inner: S=16 is above 8 (blocks.0)"]
 
 

@@ -53,7 +53,7 @@ def replace(monkeypatch, operation: str, change) -> None:
     def changed(*args, **kwargs):
         return change(function(*args, **kwargs), kwargs)
 
-    monkeypatch.setattr(kernels.OPERATIONS[operation], operation, changed)
+    monkeypatch.setitem(kernels.OPERATIONS, operation, changed)
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)
@@ -149,15 +149,14 @@ def test_a_wrong_kernel_is_found(monkeypatch, change, message):
 
 @pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
 def test_a_kernel_that_writes_outside_of_its_output_is_found(monkeypatch, before):
-    fold = kernels.OPERATIONS["fold"]
-    index, start = find("fold", lambda call: not call.wanted), fold.start
+    index, launch = find("fold", lambda call: not call.wanted), kernels.fold.launch
 
     def spills(spec, grid, pixel, patch, out, *rest):
-        start(spec, grid, pixel, patch, out, *rest)
+        launch(spec, grid, pixel, patch, out, *rest)
         out.as_strided((1,), (1,), out.storage_offset() + (-1 if before else out.numel())).zero_()
 
     assert examine(SEED, "fold", index) == ("right", "")
-    monkeypatch.setattr(fold, "start", spills)
+    monkeypatch.setattr(kernels.fold, "launch", spills)
     found, what = examine(SEED, "fold", index)
     assert found == "wrong"
     assert what.startswith("written outside of an allocated tensor")
@@ -167,9 +166,11 @@ def test_a_kernel_that_writes_outside_of_its_output_is_found(monkeypatch, before
 def test_a_wrong_gradient_of_one_weight_is_found(monkeypatch, weight):
     index = find("inner", lambda call: {"pixel", weight} <= set(call.wanted) and min(call.tensors["pixel"].shape) > 2)
     function = fuzz.reference.inner
-    monkeypatch.setattr(
-        kernels.OPERATIONS["inner"], "inner", lambda **given: function(**given | {weight: OffByALittle.apply(given[weight])})
-    )
+
+    def off(weights, **given):
+        return function(weights=weights._replace(**{weight: OffByALittle.apply(getattr(weights, weight))}), **given)
+
+    monkeypatch.setitem(kernels.OPERATIONS, "inner", off)
     found, what = examine(SEED, "inner", index)
     assert found == "wrong"
     assert what.startswith(f"gradient of {weight}: error")
@@ -182,7 +183,7 @@ def test_an_answer_where_the_reference_raises_is_wrong_and_a_named_error_is_not(
         raise ValueError("no")
 
     monkeypatch.setattr(fuzz.reference, "inner", refuses)
-    monkeypatch.setattr(kernels.OPERATIONS["inner"], "inner", lambda **given: given["pixel"].clone())
+    monkeypatch.setitem(kernels.OPERATIONS, "inner", lambda **given: given["pixel"].clone())
     found, what = examine(SEED, "inner", index)
     assert found == "wrong"
     assert what.startswith("answers where the reference raises ValueError: no")
@@ -190,7 +191,7 @@ def test_an_answer_where_the_reference_raises_is_wrong_and_a_named_error_is_not(
     def names(**given):
         raise ValueError("inner: pixel is not to my liking")
 
-    monkeypatch.setattr(kernels.OPERATIONS["inner"], "inner", names)
+    monkeypatch.setitem(kernels.OPERATIONS, "inner", names)
     assert examine(SEED, "inner", index) == ("reference raises too", "")
 
 

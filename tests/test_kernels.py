@@ -14,12 +14,13 @@ import pytest
 import timm
 import torch
 from fuzz import DRAWS, off_by_rounding
-from helpers import KernelPath, Tf32Products, lay, paths, perturb, results
+from helpers import KernelPath, Tf32Products, call, lay, paths, perturb, results
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
 from tnt_fast import kernels, reference, why_not_fused
+from tnt_fast.kernels.inner import Sizes
 from tnt_fast.kernels.operation import Gpu, precision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +41,7 @@ def check(
 
     PyTorch's own error is the largest of its results and those with the weights off by rounding in ``draws`` ways.
     """
-    fused, plain = getattr(kernels.OPERATIONS[operation], operation), getattr(reference, operation)
+    fused, plain = kernels.OPERATIONS[operation], getattr(reference, operation)
 
     def off(draw: int) -> dict:
         rounded = {k: v if v is None else v.to(dtype) for k, v in tensors.items()}
@@ -157,7 +158,7 @@ def test_pixel_embed(B, channels, H, W, C, patch, stride, step, legacy, path, dt
 def test_pixel_embed_of_an_image_that_lies_far_apart(axis, path, dtype):
     tensors, others = embed_case(3, 3, 32, 48, 24, (16, 16), 4, (16, 16), False)
     tensors = {k: v.to(path.device, dtype) for k, v in tensors.items()}
-    embed, results = kernels.OPERATIONS["pixel_embed"].pixel_embed, []
+    embed, results = kernels.OPERATIONS["pixel_embed"], []
     for image in (tensors["image"], lay(tensors["image"], axis)):
         given = tensors | {"image": image.requires_grad_(), "weight": tensors["weight"].requires_grad_()}
         out = embed(**given, **others)
@@ -171,7 +172,7 @@ def test_pixel_embed_takes_any_strides_and_no_bias_or_position(path, dtype):
     tensors, others = embed_case(2, 3, 32, 32, 24, (16, 16), 4, (16, 16), False)
     tensors |= {"bias": None, "pixel_pos": None}
     check(path, "pixel_embed", tensors, others, dtype)
-    embed = kernels.OPERATIONS["pixel_embed"].pixel_embed
+    embed = kernels.OPERATIONS["pixel_embed"]
     image, weight = tensors["image"].to(path.device, dtype), tensors["weight"].to(path.device, dtype)
     expected = embed(image, weight, None, None, **others)
     channels_last = image.contiguous(memory_format=torch.channels_last)
@@ -243,7 +244,7 @@ def test_fold_onto_a_patch_that_lies_far_apart(axis, path, dtype):
     upstream, results = normal(3, 6, 24).to(path.device, dtype), []
     for far in (None, axis):
         given["patch"] = lay(given["patch"].detach(), far).requires_grad_()
-        out = kernels.OPERATIONS["fold"].fold(**given)
+        out = kernels.OPERATIONS["fold"](**given)
         wanted = [v for v in given.values() if v is not None]
         results.append((out, *torch.autograd.grad(out, wanted, lay(upstream, far))))
     for near, far in zip(*results, strict=True):
@@ -257,7 +258,7 @@ def test_fold_onto_an_expanded_patch(path, dtype):
     given["patch"] = given["patch"][:1].expand(3, -1, -1)
     assert given["patch"].stride(0) == 0
     exact = reference.fold(**{k: None if v is None else v.double().cpu() for k, v in given.items()})
-    path.rule("fold", kernels.OPERATIONS["fold"].fold(**given), reference.fold(**given), exact, dtype)
+    path.rule("fold", kernels.OPERATIONS["fold"](**given), reference.fold(**given), exact, dtype)
 
 
 # ---- inner ----
@@ -321,7 +322,7 @@ def test_dropped_branches_leave_the_input_and_its_gradient_as_they_are(path, dty
     given = {k: None if v is None else v.to(path.device, dtype) for k, v in inner_tensors(3, 16, 24, 96).items()}
     given["pixel"].requires_grad_()
     scale = torch.tensor([1.0, 0.0, 2.0], device=path.device, dtype=dtype)
-    out = kernels.OPERATIONS["inner"].inner(**given, num_heads=4, attn_scale=scale, mlp_scale=scale)
+    out = call(kernels.OPERATIONS["inner"], **given, num_heads=4, attn_scale=scale, mlp_scale=scale)
     upstream = torch.randn_like(out)
     (gradient,) = torch.autograd.grad(out, given["pixel"], upstream)
     assert torch.equal(out[1], given["pixel"][1])
@@ -342,7 +343,7 @@ def test_fold_without_biases(absent, legacy, path, dtype):
 def test_folds_second_bias_alone_is_not_read():
     tensors = fold_tensors(2, 5, 16, 12, 40, False) | {"norm2_weight": None}
     given = {k: None if v is None else v.float().to(DEVICE).requires_grad_() for k, v in tensors.items()}
-    fold = kernels.OPERATIONS["fold"].fold
+    fold = kernels.OPERATIONS["fold"]
     out = fold(**given)
     assert torch.equal(out, fold(**(given | {"norm2_bias": None})))
     assert torch.autograd.grad(out.sum(), given["norm2_bias"], allow_unused=True) == (None,)
@@ -366,11 +367,11 @@ def test_any_strides_of_any_tensor(operation, path, dtype):
     """Values between those of a tensor are NaN; expanded ones are the same throughout."""
     tensors, others = case(operation)
     given = {k: None if v is None else v.to(path.device, dtype) for k, v in tensors.items()}
-    function = getattr(kernels.OPERATIONS[operation], operation)
+    function = kernels.OPERATIONS[operation]
 
     def results(given):
         given = {k: v if v is None else v.detach().requires_grad_() for k, v in given.items()}
-        out = function(**given, **others)
+        out = call(function, **given, **others)
         return [out, *torch.autograd.grad(out.square().sum(), [v for v in given.values() if v is not None])]
 
     expected = results(given)
@@ -443,12 +444,7 @@ def test_folds_second_norm_of_rows_that_are_nearly_constant_far_from_zero(value,
 )  # fmt: skip
 def test_gelu_in_pairs_takes_weights_of_any_size(name, factor, gradients, scales, monkeypatch):
     """What bfloat16 does on a GPU, here with float16 for it: its results have to stay in range, the weights need not."""
-    inner, specialise = kernels.OPERATIONS["inner"], kernels.OPERATIONS["inner"]._specialise
-
-    def in_pairs(*arguments):
-        spec = specialise(*arguments)
-        return spec._replace(constants=spec.constants | {"PAIRS": True})
-
+    inner, derive, set_ = kernels.OPERATIONS["inner"], Sizes.__post_init__, object.__setattr__
     tensors = {k: v if v is None else v.half().float() for k, v in inner_tensors(5, 16, 24, 96).items()}
     tensors[name] = tensors[name] * factor
     small = 1e-5 if name == "fc2_weight" and factor > 1 else 1.0  # hidden values of 1e-5, or the result overflows
@@ -460,13 +456,13 @@ def test_gelu_in_pairs_takes_weights_of_any_size(name, factor, gradients, scales
         others |= dict.fromkeys(("attn_scale", "mlp_scale"), torch.tensor([0, 2, 1, 0, 1.25]))
     results = []
     for function, device, kind in (
-        (inner.inner, DEVICE, torch.float32), (inner.inner, DEVICE, torch.float32), (reference.inner, "cpu", torch.float64),
+        (inner, DEVICE, torch.float32), (inner, DEVICE, torch.float32), (reference.inner, "cpu", torch.float64),
     ):  # fmt: skip
-        monkeypatch.setattr(inner, "_specialise", specialise if results else in_pairs)
+        monkeypatch.setattr(Sizes, "__post_init__", lambda Z, pairs=not results: (derive(Z), set_(Z, "PAIRS", pairs)))
         given = {k: v if v is None else v.to(device, kind).requires_grad_() for k, v in tensors.items()}
         fixed = {k: v.to(device, kind) if isinstance(v, torch.Tensor) else v for k, v in others.items()}
-        with torch.autocast(device, torch.float16, enabled=function is inner.inner):  # float32 weights, float16 products
-            out = function(**given, **fixed).to(kind)
+        with torch.autocast(device, torch.float16, enabled=function is inner):  # float32 weights, float16 products
+            out = call(function, **given, **fixed).to(kind)
         wanted = [v for v in given.values() if v is not None] if gradients else []
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
         results.append([out.detach().cpu(), *(g.cpu() for g in (torch.autograd.grad(out, wanted, upstream) if wanted else ()))])
@@ -534,8 +530,8 @@ def test_nothing_in_nothing_out(operation):
     else:
         tensors, others = fold_tensors(0, 4, 16, 24, 48, False), {}
     given = {k: None if v is None else v.float().to(DEVICE) for k, v in tensors.items()}
-    out = getattr(kernels.OPERATIONS[operation], operation)(**given, **others)
-    assert out.shape == getattr(reference, operation)(**given, **others).shape
+    out = call(kernels.OPERATIONS[operation], **given, **others)
+    assert out.shape == call(getattr(reference, operation), **given, **others).shape
     assert out.numel() == 0
 
 
@@ -545,18 +541,18 @@ def test_nothing_in_nothing_out(operation):
 def test_nan_and_infinity_stay_in_their_patch(S, bad, path, dtype):
     inner, fold = (kernels.OPERATIONS[name] for name in ("inner", "fold"))
     tensors = {k: None if v is None else v.to(path.device, dtype) for k, v in inner_tensors(9, S, 24, 96).items()}
-    clean = inner.inner(**tensors, num_heads=4)
+    clean = call(inner, **tensors, num_heads=4)
     tensors["pixel"] = tensors["pixel"].clone()
     tensors["pixel"][4, 1, 2] = bad
-    out = inner.inner(**tensors, num_heads=4)
+    out = call(inner, **tensors, num_heads=4)
     others = [i for i in range(9) if i != 4]
     assert torch.equal(out[others], clean[others])
-    assert torch.equal(out[4].isnan(), reference.inner(**tensors, num_heads=4)[4].isnan())
+    assert torch.equal(out[4].isnan(), call(reference.inner, **tensors, num_heads=4)[4].isnan())
     tensors = {k: None if v is None else v.to(path.device, dtype) for k, v in fold_tensors(3, 3, S, 24, 48, False).items()}
-    clean = fold.fold(**tensors)
+    clean = fold(**tensors)
     tensors["pixel"] = tensors["pixel"].clone()
     tensors["pixel"][4, 1, 2] = bad
-    out = fold.fold(**tensors)
+    out = fold(**tensors)
     assert out[1, 2].isnan().all()
     out[1, 2] = clean[1, 2]
     assert torch.equal(out, clean)
@@ -572,8 +568,8 @@ def test_the_same_bits_twice(operation, C, E, path, dtype):
         else (fold_tensors(2, 7, 16, C, E, False), {})
     )  # fmt: skip
     given = {k: None if v is None else v.to(path.device, dtype) for k, v in tensors.items()}
-    function = getattr(kernels.OPERATIONS[operation], operation)
-    assert torch.equal(function(**given, **others), function(**given, **others))
+    function = kernels.OPERATIONS[operation]
+    assert torch.equal(call(function, **given, **others), call(function, **given, **others))
 
 
 @pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
@@ -739,7 +735,7 @@ def test_addresses_past_two_to_the_31(path, dtype, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", path.device == "cuda")
     weights = {k: None if v is None else v.to(path.device, dtype) for k, v in inner_tensors(1, S, C, 160).items()}
     del weights["pixel"]
-    inner, tail = kernels.OPERATIONS["inner"].inner, torch.randn(50, S, C).to(path.device, dtype)
+    inner, tail = kernels.OPERATIONS["inner"], torch.randn(50, S, C).to(path.device, dtype)
     expected = inner(tail, **weights, num_heads=4)
     if path.executor:
         pixel = torch.frombuffer(mmap.mmap(-1, 2 * P * S * C), dtype=dtype).view(P, S, C)
@@ -783,31 +779,31 @@ def test_a_tensor_on_the_cpu_is_refused_outside_the_interpreter(operation, monke
     with pytest.raises(
         ValueError, match=rf"{operation}: \w+ is on device 'cpu'; the kernel takes CUDA tensors .*TRITON_INTERPRET=1"
     ):
-        getattr(kernels.OPERATIONS[operation], operation)(**given, **others)
+        call(kernels.OPERATIONS[operation], **given, **others)
 
 
 def test_what_an_operation_does_not_take_is_named():
     inner, fold, embed = (kernels.OPERATIONS[name] for name in ("inner", "fold", "pixel_embed"))
     good = {k: None if v is None else v.float().to(DEVICE) for k, v in inner_tensors(3, 16, 24, 96).items()}
     with pytest.raises(TypeError, match=r"inner: pixel is torch\.float64; accepted: torch\.bfloat16"):
-        inner.inner(**{**good, "pixel": good["pixel"].double()}, num_heads=4)
+        call(inner, **{**good, "pixel": good["pixel"].double()}, num_heads=4)
     with pytest.raises(TypeError, match=r"inner: v_weight is torch\.float16, pixel is torch\.float32"):
-        inner.inner(**{**good, "v_weight": good["v_weight"].half()}, num_heads=4)
+        call(inner, **{**good, "v_weight": good["v_weight"].half()}, num_heads=4)
     with pytest.raises(ValueError, match=r"inner: fc1_weight has shape \(96, 20\); expected \(96, 24\)"):
-        inner.inner(**{**good, "fc1_weight": good["fc1_weight"][:, :20]}, num_heads=4)
+        call(inner, **{**good, "fc1_weight": good["fc1_weight"][:, :20]}, num_heads=4)
     with pytest.raises(ValueError, match=r"inner: 5 heads do not divide C=24"):
-        inner.inner(**good, num_heads=5)
+        call(inner, **good, num_heads=5)
     good = {k: None if v is None else v.float().to(DEVICE) for k, v in fold_tensors(2, 3, 16, 12, 24, False).items()}
     with pytest.raises(ValueError, match="fold: pixel has 6 patches, patch has 2 images with 2 each"):
-        fold.fold(**{**good, "patch": good["patch"][:, 1:]})
+        fold(**{**good, "patch": good["patch"][:, 1:]})
     with pytest.raises(ValueError, match=r"fold: norm1_weight has 20 values; accepted: S·C=192, or C=12"):
-        fold.fold(**{**good, "norm1_weight": good["norm1_weight"][:20]})
+        fold(**{**good, "norm1_weight": good["norm1_weight"][:20]})
     with pytest.raises(ValueError, match=r"pixel_embed: weight has shape \(24, 3, 5, 5\); expected \(24, 3, 7, 7\)"):
-        embed.pixel_embed(
+        embed(
             torch.zeros(1, 3, 16, 16, device=DEVICE), torch.zeros(24, 3, 5, 5, device=DEVICE), None, None, (16, 16), 4, (16, 16)
         )
     if DEVICE == "cuda":
         good = {k: v if v is None else v.float() for k, v in inner_tensors(3, 16, 24, 96).items()}
         good["pixel"] = good["pixel"].cuda()
         with pytest.raises(ValueError, match="inner: norm1_weight is on 'cpu', pixel on 'cuda:0'"):
-            inner.inner(**good, num_heads=4)
+            call(inner, **good, num_heads=4)

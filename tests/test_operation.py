@@ -10,7 +10,7 @@ from helpers import TINY, perturb
 
 pytest.importorskip("triton")
 
-from helpers import HERE
+from helpers import HERE, call
 from test_kernels import case, check, fold_tensors, inner_tensors, normal
 
 from tnt_fast import TNT, dispatch, kernels, reference, why_not_fused
@@ -25,13 +25,13 @@ def given(operation: str, dtype: torch.dtype = torch.float32) -> tuple[dict, dic
 
 
 def run(operation: str, tensors: dict, others: dict) -> torch.Tensor:
-    return getattr(kernels.OPERATIONS[operation], operation)(**tensors, **others)
+    return call(kernels.OPERATIONS[operation], **tensors, **others)
 
 
 @OPERATIONS
 def test_the_description_is_of_the_references_arguments(operation):
     tensors, others = case(operation)
-    described = [argument.name for argument in kernels.OPERATIONS[operation].DESCRIPTION.arguments]
+    described = [argument.name for argument in kernels.OPERATIONS[operation].arguments]
     assert set(described) == set(tensors) | ({"attn_scale", "mlp_scale"} if operation == "inner" else set())
 
 
@@ -41,7 +41,7 @@ def test_none_is_computed_as_the_reference_does_or_named(operation):
         tensors, others = given(operation)
         tensors[name] = None
         try:
-            expected = getattr(reference, operation)(**tensors, **others)
+            expected = call(getattr(reference, operation), **tensors, **others)
         except (TypeError, AttributeError):
             with pytest.raises(ValueError, match=rf"{operation}: .*{name} is None; it is needed"):
                 run(operation, tensors, others)
@@ -70,7 +70,7 @@ def test_shapes_that_do_not_fit_are_named(operation):
 @OPERATIONS
 def test_dtypes_that_differ_without_autocast_are_named_and_taken_with_it(operation):
     tensors, others = given(operation)
-    activations = [a.name for a in kernels.OPERATIONS[operation].DESCRIPTION.arguments if a.activation]
+    activations = [a.name for a in kernels.OPERATIONS[operation].arguments if a.activation]
     first = activations[0]
     mixed = {**tensors, **{name: tensors[name].half() for name in activations}}
     with pytest.raises(

@@ -57,10 +57,10 @@ def test_functions_equal_modules(stride, qkv_bias, legacy):
 
     def weights(norm1, attn, norm2, mlp):
         parts = (norm1, attn.qk, attn.v, attn.proj, norm2, mlp.fc1, mlp.fc2)
-        return [tensor for part in parts for tensor in (part.weight, part.bias)]
+        return reference.TransformerWeights(*(tensor for part in parts for tensor in (part.weight, part.bias)))
 
     inner = weights(block.norm_in, block.attn_in, block.norm_mlp_in, block.mlp_in)
-    assert torch.equal(reference.inner(pixel, *inner, num_heads=2), block.inner(pixel))
+    assert torch.equal(reference.inner(pixel, inner, num_heads=2), block.inner(pixel))
     patch = torch.randn(3, 5, 24, dtype=torch.float64)
     second = () if legacy else (block.norm2_proj.weight, block.norm2_proj.bias)
     fold = (block.norm1_proj.weight, block.norm1_proj.bias, block.proj.weight, block.proj.bias)
@@ -68,7 +68,7 @@ def test_functions_equal_modules(stride, qkv_bias, legacy):
     assert torch.equal(folded, block.fold(pixel, patch))
     assert torch.equal(folded[:, 0], patch[:, 0])
     outer = weights(block.norm_out, block.attn_out, block.norm_mlp, block.mlp)
-    assert torch.equal(reference.outer(patch, *outer, num_heads=3), block.outer(patch))
+    assert torch.equal(reference.outer(patch, outer, num_heads=3), block.outer(patch))
     base = model.patch_pos.expand(3, -1, -1) + torch.cat([model.cls_token, torch.zeros_like(model.patch_pos[:, 1:])], 1)
     stem = (model.norm1_proj.weight, model.norm1_proj.bias, model.proj.weight, model.proj.bias)
     stem = reference.fold(pixel, base, *stem, model.norm2_proj.weight, model.norm2_proj.bias)
@@ -81,7 +81,8 @@ def test_drop_path_scales_the_branches():
     parts = (block.norm_in, block.attn_in.qk, block.attn_in.v, block.attn_in.proj, block.norm_mlp_in)
     tensors = [t for part in (*parts, block.mlp_in.fc1, block.mlp_in.fc2) for t in (part.weight, part.bias)]
     attn_scale, mlp_scale = torch.tensor([0, 1, 2, 0.5]).double(), torch.tensor([1, 0, 0.5, 2]).double()
-    out = reference.inner(pixel, *tensors, num_heads=2, attn_scale=attn_scale, mlp_scale=mlp_scale)
+    weights = reference.TransformerWeights(*tensors)
+    out = reference.inner(pixel, weights, num_heads=2, attn_scale=attn_scale, mlp_scale=mlp_scale)
     x = pixel + attn_scale[:, None, None] * block.attn_in(block.norm_in(pixel))
     x = x + mlp_scale[:, None, None] * block.mlp_in(block.norm_mlp_in(x))
     assert relative_error(out, x) <= 1e-14

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import call
 from test_kernels import embed_case, fold_tensors, inner_tensors
 
 pytest.importorskip("triton")
@@ -17,7 +18,7 @@ def launch(operation: str, tensors: dict, others: dict, dtype: torch.dtype, targ
     """The executor raises where a launch needs more than the target has."""
     given = {k: v if v is None else v.to(dtype).requires_grad_(gradients) for k, v in tensors.items()}
     with running(Executor(target, programs=slice(0))):
-        out = getattr(kernels.OPERATIONS[operation], operation)(**given, **others)
+        out = call(kernels.OPERATIONS[operation], **given, **others)
         if gradients:
             torch.autograd.grad(out, [v for v in given.values() if v is not None], torch.ones_like(out))
 

@@ -44,6 +44,7 @@ measured_compiler = pytest.mark.skipif(
 
 TOYS = """
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import triton
@@ -51,18 +52,26 @@ import triton.language as tl
 
 from benchmarks import static_cost
 from tnt_fast import kernels
-from tnt_fast.kernels.tile import Launch
+from tnt_fast.kernels.operation import Config, Launch
+
+
+@dataclass(frozen=True)
+class Sizes:
+    STEPS: int
+    BLOCK: int = 128
+    FAST: bool = True
 
 
 @triton.jit
-def chain(x_ptr, y_ptr, n, scale, STEPS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr):
+def chain(x_ptr, y_ptr, n, scale, Z: tl.constexpr):
+    STEPS: tl.constexpr = Z.STEPS
     for i in range(tl.program_id(0), n, tl.num_programs(0)):
-        x = tl.load(x_ptr + i * BLOCK + tl.arange(0, BLOCK))
+        x = tl.load(x_ptr + i * Z.BLOCK + tl.arange(0, Z.BLOCK))
         for _ in tl.static_range(STEPS):
             x = x * x + scale
-        if FAST:
+        if Z.FAST:
             x = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-        tl.store(y_ptr + i * BLOCK + tl.arange(0, BLOCK), x)
+        tl.store(y_ptr + i * Z.BLOCK + tl.arange(0, Z.BLOCK), x)
 
 
 @triton.jit
@@ -101,17 +110,16 @@ def broken(x_ptr, WRONG: tl.constexpr):
     tl.store(x_ptr, 0.0)
 
 
-FP32 = {"x_ptr": "fp32", "y_ptr": "fp32"}
-BF16 = {"x_ptr": "bf16", "w_ptr": "bf16", "y_ptr": "bf16"}
+FP32 = {"x_ptr": "*fp32", "y_ptr": "*fp32"}
+BF16 = {"x_ptr": "*bf16", "w_ptr": "*bf16", "y_ptr": "*bf16", "n": "i32"}
 
 
 def chained(steps, patches=2):
-    constants = {"STEPS": steps, "BLOCK": 128, "FAST": True}
-    return Launch(chain, FP32, ("n",), constants, num_warps=4, num_stages=1, patches=patches, floats=("scale",))
+    return Launch(chain, {"Z": Sizes(steps)}, Config(128, 4), patches, types=FP32 | {"n": "i32", "scale": "fp32"})
 
 
 def multiplied(groups, rows, warps):
-    return Launch(products, BF16, ("n",), {"G": groups, "M": rows, "K": 32}, warps, num_stages=1, patches=groups)
+    return Launch(products, {"G": groups, "M": rows, "K": 32}, Config(rows, warps), groups, types=BF16)
 
 
 def ship(name, *launches):
@@ -121,11 +129,11 @@ def ship(name, *launches):
 kernels.OPERATIONS.clear()
 ship("chain", chained(64), chained(128))
 ship("turns", chained(128)._replace(turns=10))
-ship("straight", Launch(straight, FP32, (), {"STEPS": 64, "BLOCK": 128}, 4, 1, 1))
-ship("greedy", Launch(greedy, FP32, (), {"ROWS": 64, "COLUMNS": 128}, 1, 1, 1))
+ship("straight", Launch(straight, {"STEPS": 64, "BLOCK": 128}, Config(1, 4), 1, types=FP32))
+ship("greedy", Launch(greedy, {"ROWS": 64, "COLUMNS": 128}, Config(1, 1), 1, types=FP32))
 ship("products", multiplied(1, 64, 4), multiplied(1, 64, 2), multiplied(4, 16, 4))
-ship("broken", Launch(broken, {"x_ptr": "fp32"}, (), {"WRONG": True}, 1, 1, 1))
-ship("misdescribed", Launch(broken, {}, (), {"WRONG": False}, 1, 1, 1))
+ship("broken", Launch(broken, {"WRONG": True}, Config(1, 1), 1, types={"x_ptr": "*fp32"}))
+ship("misdescribed", Launch(broken, {"WRONG": False}, Config(1, 1), 1))
 sys.exit(static_cost.main(sys.argv[1:]))
 """
 

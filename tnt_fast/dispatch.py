@@ -9,7 +9,6 @@ Drop-path is none: its factors are drawn outside the kernels, the same numbers o
 """
 
 import warnings
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
 from tnt_fast import kernels
+from tnt_fast.reference import by_name
 
 BACKENDS = ("auto", "fused", "reference")
 OPERATIONS = ("pixel_embed", "inner", "fold", "outer")
@@ -33,8 +33,8 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend={backend!r} is unknown; accepted: {', '.join(map(repr, BACKENDS))}")
 
 
-def kernel(operation: str) -> ModuleType | None:
-    """The kernel module of an operation, or None where this version has none."""
+def kernel(operation: str) -> Any | None:
+    """The fused operation of this name, or None where this version has none."""
     return kernels.OPERATIONS.get(operation)
 
 
@@ -101,8 +101,8 @@ def _gradient_reasons(model: nn.Module, image: Tensor | None) -> list[str]:
     sizes, dtype = model.sizes(), _computed(like)
     return [
         f"{name}: {reason}"
-        for name, module in kernels.OPERATIONS.items()
-        for reason in module.gradients_unsupported(sizes, dtype, like.device)
+        for name, operation in kernels.OPERATIONS.items()
+        for reason in operation.gradients_unsupported(sizes, dtype, like.device)
     ]
 
 
@@ -181,6 +181,7 @@ def _handed(owners: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, s
     found, seen = [], []
     for prefix, owner in owners:
         for operation, given in owner.fused_arguments().items():
+            given = by_name(given)
             same = [operation, *[(type(x), x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in given.values()]]
             if same not in seen:
                 seen.append(same)
@@ -222,19 +223,15 @@ def _check_arguments(model: nn.Module, handed: list[tuple], image: Tensor | None
     like = model.cls_token if image is None else image
     dtype, autocast = _computed(like), like.device.type != "meta" and torch.is_autocast_enabled(like.device.type)
     sizes, embed = model.sizes(), model.pixel_embed
-    S, C, E = sizes["S"], sizes["C"], sizes["E"]
-    known = {
-        "pixel_embed": dict(channels=model.in_chans, height=embed.img_size[0], width=embed.img_size[1], C=C),
-        "inner": dict(S=S, C=C),
-        "fold": dict(S=S, C=C, E=E),
-    }
-    for prefix, owner, operation, given in handed:
+    known = {letter: sizes[letter] for letter in ("channels", "S", "C", "E")}
+    known |= dict(zip(("height", "width"), embed.img_size, strict=True))
+    for prefix, owner, name, given in handed:
+        operation = kernels.OPERATIONS[name]
         # without a second norm (legacy) the first is over each pixel, else over all of a patch
-        known["fold"]["W"] = C if owner.norm2_proj is None else S * C
-        description = kernels.OPERATIONS[operation].DESCRIPTION
-        wrong = description.wrong_types({k: None if _is_sharded(x) else x for k, x in given.items()}, dtype, autocast)
-        wrong += description.wrong_values(given, like.device, known[operation])
-        reasons.extend([f"{operation}: {reason}" + (f" ({prefix[:-1]})" if prefix else "") for reason in wrong])
+        known["W"] = sizes["C"] if owner.norm2_proj is None else sizes["S"] * sizes["C"]
+        wrong = operation.wrong_types({k: None if _is_sharded(x) else x for k, x in given.items()}, dtype, autocast)
+        wrong += operation.wrong_values(given, like.device, known)
+        reasons.extend([f"{name}: {reason}" + (f" ({prefix[:-1]})" if prefix else "") for reason in wrong])
 
 
 def _split(*expected: tuple[str, type | str]) -> tuple[tuple[str, str, str, type | str], ...]:

@@ -6,9 +6,56 @@ pixels ("words") a patch, C pixel channels, E patch channels, H heads, D = C / H
 The model in ``tnt.py`` composes the same pieces from its submodules; a test holds the two together.
 """
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class TransformerWeights(NamedTuple):
+    """Of a pre-norm transformer block over C channels, inside (E outside) with M hidden ones, in nn.Linear's layout.
+
+    ``norm*``: LayerNorms, ``(C,)``. ``qk_weight``, ``qk_bias``: ``(2C, C)``, queries before keys, and ``(2C,)``; ``v_*``:
+    ``(C, C)`` and ``(C,)``. ``proj_*``, ``fc1_*``, ``fc2_*``: ``(C, C)``, ``(M, C)``, ``(C, M)`` with their biases; GELU (erf)
+    between fc1 and fc2. Any bias may be None.
+    """
+
+    norm1_weight: Tensor
+    norm1_bias: Tensor | None
+    qk_weight: Tensor
+    qk_bias: Tensor | None
+    v_weight: Tensor
+    v_bias: Tensor | None
+    proj_weight: Tensor
+    proj_bias: Tensor | None
+    norm2_weight: Tensor
+    norm2_bias: Tensor | None
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+
+
+def by_name(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of an operation with each of its TransformerWeights under the weight's own name, in order."""
+    found = {}
+    for name, value in given.items():
+        if isinstance(value, TransformerWeights):
+            found.update(zip(value._fields, value, strict=True))
+        else:
+            found[name] = value
+    return found
+
+
+def in_records(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of ``by_name``: arguments as the operation takes them."""
+    names = TransformerWeights._fields
+    if "qk_weight" not in given:
+        return dict(given)
+    weights = TransformerWeights(*(given[name] for name in names))
+    return {name: value for name, value in given.items() if name not in names} | {"weights": weights}
 
 
 def cut_patches(x: Tensor, size: tuple[int, int], stride: tuple[int, int]) -> Tensor:
@@ -77,51 +124,25 @@ def attend(weights: Tensor, v: Tensor) -> Tensor:
 
 def _transformer(
     x: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    qk_weight: Tensor,
-    qk_bias: Tensor | None,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
+    w: TransformerWeights,
     num_heads: int,
     eps: float,
     attn_scale: Tensor | None,
     mlp_scale: Tensor | None,
 ) -> Tensor:
     """x + MSA(LN(x)), then x + MLP(LN(x)): the pre-norm transformer block that TNT uses inside and outside."""
-    h = F.layer_norm(x, norm1_weight.shape, norm1_weight, norm1_bias, eps)
-    weights = attention_weights(F.linear(h, qk_weight, qk_bias), num_heads)
-    h = F.linear(attend(weights, F.linear(h, v_weight, v_bias)), proj_weight, proj_bias)
+    h = F.layer_norm(x, w.norm1_weight.shape, w.norm1_weight, w.norm1_bias, eps)
+    probabilities = attention_weights(F.linear(h, w.qk_weight, w.qk_bias), num_heads)
+    h = F.linear(attend(probabilities, F.linear(h, w.v_weight, w.v_bias)), w.proj_weight, w.proj_bias)
     x = x + (h if attn_scale is None else h * attn_scale.reshape(-1, 1, 1))
-    h = F.layer_norm(x, norm2_weight.shape, norm2_weight, norm2_bias, eps)
-    h = F.linear(F.gelu(F.linear(h, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+    h = F.layer_norm(x, w.norm2_weight.shape, w.norm2_weight, w.norm2_bias, eps)
+    h = F.linear(F.gelu(F.linear(h, w.fc1_weight, w.fc1_bias)), w.fc2_weight, w.fc2_bias)
     return x + (h if mlp_scale is None else h * mlp_scale.reshape(-1, 1, 1))
 
 
 def inner(
     pixel: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    qk_weight: Tensor,
-    qk_bias: Tensor | None,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
+    weights: TransformerWeights,
     num_heads: int,
     eps: float = 1e-5,
     attn_scale: Tensor | None = None,
@@ -131,26 +152,21 @@ def inner(
 
     Args:
         pixel: ``(P, S, C)``, P = B·N patches.
-        norm1_*, norm2_*: LayerNorms, ``(C,)``.
-        qk_weight, qk_bias: ``(2C, C)``, queries before keys, and ``(2C,)`` or None; v_*: ``(C, C)`` and ``(C,)`` or None.
-        proj_*, fc1_*, fc2_*: ``(C, C)``, ``(M, C)``, ``(C, M)`` with their biases; GELU (erf) between fc1 and fc2.
+        weights: of C channels.
         num_heads: H, divides C. eps: of both LayerNorms.
         attn_scale, mlp_scale: ``(P,)`` factors of the two residual branches (drop-path: 0 or 1 / keep), or None.
 
     Returns:
         ``(P, S, C)``.
     """
-    return _transformer(
-        pixel, norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias,
-        norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, num_heads, eps, attn_scale, mlp_scale,
-    )  # fmt: skip
+    return _transformer(pixel, weights, num_heads, eps, attn_scale, mlp_scale)
 
 
 def fold(
     pixel: Tensor,
     patch: Tensor,
     norm1_weight: Tensor,
-    norm1_bias: Tensor,
+    norm1_bias: Tensor | None,
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     norm2_weight: Tensor | None = None,
@@ -187,20 +203,7 @@ def fold(
 
 def outer(
     patch: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    qk_weight: Tensor,
-    qk_bias: Tensor | None,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
+    weights: TransformerWeights,
     num_heads: int,
     eps: float = 1e-5,
     attn_scale: Tensor | None = None,
@@ -210,7 +213,4 @@ def outer(
 
     As ``inner``, with ``patch`` ``(B, 1 + N, E)``, E channels, and drop-path factors ``(B,)``, one an image.
     """
-    return _transformer(
-        patch, norm1_weight, norm1_bias, qk_weight, qk_bias, v_weight, v_bias, proj_weight, proj_bias,
-        norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, num_heads, eps, attn_scale, mlp_scale,
-    )  # fmt: skip
+    return _transformer(patch, weights, num_heads, eps, attn_scale, mlp_scale)

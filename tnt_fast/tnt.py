@@ -151,7 +151,7 @@ class Block(nn.Module):
     def inner(self, pixel: Tensor, fused: bool = False) -> Tensor:
         """``reference.inner`` over the pixels ``(B·N, S, C)`` of every patch."""
         if fused and not torch.jit.is_scripting():
-            weights = _transformer_arguments(self.norm_in, self.attn_in, self.norm_mlp_in, self.mlp_in)
+            weights = transformer_arguments(self.norm_in, self.attn_in, self.norm_mlp_in, self.mlp_in)
             return self._fused_transformer("inner", pixel, weights)
         pixel = pixel + self.drop_path(self.attn_in(self.norm_in(pixel)))
         return pixel + self.drop_path(self.mlp_in(self.norm_mlp_in(pixel)))
@@ -170,7 +170,7 @@ class Block(nn.Module):
     def outer(self, patch: Tensor, fused: bool = False) -> Tensor:
         """``reference.outer`` over the patches ``(B, 1 + N, E)``, with SE where the block has it."""
         if fused and not torch.jit.is_scripting() and self._outer_is_fused():
-            weights = _transformer_arguments(self.norm_out, self.attn_out, self.norm_mlp, self.mlp)
+            weights = transformer_arguments(self.norm_out, self.attn_out, self.norm_mlp, self.mlp)
             return self._fused_transformer("outer", patch, weights)
         patch = patch + self.drop_path(self.attn_out(self.norm_out(patch)))
         x = self.mlp(self.norm_mlp(patch))
@@ -185,24 +185,23 @@ class Block(nn.Module):
     @torch.jit.unused
     def _fused_transformer(self, operation: str, x: Tensor, weights: dict[str, Any]) -> Tensor:
         scales = dict(attn_scale=_drop_path_scale(self.drop_path, x), mlp_scale=_drop_path_scale(self.drop_path, x))
-        return getattr(dispatch.kernel(operation), operation)(x, **weights, **scales)
+        return dispatch.kernel(operation)(x, **weights, **scales)
 
     @torch.jit.ignore
     def fused_arguments(self) -> dict[str, dict[str, Any]]:
         """What each fused operation of the block is given besides activations and drop-path's factors, by its name."""
         if not self.has_inner:
             return {}
-        inner = _transformer_arguments(self.norm_in, self.attn_in, self.norm_mlp_in, self.mlp_in)
+        inner = transformer_arguments(self.norm_in, self.attn_in, self.norm_mlp_in, self.mlp_in)
         return {"inner": inner, "fold": _fold_arguments(self)}
 
 
-def _transformer_arguments(norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module) -> dict[str, Any]:
-    return dict(
-        norm1_weight=norm1.weight, norm1_bias=norm1.bias, qk_weight=attn.qk.weight, qk_bias=attn.qk.bias,
-        v_weight=attn.v.weight, v_bias=attn.v.bias, proj_weight=attn.proj.weight, proj_bias=attn.proj.bias,
-        norm2_weight=norm2.weight, norm2_bias=norm2.bias, fc1_weight=mlp.fc1.weight, fc1_bias=mlp.fc1.bias,
-        fc2_weight=mlp.fc2.weight, fc2_bias=mlp.fc2.bias, num_heads=attn.num_heads, eps=norm1.eps,
+def transformer_arguments(norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module) -> dict[str, Any]:
+    weights = reference.TransformerWeights(
+        norm1.weight, norm1.bias, attn.qk.weight, attn.qk.bias, attn.v.weight, attn.v.bias, attn.proj.weight, attn.proj.bias,
+        norm2.weight, norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
     )  # fmt: skip
+    return dict(weights=weights, num_heads=attn.num_heads, eps=norm1.eps)
 
 
 def _fold_arguments(owner: nn.Module) -> dict[str, Any]:
@@ -224,7 +223,7 @@ def _drop_path_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _fused_fold(owner: nn.Module, pixel: Tensor, patch: Tensor) -> Tensor:
-    return dispatch.kernel("fold").fold(pixel, patch, **_fold_arguments(owner))
+    return dispatch.kernel("fold")(pixel, patch, **_fold_arguments(owner))
 
 
 class PixelEmbed(nn.Module):
@@ -310,7 +309,7 @@ class PixelEmbed(nn.Module):
 
     @torch.jit.unused
     def _fused(self, x: Tensor, pixel_pos: Tensor | None) -> Tensor:
-        return dispatch.kernel("pixel_embed").pixel_embed(x, **self.fused_arguments(pixel_pos))
+        return dispatch.kernel("pixel_embed")(x, **self.fused_arguments(pixel_pos))
 
     @torch.jit.ignore
     def fused_arguments(self, pixel_pos: Tensor | None) -> dict[str, Any]:

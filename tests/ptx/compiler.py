@@ -13,7 +13,8 @@ import pickle
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,8 @@ KEPT = 64  # kernels
 class Compiled(NamedTuple):
     """A kernel for a target: what runs it and what says which it is.
 
-    ``parameters``: positions of the arguments that are parameters of the PTX, in their order; others became constants.
+    ``parameters``: positions of the arguments that are parameters of the PTX, in their order, those in tuples counted one by
+    one (``flat``); others became constants.
     ``key``: equal for equal specialisations.
     """
 
@@ -43,14 +45,26 @@ class Compiled(NamedTuple):
     key: str
 
 
+@dataclass(frozen=True)
 class Pointer:
     """A tensor as the launcher looks at it: its dtype and its address."""
 
-    def __init__(self, dtype: torch.dtype, address: int):
-        self.dtype, self.address = dtype, address
+    dtype: torch.dtype
+    address: int
 
     def data_ptr(self) -> int:
         return self.address
+
+
+def flat(arguments: Sequence[Any]) -> list[Any]:
+    """Arguments, those in tuples one by one."""
+    return [x for given in arguments for x in (flat(given) if isinstance(given, tuple) else [given])]
+
+
+def _each(arguments: Sequence[Any], change: Callable[[Any], Any]) -> tuple:
+    """Changed one by one, in the same tuples."""
+    found = [_each(x, change) if isinstance(x, tuple) else change(x) for x in arguments]
+    return type(arguments)(*found) if hasattr(arguments, "_fields") else tuple(found)
 
 
 class Compiler:
@@ -71,7 +85,7 @@ class Compiler:
         """
         if target not in TARGETS:
             raise ValueError(f"target={target!r} cannot be compiled for here; accepted: {', '.join(TARGETS)}")
-        given = tuple(("pointer", x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else (type(x), x) for x in arguments)
+        given = _each(arguments, lambda x: Pointer(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x)
         function = kernel.fn
         request = (function.__module__, function.__qualname__, given, dict(constants), dict(options), int(target[3:]))
         key = repr(request)
@@ -175,11 +189,10 @@ def _without_machine_code(backend=None, stages=None, *rest):
 def _compile(device: Device, module: str, name: str, given: tuple, constants: dict, options: dict, arch: int) -> tuple:
     device.arch = arch
     kernel = getattr(importlib.import_module(module), name)
-    arguments = [Pointer(*rest) if kind == "pointer" else rest[0] for kind, *rest in given]
-    compiled = kernel.run(*arguments, grid=(1,), warmup=True, **constants, **options)
+    compiled = kernel.run(*given, grid=(1,), warmup=True, **constants, **options)
     kernel.device_caches.clear()  # of the memory only; files stay
-    signature = list(compiled.src.signature.values())
-    parameters = tuple(i for i in range(len(arguments)) if signature[i] != "constexpr")
+    signature = flat(list(compiled.src.signature.values())[: len(given)])
+    parameters = tuple(i for i, kind in enumerate(signature) if kind != "constexpr")
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
     key = hashlib.sha256(ptx.encode()).hexdigest()
     return ptx, metadata.shared, metadata.num_warps, metadata.name, f"sm_{arch}", parameters, key

@@ -9,7 +9,7 @@ import torch
 
 from tnt_fast.kernels import operation
 
-from .compiler import KEPT, Compiled, compiler
+from .compiler import KEPT, Compiled, compiler, flat
 from .machine import Cost, Kernel
 
 # bytes of shared memory that a program can have (CUDA C++ Programming Guide, technical specifications by compute capability)
@@ -83,7 +83,8 @@ class Executor:
         compiled = self.compile(kernel, arguments, constants, options)
         programs = None if self.chosen is None else range(grid)[self.chosen]
         with torch.no_grad():
-            costs = _machine(compiled).run(grid, [arguments[i] for i in compiled.parameters], self.error, programs, self.count)
+            given = flat(arguments)
+            costs = _machine(compiled).run(grid, [given[i] for i in compiled.parameters], self.error, programs, self.count)
         module = kernel.fn.__module__.rpartition(".")[2]
         self.launched.append(Launched(compiled.name, module, compiled.key, grid, constants, costs))
 
