@@ -9,15 +9,14 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from tnt_fast import dispatch, reference
 
-__all__ = ["TNT"]  # register_model adds the named variants
+__all__ = ["TNT"]
 
 
 def _require(ok: bool, message: str) -> None:
@@ -657,60 +656,3 @@ class TNT(nn.Module):
 
 def _check_pool(global_pool: str) -> None:
     _require(global_pool in ("", "token", "avg"), f"global_pool={global_pool!r} is unknown; accepted: '', 'token', 'avg'")
-
-
-def _cfg(**kwargs) -> dict[str, Any]:
-    return {
-        "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": None, "crop_pct": 0.9, "interpolation": "bicubic",
-        "fixed_input_size": True, "mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD,
-        "first_conv": "pixel_embed.proj", "classifier": "head", "license": "apache-2.0",
-        "paper_ids": "arXiv:2103.00112", "paper_name": "Transformer in Transformer", **kwargs,
-    }  # fmt: skip
-
-
-# before the decorated functions: timm reads it when they register. The weights are those that timm hosts.
-default_cfgs = generate_default_cfgs({
-    "tnt_fast_ti_patch16_224.untrained": _cfg(),
-    "tnt_fast_s_patch16_224.in1k": _cfg(hf_hub_id="timm/tnt_s_patch16_224.in1k"),
-    "tnt_fast_s_legacy_patch16_224.in1k": _cfg(hf_hub_id="timm/tnt_s_legacy_patch16_224.in1k"),
-    "tnt_fast_b_patch16_224.in1k": _cfg(hf_hub_id="timm/tnt_b_patch16_224.in1k"),
-})  # fmt: skip
-
-
-def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> TNT:
-    from tnt_fast.checkpoints import checkpoint_filter_fn
-
-    return build_model_with_cfg(
-        TNT, variant, pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
-        **{**defaults, **kwargs},
-    )  # fmt: skip
-
-
-@register_model
-def tnt_fast_ti_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
-    """TNT-Ti: 12 × (12 | 192) channels, 6.1 M parameters, 1.4 GMACs. Nobody published weights."""
-    return _create("tnt_fast_ti_patch16_224", pretrained, dict(
-        embed_dim=192, inner_dim=12, depth=12, num_heads_inner=2, num_heads_outer=3), kwargs)  # fmt: skip
-
-
-@register_model
-def tnt_fast_s_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
-    """TNT-S: 12 × (24 | 384) channels, 23.8 M parameters, 5.2 GMACs."""
-    return _create("tnt_fast_s_patch16_224", pretrained, dict(
-        embed_dim=384, inner_dim=24, depth=12, num_heads_inner=4, num_heads_outer=6), kwargs)  # fmt: skip
-
-
-@register_model
-def tnt_fast_s_legacy_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
-    """TNT-S with timm's older stem and fold (the weights of timm's first port and of mmpretrain)."""
-    return _create("tnt_fast_s_legacy_patch16_224", pretrained, dict(
-        embed_dim=384, inner_dim=24, depth=12, num_heads_inner=4, num_heads_outer=6, legacy=True), kwargs)  # fmt: skip
-
-
-@register_model
-def tnt_fast_b_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
-    """TNT-B: 12 × (40 | 640) channels, 65.4 M parameters, 14.0 GMACs."""
-    return _create("tnt_fast_b_patch16_224", pretrained, dict(
-        embed_dim=640, inner_dim=40, depth=12, num_heads_inner=4, num_heads_outer=10), kwargs)  # fmt: skip
