@@ -41,6 +41,7 @@ test-newest test-oldest: test-%:
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # N random cases against the reference; `make test` has a few hundred. Fails where one is wrong, with the command that repeats it.
 fuzz: $(READY)

@@ -34,7 +34,7 @@ ALLOWED = {
         "torch timm PIL",
     ),
     "tnt_fast/cli.py": (
-        "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/flops.py "
+        "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py "
         "tnt_fast/bench.py tnt_fast/train.py tnt_fast/classify.py tnt_fast/visualize.py",
         "torch timm tqdm",
     ),

@@ -195,7 +195,7 @@ class Block(nn.Module):
         return {"inner": inner, "fold": _fold_arguments(self)}
 
 
-def _transformer_arguments(norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module) -> dict[str, Any]:
+def _transformer_arguments(norm1: Any, attn: Any, norm2: Any, mlp: Any) -> dict[str, Any]:
     return dict(
         norm1_weight=norm1.weight, norm1_bias=norm1.bias, qk_weight=attn.qk.weight, qk_bias=attn.qk.bias,
         v_weight=attn.v.weight, v_bias=attn.v.bias, proj_weight=attn.proj.weight, proj_bias=attn.proj.bias,
@@ -204,7 +204,7 @@ def _transformer_arguments(norm1: nn.Module, attn: nn.Module, norm2: nn.Module, 
     )  # fmt: skip
 
 
-def _fold_arguments(owner: nn.Module) -> dict[str, Any]:
+def _fold_arguments(owner: Any) -> dict[str, Any]:
     """Of a block, or of the model for its stem."""
     norm1, proj, norm2 = owner.norm1_proj, owner.proj, owner.norm2_proj
     return dict(
@@ -250,9 +250,11 @@ class PixelEmbed(nn.Module):
         patch_stride: int | tuple[int, int] | None = None,
     ):
         super().__init__()
-        img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
-        patch_stride = patch_size if patch_stride is None else to_2tuple(patch_stride)
-        for axis, image, patch, step in zip(("height", "width"), img_size, patch_size, patch_stride, strict=True):
+        self.img_size: tuple[int, int] = to_2tuple(img_size)
+        self.patch_size: tuple[int, int] = to_2tuple(patch_size)
+        self.patch_stride: tuple[int, int] = self.patch_size if patch_stride is None else to_2tuple(patch_stride)
+        sizes = (self.img_size, self.patch_size, self.patch_stride)
+        for axis, image, patch, step in zip(("height", "width"), *sizes, strict=True):
             _require(patch >= 1, f"patch_size {patch} ({axis}) is not positive")
             divisors = ", ".join(str(d) for d in range(1, patch + 1) if patch % d == 0)
             _require(
@@ -269,17 +271,14 @@ class PixelEmbed(nn.Module):
                 f"img_size {image} ({axis}) is not covered by patches of {patch} every {step}; "
                 f"accepted near it: {below}, {below + step}",
             )
-        self.grid_size = tuple((i - p) // s + 1 for i, p, s in zip(img_size, patch_size, patch_stride, strict=True))
+        self.grid_size = tuple((i - p) // s + 1 for i, p, s in zip(*sizes, strict=True))
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.img_size = img_size
-        self.patch_size = patch_size
-        self.patch_stride = patch_stride
         self.in_chans = in_chans
         self.in_dim = in_dim
         self.stride = stride
         self.legacy = legacy
-        self.new_patch_size = (patch_size[0] // stride, patch_size[1] // stride)
-        self.pixel_step = (patch_stride[0] // stride, patch_stride[1] // stride)
+        self.new_patch_size = (self.patch_size[0] // stride, self.patch_size[1] // stride)
+        self.pixel_step = (self.patch_stride[0] // stride, self.patch_stride[1] // stride)
         self.proj = nn.Conv2d(in_chans, in_dim, kernel_size=7, padding=3, stride=stride, device=device, dtype=dtype)
 
     def feat_ratio(self, as_scalar=True) -> tuple[int, int] | int:
@@ -456,7 +455,7 @@ class TNT(nn.Module):
         self.pixel_pos = nn.Parameter(torch.zeros(1, inner_dim, height, width, **dd)) if use_pixel_pos else None
         self.pos_drop = nn.Dropout(p=pos_drop_rate)
 
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
             Block(
                 dim=inner_dim,
@@ -506,7 +505,7 @@ class TNT(nn.Module):
     def sizes(self) -> dict[str, int | bool]:
         """What the kernels' limits depend on; sizes by the paper's letters (M: hidden width of the inner MLP)."""
         embed = self.pixel_embed
-        inner = None
+        inner: Any = None
         for block in self.blocks:
             inner = block if getattr(block, "has_inner", False) else inner
         return {

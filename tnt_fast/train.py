@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -203,7 +203,7 @@ class _Order(Sampler):
 
 
 def _random_state() -> dict[str, Any]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = cast(tuple, np.random.get_state())  # of the old kind, no dict
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
@@ -306,8 +306,9 @@ class Run:
         self.optimizer = create_optimizer_v2(
             self.model, opt=config.opt, lr=config.lr or 1e-3 * config.batch_size / 1024, weight_decay=config.weight_decay
         )
+        warmup: Any = config.warmup_epochs  # timm takes fractions of an epoch, which its annotation forgets
         self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
+            self.optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=warmup,
             warmup_lr=1e-6, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=self.steps, warmup_prefix=False,
         )  # fmt: skip
         if self.scheduler is None:
@@ -517,7 +518,7 @@ def create_tnt(name: str, **kwargs) -> tnt_fast.TNT:
     if name.split(".")[0] not in known:
         raise ValueError(f"model {name!r} is unknown; accepted: {', '.join(known)}")
     try:
-        return timm.create_model(name, **kwargs)
+        return cast(tnt_fast.TNT, timm.create_model(name, **kwargs))
     except RuntimeError as error:
         if "Invalid pretrained tag" not in str(error):
             raise
@@ -527,10 +528,11 @@ def create_tnt(name: str, **kwargs) -> tnt_fast.TNT:
 
 
 def _training_transform(config: Config, data_config: dict[str, Any]):
+    jitter: Any = config.color_jitter or None  # timm takes None for none, which its annotation forgets
     try:
         return create_transform(
             data_config["input_size"], is_training=True, scale=config.scale, ratio=config.ratio, hflip=config.hflip,
-            color_jitter=config.color_jitter or None, auto_augment=config.auto_augment or None, re_prob=config.reprob,
+            color_jitter=jitter, auto_augment=config.auto_augment or None, re_prob=config.reprob,
             interpolation=data_config["interpolation"], mean=data_config["mean"], std=data_config["std"],
         )  # fmt: skip
     except AssertionError as error:  # timm's way to refuse a policy
