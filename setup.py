@@ -15,6 +15,9 @@ BENCH = ["pytest>=8.1.1", "pytest-benchmark>=5.1", "tqdm>=4.60", *PICTURES]
 # before 0.9 ruff formats otherwise, before 0.13 it asks for isinstance(x, A | B)
 DEV = ["pytest-xdist>=3.5", "ruff>=0.13", "mypy>=1.15", "setuptools>=70", "wheel", *TRAIN, *BENCH]
 
+# for make docs alone, at the versions of .ci/constraints.txt
+DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=1.0"]
+
 setup(
     name="tnt_fast",
     version=VERSION,
@@ -39,6 +42,7 @@ setup(
         "pictures": PICTURES,
         "bench": BENCH,
         "dev": DEV,
+        "docs": DOCS,
     },
     entry_points={"console_scripts": ["tnt-fast=tnt_fast.cli:main"]},
     classifiers=[

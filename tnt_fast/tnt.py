@@ -346,7 +346,9 @@ class PixelEmbed(nn.Module):
 class TNT(nn.Module):
     """Transformer in Transformer (Han et al. 2021, arXiv:2103.00112), a drop-in for timm's.
 
-    Args (timm's, in timm's order):
+    The arguments are timm's, in timm's order; the keyword-only ones are what the paper studies and timm cannot build.
+
+    Args:
         img_size: height and width of the input in pixels, int or pair; patches have to cover it exactly.
         patch_size: int or pair. in_chans, num_classes: 0 classes leave the pooled features.
         global_pool: "token", "avg" (of the patches) or "" (all tokens).
@@ -356,7 +358,7 @@ class TNT(nn.Module):
         norm_layer: called with a width. first_stride: of the stem convolution; S = (patch / stride)².
         legacy: timm's and mmpretrain's older stem and fold. device, dtype: of the parameters.
 
-    Keyword-only (what the paper studies and timm cannot build):
+    Keyword Args:
         backend: "auto" (fused where it can be, else the reference with one warning), "fused" (or an error), "reference".
             Also an attribute.
         inner_blocks: indices of the blocks with an inner transformer and fold, from 0 as in ``blocks.i``; None: all. The
