@@ -1,7 +1,7 @@
 """The import statements of this repository, read from the source: nothing is imported, lazy imports count like any other."""
 
 import ast
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,10 @@ def file_of(module: str) -> str | None:
 
 
 def imports(file: str, source: str | None = None) -> list[Import]:
-    """Every import statement of a file, wherever it stands, ``import_module("literal")`` included."""
+    """Every import statement of a file, wherever it stands.
+
+    ``import_module("literal")`` is one, too, and ``import_module(f"{__name__}.{name}")`` is one of each file beside it.
+    """
     package = ("tnt_fast." if file.startswith("kernels/") else "") + file.rpartition("/")[0].replace("/", ".")
     found = []
     for node in ast.walk(ast.parse((ROOT / file).read_text("utf-8") if source is None else source)):
@@ -48,12 +51,21 @@ def imports(file: str, source: str | None = None) -> list[Import]:
             # a name may be a module of the package, or something inside it
             modules = [f"{base}.{alias.name}" if file_of(f"{base}.{alias.name}") else base for alias in node.names]
         elif isinstance(node, ast.Call) and _name(node.func) in ("import_module", "__import__"):
-            literal = isinstance(node.args[0], ast.Constant) if node.args else False
-            modules = [node.args[0].value if literal else "a module whose name is computed"]
+            modules = _imported_by_call(node, file, package)
         else:
             continue
         found += [Import(file, node.lineno, file_of(module) or module.partition(".")[0]) for module in modules]
     return sorted(set(found))
+
+
+def _imported_by_call(call: ast.Call, file: str, package: str) -> list[str]:
+    wanted = ast.unparse(call.args[0]) if call.args else ""
+    if call.args and isinstance(call.args[0], ast.Constant):
+        return [str(call.args[0].value)]
+    if wanted.startswith(("f'{__name__}.", 'f"{__name__}.')) and file.endswith("/__init__.py"):
+        beside = [other for other in files(file.rpartition("/")[0]) if other != file]
+        return [f"{package}.{PurePath(other).stem}" for other in beside]
+    return ["a module whose name is computed"]
 
 
 def _name(function: ast.expr) -> str | None:

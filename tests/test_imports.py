@@ -13,7 +13,7 @@ PACKAGE = files("tnt_fast", "kernels")
 ALLOWED = {
     "tnt_fast/reference.py": ("", "torch"),
     "kernels/*.py": ("kernels/*.py tnt_fast/reference.py", "torch triton"),
-    "tnt_fast/dispatch.py": ("kernels/__init__.py", "torch timm"),
+    "tnt_fast/dispatch.py": ("kernels/__init__.py tnt_fast/reference.py", "torch timm"),
     "tnt_fast/tnt.py": ("tnt_fast/dispatch.py tnt_fast/reference.py", "torch timm"),
     "tnt_fast/checkpoints.py": ("tnt_fast/tnt.py", "torch timm safetensors"),
     "tnt_fast/variants.py": ("tnt_fast/tnt.py tnt_fast/checkpoints.py", "timm"),
@@ -125,5 +125,8 @@ def test_what_is_allowed_is_found_in_all_its_forms():
         "math", "torch", "kernels/tile.py", "kernels/operation.py", "tnt_fast/reference.py"
     }  # fmt: skip
     assert forbidden(found) == []
+    found = imports("kernels/__init__.py", "from importlib import import_module\nimport_module(f'{__name__}.{name}')")
+    beside = {file for file in files("kernels") if file != "kernels/__init__.py"}
+    assert {i.target for i in found} == beside | {"importlib"}
     assert file_of("tnt_fast.kernels") == "kernels/__init__.py"
     assert file_of("ptx.machine") == "tests/ptx/machine.py"
