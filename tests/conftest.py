@@ -1,4 +1,5 @@
 import os
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,12 +19,14 @@ PART_EVERYWHERE = (
 )
 
 compiled_reports = []
+begun = time.monotonic()
 
 
 def pytest_addoption(parser):
     parser.addoption("--timm-source", type=Path, help="source tree of the installed timm, whose own tests are run on our names")
     parser.addoption("--wide", action="store_true", help="compiled kernels: every target, every precision, every case")
     parser.addoption("--paths", type=lambda text: text.split(","), help=f"run the kernels' tests on these: {','.join(PATHS)}")
+    parser.addoption("--seconds", type=float, metavar="S", help="skip the tests that would begin later than this")
     parser.addoption("--compiled-json", type=Path, metavar="FILE", help="how far the compiled kernels are from float64")
 
 
@@ -57,6 +60,12 @@ def _is_chosen(item, config) -> bool:
     everywhere, wide = (item.get_closest_marker(name) is not None for name in ("everywhere", "wide"))
     part = PART if everywhere == wide else PART_EVERYWHERE if everywhere else ()
     return (path, precision) in part
+
+
+def pytest_runtest_setup(item):
+    seconds = item.config.getoption("seconds")
+    if seconds is not None and time.monotonic() - begun > seconds:
+        pytest.skip(f"later than {seconds:g} s: make test has it")
 
 
 @pytest.fixture(autouse=True)
