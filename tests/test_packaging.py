@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import setuptools
-import tomllib
 from packaging.requirements import Requirement
 
 import tnt_fast
@@ -93,6 +92,7 @@ def test_info_prints_versions_paths_and_reasons():
 
 
 def test_the_build_system_is_declared():
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
     config = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     assert config["build-system"]["build-backend"] == "setuptools.build_meta"
 
