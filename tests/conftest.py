@@ -19,14 +19,13 @@ PART_EVERYWHERE = (
 )
 
 compiled_reports = []
-begun = time.monotonic()
 
 
 def pytest_addoption(parser):
     parser.addoption("--timm-source", type=Path, help="source tree of the installed timm, whose own tests are run on our names")
     parser.addoption("--wide", action="store_true", help="compiled kernels: every target, every precision, every case")
     parser.addoption("--paths", type=lambda text: text.split(","), help=f"run the kernels' tests on these: {','.join(PATHS)}")
-    parser.addoption("--seconds", type=float, metavar="S", help="skip the tests that would begin later than this")
+    parser.addoption("--until", type=float, metavar="TIME", help="skip what would begin later, in seconds since 1970")
     parser.addoption("--compiled-json", type=Path, metavar="FILE", help="how far the compiled kernels are from float64")
 
 
@@ -63,9 +62,9 @@ def _is_chosen(item, config) -> bool:
 
 
 def pytest_runtest_setup(item):
-    seconds = item.config.getoption("seconds")
-    if seconds is not None and time.monotonic() - begun > seconds:
-        pytest.skip(f"later than {seconds:g} s: make test has it")
+    until = item.config.getoption("until")
+    if until is not None and time.time() > until:
+        pytest.skip("no time left; make test has it")
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ def _timm_tests(request) -> Path:
     pytest.skip(f"no source of timm {timm.__version__} with its tests; name it with --timm-source")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["ti", "s", "s_legacy", "b"])
 def test_timms_own_tests_pass_on_our_names(variant, request, tmp_path):
     file = _timm_tests(request)
