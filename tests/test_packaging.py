@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(code: str, cwd: Path, *paths: Path) -> subprocess.CompletedProcess:
     prelude = f"import sys; sys.path[:0] = {[str(p) for p in paths]!r}\n"
-    return subprocess.run([sys.executable, "-P", "-c", prelude + code], cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", prelude + code], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")

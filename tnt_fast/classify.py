@@ -127,7 +127,7 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
     return found
 
 
-def _open(file: Path):
+def _open(file: Path) -> Any:
     from PIL import Image
 
     try:

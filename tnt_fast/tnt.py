@@ -46,10 +46,10 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
         self.hidden_dim = hidden_dim
         self.num_heads = num_heads
@@ -70,8 +70,8 @@ class Attention(nn.Module):
 class SqueezeExcite(nn.Module):
     """Channel attention over the outer MLP's output (paper, Table 12; layout and names of the authors' release)."""
 
-    def __init__(self, dim: int, ratio: float, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, ratio: float, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
         hidden = int(dim * ratio)
         self.fc = nn.Sequential(
@@ -111,14 +111,14 @@ class Block(nn.Module):
         act_layer: type[nn.Module] = nn.GELU,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         legacy: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         inner_mlp_ratio: float = 4.0,
         has_inner: bool = True,
         se_ratio: float = 0.0,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
         self.has_inner = has_inner
         self.has_se = se_ratio > 0
@@ -244,8 +244,8 @@ class PixelEmbed(nn.Module):
         in_dim: int = 48,
         stride: int = 4,
         legacy: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         patch_stride: int | tuple[int, int] | None = None,
     ):
@@ -281,7 +281,7 @@ class PixelEmbed(nn.Module):
         self.pixel_step = (self.patch_stride[0] // stride, self.patch_stride[1] // stride)
         self.proj = nn.Conv2d(in_chans, in_dim, kernel_size=7, padding=3, stride=stride, device=device, dtype=dtype)
 
-    def feat_ratio(self, as_scalar=True) -> tuple[int, int] | int:
+    def feat_ratio(self, as_scalar: bool = True) -> tuple[int, int] | int:
         return max(self.patch_stride) if as_scalar else self.patch_stride
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
@@ -396,8 +396,8 @@ class TNT(nn.Module):
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         first_stride: int = 4,
         legacy: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
         inner_blocks: Iterable[int] | None = None,
@@ -408,7 +408,7 @@ class TNT(nn.Module):
         se_ratio: float = 0.0,
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dispatch.check_backend(backend)
         _check_pool(global_pool)
         for name, value in (("in_chans", in_chans), ("depth", depth), ("inner_dim", inner_dim), ("embed_dim", embed_dim)):

@@ -14,7 +14,7 @@ from tnt_fast.tnt import TNT
 __all__: list[str] = []  # register_model adds the names
 
 
-def _cfg(**kwargs) -> dict[str, Any]:
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": None, "crop_pct": 0.9, "interpolation": "bicubic",
         "fixed_input_size": True, "mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD,
@@ -42,28 +42,28 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
 
 
 @register_model
-def tnt_fast_ti_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
+def tnt_fast_ti_patch16_224(pretrained: bool = False, **kwargs: Any) -> TNT:
     """TNT-Ti: 12 × (12 | 192) channels, 6.1 M parameters, 1.4 GMACs. Nobody published weights."""
     return _create("tnt_fast_ti_patch16_224", pretrained, dict(
         embed_dim=192, inner_dim=12, depth=12, num_heads_inner=2, num_heads_outer=3), kwargs)  # fmt: skip
 
 
 @register_model
-def tnt_fast_s_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
+def tnt_fast_s_patch16_224(pretrained: bool = False, **kwargs: Any) -> TNT:
     """TNT-S: 12 × (24 | 384) channels, 23.8 M parameters, 5.2 GMACs."""
     return _create("tnt_fast_s_patch16_224", pretrained, dict(
         embed_dim=384, inner_dim=24, depth=12, num_heads_inner=4, num_heads_outer=6), kwargs)  # fmt: skip
 
 
 @register_model
-def tnt_fast_s_legacy_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
+def tnt_fast_s_legacy_patch16_224(pretrained: bool = False, **kwargs: Any) -> TNT:
     """TNT-S with timm's older stem and fold (the weights of timm's first port and of mmpretrain)."""
     return _create("tnt_fast_s_legacy_patch16_224", pretrained, dict(
         embed_dim=384, inner_dim=24, depth=12, num_heads_inner=4, num_heads_outer=6, legacy=True), kwargs)  # fmt: skip
 
 
 @register_model
-def tnt_fast_b_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
+def tnt_fast_b_patch16_224(pretrained: bool = False, **kwargs: Any) -> TNT:
     """TNT-B: 12 × (40 | 640) channels, 65.4 M parameters, 14.0 GMACs."""
     return _create("tnt_fast_b_patch16_224", pretrained, dict(
         embed_dim=640, inner_dim=40, depth=12, num_heads_inner=4, num_heads_outer=10), kwargs)  # fmt: skip
