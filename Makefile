@@ -1,5 +1,5 @@
-# make demo · test · test-newest · test-oldest · fuzz · check · check-compiled · bench · gpu · sanitize. Everything is installed
-# into $(VENV), at the versions of $(CONSTRAINTS).
+# make demo · quick · test · test-newest · test-oldest · fuzz · check · check-compiled · docs · bench · gpu · sanitize.
+# Everything is installed into $(VENV), at the versions of $(CONSTRAINTS).
 PYTHON ?= python3
 CONSTRAINTS ?= .ci/constraints.txt
 VENV := .venv
@@ -14,7 +14,7 @@ PROCESSES ?= $(shell nproc)
 
 COMPILED := sm_80,sm_89,sm_90,sm_100,sm_120
 
-.PHONY: demo test test-newest test-oldest fuzz check check-compiled bench gpu sanitize clean
+.PHONY: demo quick test test-newest test-oldest fuzz check check-compiled docs bench gpu sanitize clean
 .DELETE_ON_ERROR:
 
 $(READY): setup.py pyproject.toml $(CONSTRAINTS)
@@ -38,9 +38,14 @@ test: check $(TIMM_SOURCE)
 test-newest test-oldest: test-%:
 	$(MAKE) test VENV=.venv-$* CONSTRAINTS=.ci/$*.txt
 
+# The tests nearest to what changed since the last commit, or to FILES="...", in at most 90 seconds on two idle cores.
+quick: $(READY)
+	$(BIN)/python -m tests.quick $(FILES)
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # N random cases against the reference; `make test` has a few hundred. Fails where one is wrong, with the command that repeats it.
 fuzz: $(READY)
@@ -52,6 +57,19 @@ check-compiled: $(READY)
 	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist worksteal --wide --paths $(COMPILED) -k sm_ \
 	    --compiled-json benchmarks/results/compiled.json tests/test_kernels.py tests/test_approximations.py tests/test_backward.py
 	$(BIN)/python -m tests.mutations --count 300 --seed $(SEED) --processes $(PROCESSES) --json benchmarks/results/mutations.json
+
+# The docstrings and all pages as HTML in site/; a broken link or a name that is not there fails. The pages and the package are
+# gathered first: links reach out of docs/, and kernels/ is a part of tnt_fast/ only where it is installed.
+docs: $(VENV)/docs
+	rm -rf .cache/docs && mkdir -p .cache/docs/pages .cache/docs/source
+	cp -r --parents README.md CONTRIBUTING.md CHANGELOG.md docs benchmarks/results .cache/docs/pages
+	cp -r tnt_fast .cache/docs/source && cp -r kernels .cache/docs/source/tnt_fast
+	$(BIN)/mkdocs build --strict
+	@echo "open site/index.html"
+
+$(VENV)/docs: $(READY)
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install -q -e ".[docs]"
+	touch $@
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -88,4 +106,4 @@ $(TIMM_SOURCE): $(READY)
 	tar -xzf $@/timm-$$version.tar.gz -C $@ --strip-components 1 || echo "timm's source is not at hand"
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest .cache build dist *.egg-info
+	rm -rf .venv .venv-newest .venv-oldest .cache build dist site *.egg-info

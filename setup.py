@@ -13,7 +13,10 @@ TRAIN = ["torchvision>=0.23", "scikit-learn>=1.3", "tqdm>=4.60", "pillow>=10", *
 # pytest-benchmark 5.1 needs pytest 8.1, whose 8.1.0 was withdrawn
 BENCH = ["pytest>=8.1.1", "pytest-benchmark>=5.1", "tqdm>=4.60", *PICTURES]
 # before 0.9 ruff formats otherwise, before 0.13 it asks for isinstance(x, A | B)
-DEV = ["pytest-xdist>=3.5", "ruff>=0.13", "setuptools>=70", "wheel", *TRAIN, *BENCH]
+DEV = ["pytest-xdist>=3.5", "ruff>=0.13", "mypy>=1.15", "setuptools>=70", "wheel", *TRAIN, *BENCH]
+
+# for make docs alone, at the versions of .ci/constraints.txt
+DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=1.0"]
 
 setup(
     name="tnt_fast",
@@ -26,6 +29,7 @@ setup(
     python_requires=">=3.10",
     packages=["tnt_fast", "tnt_fast.kernels"],
     package_dir={"tnt_fast.kernels": "kernels"},
+    package_data={"tnt_fast": ["py.typed"]},
     install_requires=[
         "torch>=2.8",
         'triton>=3.4; platform_system == "Linux"',
@@ -38,6 +42,7 @@ setup(
         "pictures": PICTURES,
         "bench": BENCH,
         "dev": DEV,
+        "docs": DOCS,
     },
     entry_points={"console_scripts": ["tnt-fast=tnt_fast.cli:main"]},
     classifiers=[

@@ -1,4 +1,5 @@
 import os
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def pytest_addoption(parser):
     parser.addoption("--timm-source", type=Path, help="source tree of the installed timm, whose own tests are run on our names")
     parser.addoption("--wide", action="store_true", help="compiled kernels: every target, every precision, every case")
     parser.addoption("--paths", type=lambda text: text.split(","), help=f"run the kernels' tests on these: {','.join(PATHS)}")
+    parser.addoption("--until", type=float, metavar="TIME", help="skip what would begin later, in seconds since 1970")
     parser.addoption("--compiled-json", type=Path, metavar="FILE", help="how far the compiled kernels are from float64")
 
 
@@ -57,6 +59,12 @@ def _is_chosen(item, config) -> bool:
     everywhere, wide = (item.get_closest_marker(name) is not None for name in ("everywhere", "wide"))
     part = PART if everywhere == wide else PART_EVERYWHERE if everywhere else ()
     return (path, precision) in part
+
+
+def pytest_runtest_setup(item):
+    until = item.config.getoption("until")
+    if until is not None and time.time() > until:
+        pytest.skip("no time left; make test has it")
 
 
 @pytest.fixture(autouse=True)

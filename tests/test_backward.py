@@ -190,6 +190,7 @@ def test_a_compiled_model_launches_what_an_eager_one_does(path, dtype):
         torch.testing.assert_close(compiled, eager)
 
 
+@pytest.mark.slow
 def test_two_backwards_give_the_same_bits():
     model, image = tiny(), images(3).requires_grad_()
     found = [torch.autograd.grad(model(image).square().sum(), [image, *model.parameters()]) for _ in range(2)]

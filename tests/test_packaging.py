@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import setuptools
-import tomllib
 from packaging.requirements import Requirement
 
 import tnt_fast
@@ -19,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(code: str, cwd: Path, *paths: Path) -> subprocess.CompletedProcess:
     prelude = f"import sys; sys.path[:0] = {[str(p) for p in paths]!r}\n"
-    return subprocess.run([sys.executable, "-P", "-c", prelude + code], cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", prelude + code], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +43,7 @@ def test_a_wheel_holds_the_kernels_inside_the_package(wheel):
     top = {name.split("/")[0] for name in wheel.namelist()}
     assert top == {"tnt_fast", f"tnt_fast-{tnt_fast.__version__}.dist-info"}
     assert "tnt_fast/kernels/__init__.py" in wheel.namelist()
+    assert "tnt_fast/py.typed" in wheel.namelist()  # type checkers read a package's annotations only beside this file
     modules = {f"tnt_fast/{p.name}" for p in (ROOT / "tnt_fast").glob("*.py")}
     assert modules <= set(wheel.namelist())
 
@@ -92,6 +92,7 @@ def test_info_prints_versions_paths_and_reasons():
 
 
 def test_the_build_system_is_declared():
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
     config = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     assert config["build-system"]["build-backend"] == "setuptools.build_meta"
 
@@ -101,6 +102,7 @@ def test_the_oldest_environment_is_the_oldest_that_setup_declares(monkeypatch):
     monkeypatch.setattr(setuptools, "setup", declared.update)
     runpy.run_path(str(ROOT / "setup.py"))
     del declared["extras_require"]["xformers"]  # no environment has it: each of its wheels belongs to one torch
+    del declared["extras_require"]["docs"]  # the documentation is built with one set of releases
     lines = sum(declared["extras_require"].values(), declared["install_requires"])
     bounds = {r.name: str(r.specifier) for r in map(Requirement, lines) if r.specifier}
     oldest = (ROOT / ".ci" / "oldest.txt").read_text("utf-8").splitlines()

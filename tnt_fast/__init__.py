@@ -13,8 +13,8 @@ if not (_root / "kernels").is_dir() and (_root.parent / "kernels" / "__init__.py
 
 from tnt_fast.checkpoints import CheckpointError, from_timm, load_checkpoint, save_checkpoint  # noqa: E402
 from tnt_fast.dispatch import why_not_fused  # noqa: E402
-from tnt_fast.tnt import (  # noqa: E402
-    TNT,
+from tnt_fast.tnt import TNT  # noqa: E402
+from tnt_fast.variants import (  # noqa: E402
     tnt_fast_b_patch16_224,
     tnt_fast_s_legacy_patch16_224,
     tnt_fast_s_patch16_224,

@@ -3,7 +3,8 @@
 import copy
 import statistics
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import timm
 import torch
@@ -23,14 +24,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def models(size: str, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
     """tnt_fast's TNT, on the fused path if that is possible here, timm's TNT with the same weights, timm's ViT of that size."""
-    ours = timm.create_model(PAIRS[size][0], backend="reference").eval()
+    ours = cast(tnt_fast.TNT, timm.create_model(PAIRS[size][0], backend="reference")).eval()
     blocks = dict(depth=len(ours.blocks), num_heads_inner=ours.sizes()["H"])
     theirs = timm.models.tnt.TNT(
         embed_dim=ours.embed_dim, inner_dim=ours.sizes()["C"], num_heads_outer=ours.embed_dim // 64, **blocks
     ).eval()
     theirs.load_state_dict(ours.state_dict())
     vit = timm.create_model(PAIRS[size][1], depth=len(ours.blocks)).eval()
-    found = {"TNT, tnt_fast": ours, "TNT, timm": theirs, "ViT, timm": vit}
+    found: dict[str, nn.Module] = {"TNT, tnt_fast": ours, "TNT, timm": theirs, "ViT, timm": vit}
     found = {name: model.to(device, dtype) for name, model in found.items()}
     ours.backend = "auto"
     ours.backend = "reference" if why_not_fused(ours, _images(1, device, dtype)) else "fused"
@@ -41,7 +42,7 @@ def _images(batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
 
 
-def agrees(call: nn.Module, reference: nn.Module, images: Tensor, slack: float) -> bool:
+def agrees(call: Callable[..., Tensor], reference: nn.Module, images: Tensor, slack: float) -> bool:
     """Whether the first and the last result keep the rule of the kernels' tests, times ``slack``:
     max|x − ref64| <= 2 · max|reference − ref64| + 4 · eps · max|ref64|."""
     ends = images[[0, -1]]
@@ -68,7 +69,8 @@ def bench(size: str, device: str, dtype: str, batch: int, seconds: float, compil
     with tqdm(total=round(seconds), leave=False, bar_format="{desc:24s} {bar} {n:.0f} of {total} s") as bar:
         bar.set_description_str("build the models")
         chosen = models(size, where, kind)
-        ours = chosen["TNT, tnt_fast"]
+        ours: Any = chosen["TNT, tnt_fast"]
+        images: list[Tensor] = []
         calls = {name: torch.compile(model) if compiled else model for name, model in chosen.items()}
         times: dict[str, list[float]] = {name: [] for name in chosen}
         peaks: dict[str, float] = {}
@@ -76,7 +78,7 @@ def bench(size: str, device: str, dtype: str, batch: int, seconds: float, compil
             images = [_images(batch, where, kind) for _ in range(3)]
             for name, call in calls.items():
                 bar.set_description_str(f"{'compile' if compiled else 'warm up'} {name}")
-                plain = copy.deepcopy(chosen[name])
+                plain: Any = copy.deepcopy(chosen[name])
                 if chosen[name] is ours:
                     plain.backend = "reference"
                 if not agrees(call, plain, images[0], 1.0 if call is ours else 4.0):
@@ -109,7 +111,7 @@ def bench(size: str, device: str, dtype: str, batch: int, seconds: float, compil
     return rows
 
 
-def _peak(name: str, call: nn.Module, image: Tensor) -> dict[str, float]:
+def _peak(name: str, call: Callable[..., Tensor], image: Tensor) -> dict[str, float]:
     """MiB of a call above what was allocated before it; nothing without a GPU."""
     if not image.is_cuda:
         return {}
@@ -119,7 +121,7 @@ def _peak(name: str, call: nn.Module, image: Tensor) -> dict[str, float]:
     return {name: (torch.cuda.max_memory_allocated(image.device) - before) / 2**20}
 
 
-def _seconds(call: nn.Module, image: Tensor) -> float:
+def _seconds(call: Callable[..., Tensor], image: Tensor) -> float:
     start = time.perf_counter()
     call(image)
     if image.is_cuda:

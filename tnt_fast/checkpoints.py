@@ -295,7 +295,8 @@ def from_timm(model: timm.models.tnt.TNT, *, backend: str = "auto") -> TNT:
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         if isinstance(module, _CONTAINERS) and any(hooks):
             raise ValueError(f"{name or 'the model'} has hooks; remove them, and add them to the model that from_timm returns")
-    embed, block = model.pixel_embed, model.blocks[0]
+    embed = model.pixel_embed
+    block: Any = model.blocks[0]
     ours = TNT(
         img_size=embed.img_size,
         patch_size=embed.patch_size,

@@ -3,11 +3,12 @@
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from timm.data import ImageNetInfo, resolve_data_config
+from torch import Tensor
 
 from tnt_fast.checkpoints import CheckpointError, from_timm, load_checkpoint, read_checkpoint
 from tnt_fast.dispatch import choose, why_not_fused
@@ -36,7 +37,7 @@ class Classifier:
         backend: str = "auto",
     ):  # fmt: skip
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.classes: list[str] | None = None
+        self.classes: list[str] = []
         if checkpoint is not None:
             self.model, self.data_config = self._from_file(checkpoint, model)
         elif model is not None:
@@ -54,7 +55,7 @@ class Classifier:
         self.why_not_fused = [] if backend == "reference" else why_not_fused(self.model, image)
         if not choose(self.model, image, warn=False):  # "fused" fails here
             self.model.backend = "reference"  # whoever shows the results says so, instead of a warning
-        if self.classes is None:
+        if not self.classes:
             self.classes = _imagenet_classes(self.model.num_classes)
         self.transform = evaluation_transform(self.data_config)
 
@@ -85,13 +86,13 @@ class Classifier:
         for start in range(0, len(files), batch_size):
             rows, images = [], []
             for file in files[start : start + batch_size]:
-                row = {"file": str(file)}
+                row: dict[str, Any] = {"file": str(file)}
                 try:
                     images.append(self.transform(_open(file)))
                 except DataError as error:
                     row["error"] = str(error)
                 rows.append(row)
-            probabilities = iter(())
+            probabilities: Iterator[Tensor] = iter(())
             if images:
                 probabilities = iter(self.model(torch.stack(images).to(self.device)).float().softmax(-1).cpu())
             for row in rows:
@@ -126,7 +127,7 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
     return found
 
 
-def _open(file: Path):
+def _open(file: Path) -> Any:
     from PIL import Image
 
     try:
@@ -139,7 +140,7 @@ def _open(file: Path):
 def _hosted(name: str) -> TNT:
     try:
         if name.startswith(("hf-hub:", "hf_hub:")):
-            return from_timm(timm.create_model(name, pretrained=True))
+            return from_timm(cast(Any, timm.create_model(name, pretrained=True)))  # which refuses another model
         return create_tnt(name.removeprefix("timm/"), pretrained=True)
     except (OSError, RuntimeError) as error:
         if "No pretrained weights exist" in str(error):

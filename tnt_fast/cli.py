@@ -270,13 +270,11 @@ def _devices() -> list[str]:
 
 def describe(models: list[str]) -> dict[str, Any]:
     """What ``tnt-fast info`` prints."""
-    from tnt_fast.tnt import TNT
-
     variants = {}
     for name in models:
         if name not in timm.list_models("tnt_fast_*"):
             raise ValueError(f"model {name!r} is unknown; accepted: {', '.join(timm.list_models('tnt_fast_*'))}")
-        model: TNT = timm.create_model(name, device="meta").eval()
+        model = timm.create_model(name, device="meta").eval()
         reasons = why_not_fused(model)
         variants[name] = {
             "parameters": sum(p.numel() for p in model.parameters()),

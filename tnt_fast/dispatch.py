@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
-from tnt_fast import kernels
+from tnt_fast import kernels  # type: ignore[attr-defined]  # kernels/ lies beside tnt_fast/ in the checkout
 from tnt_fast.reference import by_name
 
 BACKENDS = ("auto", "fused", "reference")
@@ -33,12 +33,12 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend={backend!r} is unknown; accepted: {', '.join(map(repr, BACKENDS))}")
 
 
-def kernel(operation: str) -> Any | None:
+def kernel(operation: str) -> Any:
     """The fused operation of this name, or None where this version has none."""
     return kernels.OPERATIONS.get(operation)
 
 
-def choose(model: nn.Module, image: Tensor, warn: bool = True) -> bool:
+def choose(model: Any, image: Tensor, warn: bool = True) -> bool:
     """True: this forward takes the fused path. False: the reference; "auto" then warns, once per set of reasons.
 
     Raises:
@@ -82,7 +82,7 @@ def _warn_once(text: str) -> bool:
     return new
 
 
-def why_not_fused(model: nn.Module, image: Tensor | None = None, gradients: bool = False) -> list[str]:
+def why_not_fused(model: Any, image: Tensor | None = None, gradients: bool = False) -> list[str]:
     """Every reason why ``model(image)`` would not take the fused path; an empty list if it would.
 
     Args:
@@ -95,7 +95,7 @@ def why_not_fused(model: nn.Module, image: Tensor | None = None, gradients: bool
     return reasons + _gradient_reasons(model, image) if gradients and not reasons else reasons
 
 
-def _gradient_reasons(model: nn.Module, image: Tensor | None) -> list[str]:
+def _gradient_reasons(model: Any, image: Tensor | None) -> list[str]:
     """Why PyTorch computes the gradients of an operation that is fused."""
     like = model.cls_token if image is None else image
     sizes, dtype = model.sizes(), _computed(like)
@@ -124,7 +124,7 @@ def _machine_reasons(image: Tensor | None, backend: str) -> list[str]:
     return reasons
 
 
-def _model_reasons(model: nn.Module, image: Tensor | None) -> list[str]:
+def _model_reasons(model: Any, image: Tensor | None) -> list[str]:
     """What was done to the model, and the limits of the kernels for what it hands them."""
     reasons: list[str] = []
     if isinstance(image, torch.fx.Proxy):  # all of the model's parameters are proxies, too
@@ -155,7 +155,7 @@ def _global_hook_reasons() -> list[str]:
     return ["hooks on all modules are registered (torch.nn.modules.module), which the kernels would pass over; remove them"]
 
 
-def _check_embed(model: nn.Module, reasons: list[str]) -> None:
+def _check_embed(model: Any, reasons: list[str]) -> None:
     """The stem's convolution has a module of its own, whose attributes the reference reads, and the kernel does not."""
     embed = model.pixel_embed
     conv, stride = embed.proj, embed.stride
@@ -176,7 +176,7 @@ def _check_embed(model: nn.Module, reasons: list[str]) -> None:
         reasons.append(f"pixel_embed has {', '.join(wrong)}; its sizes and strides make {cut}")
 
 
-def _handed(owners: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, str, dict[str, Any]]]:
+def _handed(owners: list[tuple[str, Any]]) -> list[tuple[str, Any, str, dict[str, Any]]]:
     """What the fused operations are given: (prefix, owner, operation, arguments), once for blocks that hand over the same."""
     found, seen = [], []
     for prefix, owner in owners:
@@ -218,7 +218,7 @@ def _computed(image: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind)
 
 
-def _check_arguments(model: nn.Module, handed: list[tuple], image: Tensor | None, reasons: list[str]) -> None:
+def _check_arguments(model: Any, handed: list[tuple], image: Tensor | None, reasons: list[str]) -> None:
     """Hold what the operations will be given to their own descriptions, once for blocks that hand over the same."""
     like = model.cls_token if image is None else image
     dtype, autocast = _computed(like), like.device.type != "meta" and torch.is_autocast_enabled(like.device.type)
@@ -252,7 +252,7 @@ _BLOCK = _split(
 )  # fmt: skip
 
 
-def _check_modules(prefix: str, owner: nn.Module, expected: tuple, reasons: list[str]) -> None:
+def _check_modules(prefix: str, owner: Any, expected: tuple, reasons: list[str]) -> None:
     """Add what was done to the submodules of ``owner`` that the fused path would pass over.
 
     What a module's forward reads is either handed to the operations (weights, eps, heads, drop-path's rate), or held here to

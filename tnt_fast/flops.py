@@ -4,6 +4,7 @@ A multiply-add (MAC) is what the TNT and ViT papers call a FLOP; FlopCounterMode
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +18,9 @@ def multiply_adds(model: nn.Module, input_size: tuple[int, int, int] | None = No
         model: a ``tnt_fast.TNT`` or any model of timm; its attention is counted, too.
         input_size: (channels, height, width); None: what a ``tnt_fast.TNT`` takes.
     """
+    shadow: Any = copy.deepcopy(model).to("meta").eval()
     if input_size is None:
-        input_size = (model.in_chans, *model.pixel_embed.img_size)
-    shadow = copy.deepcopy(model).to("meta").eval()
+        input_size = (shadow.in_chans, *shadow.pixel_embed.img_size)
     for module in shadow.modules():
         if hasattr(module, "backend"):
             module.backend = "reference"

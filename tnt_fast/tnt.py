@@ -9,15 +9,14 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from tnt_fast import dispatch, reference
 
-__all__ = ["TNT"]  # register_model adds the named variants
+__all__ = ["TNT"]
 
 
 def _require(ok: bool, message: str) -> None:
@@ -47,10 +46,10 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
         self.hidden_dim = hidden_dim
         self.num_heads = num_heads
@@ -71,8 +70,8 @@ class Attention(nn.Module):
 class SqueezeExcite(nn.Module):
     """Channel attention over the outer MLP's output (paper, Table 12; layout and names of the authors' release)."""
 
-    def __init__(self, dim: int, ratio: float, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, ratio: float, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
         hidden = int(dim * ratio)
         self.fc = nn.Sequential(
@@ -112,14 +111,14 @@ class Block(nn.Module):
         act_layer: type[nn.Module] = nn.GELU,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         legacy: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         inner_mlp_ratio: float = 4.0,
         has_inner: bool = True,
         se_ratio: float = 0.0,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
         self.has_inner = has_inner
         self.has_se = se_ratio > 0
@@ -196,7 +195,7 @@ class Block(nn.Module):
         return {"inner": inner, "fold": _fold_arguments(self)}
 
 
-def transformer_arguments(norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module) -> dict[str, Any]:
+def transformer_arguments(norm1: Any, attn: Any, norm2: Any, mlp: Any) -> dict[str, Any]:
     weights = reference.TransformerWeights(
         norm1.weight, norm1.bias, attn.qk.weight, attn.qk.bias, attn.v.weight, attn.v.bias, attn.proj.weight, attn.proj.bias,
         norm2.weight, norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
@@ -204,7 +203,7 @@ def transformer_arguments(norm1: nn.Module, attn: nn.Module, norm2: nn.Module, m
     return dict(weights=weights, num_heads=attn.num_heads, eps=norm1.eps)
 
 
-def _fold_arguments(owner: nn.Module) -> dict[str, Any]:
+def _fold_arguments(owner: Any) -> dict[str, Any]:
     """Of a block, or of the model for its stem."""
     norm1, proj, norm2 = owner.norm1_proj, owner.proj, owner.norm2_proj
     return dict(
@@ -244,15 +243,17 @@ class PixelEmbed(nn.Module):
         in_dim: int = 48,
         stride: int = 4,
         legacy: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         patch_stride: int | tuple[int, int] | None = None,
     ):
         super().__init__()
-        img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
-        patch_stride = patch_size if patch_stride is None else to_2tuple(patch_stride)
-        for axis, image, patch, step in zip(("height", "width"), img_size, patch_size, patch_stride, strict=True):
+        self.img_size: tuple[int, int] = to_2tuple(img_size)
+        self.patch_size: tuple[int, int] = to_2tuple(patch_size)
+        self.patch_stride: tuple[int, int] = self.patch_size if patch_stride is None else to_2tuple(patch_stride)
+        sizes = (self.img_size, self.patch_size, self.patch_stride)
+        for axis, image, patch, step in zip(("height", "width"), *sizes, strict=True):
             _require(patch >= 1, f"patch_size {patch} ({axis}) is not positive")
             divisors = ", ".join(str(d) for d in range(1, patch + 1) if patch % d == 0)
             _require(
@@ -269,20 +270,17 @@ class PixelEmbed(nn.Module):
                 f"img_size {image} ({axis}) is not covered by patches of {patch} every {step}; "
                 f"accepted near it: {below}, {below + step}",
             )
-        self.grid_size = tuple((i - p) // s + 1 for i, p, s in zip(img_size, patch_size, patch_stride, strict=True))
+        self.grid_size = tuple((i - p) // s + 1 for i, p, s in zip(*sizes, strict=True))
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.img_size = img_size
-        self.patch_size = patch_size
-        self.patch_stride = patch_stride
         self.in_chans = in_chans
         self.in_dim = in_dim
         self.stride = stride
         self.legacy = legacy
-        self.new_patch_size = (patch_size[0] // stride, patch_size[1] // stride)
-        self.pixel_step = (patch_stride[0] // stride, patch_stride[1] // stride)
+        self.new_patch_size = (self.patch_size[0] // stride, self.patch_size[1] // stride)
+        self.pixel_step = (self.patch_stride[0] // stride, self.patch_stride[1] // stride)
         self.proj = nn.Conv2d(in_chans, in_dim, kernel_size=7, padding=3, stride=stride, device=device, dtype=dtype)
 
-    def feat_ratio(self, as_scalar=True) -> tuple[int, int] | int:
+    def feat_ratio(self, as_scalar: bool = True) -> tuple[int, int] | int:
         return max(self.patch_stride) if as_scalar else self.patch_stride
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
@@ -347,7 +345,9 @@ class PixelEmbed(nn.Module):
 class TNT(nn.Module):
     """Transformer in Transformer (Han et al. 2021, arXiv:2103.00112), a drop-in for timm's.
 
-    Args (timm's, in timm's order):
+    The arguments are timm's, in timm's order; the keyword-only ones are what the paper studies and timm cannot build.
+
+    Args:
         img_size: height and width of the input in pixels, int or pair; patches have to cover it exactly.
         patch_size: int or pair. in_chans, num_classes: 0 classes leave the pooled features.
         global_pool: "token", "avg" (of the patches) or "" (all tokens).
@@ -357,7 +357,7 @@ class TNT(nn.Module):
         norm_layer: called with a width. first_stride: of the stem convolution; S = (patch / stride)².
         legacy: timm's and mmpretrain's older stem and fold. device, dtype: of the parameters.
 
-    Keyword-only (what the paper studies and timm cannot build):
+    Keyword Args:
         backend: "auto" (fused where it can be, else the reference with one warning), "fused" (or an error), "reference".
             Also an attribute.
         inner_blocks: indices of the blocks with an inner transformer and fold, from 0 as in ``blocks.i``; None: all. The
@@ -395,8 +395,8 @@ class TNT(nn.Module):
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         first_stride: int = 4,
         legacy: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
         inner_blocks: Iterable[int] | None = None,
@@ -407,7 +407,7 @@ class TNT(nn.Module):
         se_ratio: float = 0.0,
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dispatch.check_backend(backend)
         _check_pool(global_pool)
         for name, value in (("in_chans", in_chans), ("depth", depth), ("inner_dim", inner_dim), ("embed_dim", embed_dim)):
@@ -456,7 +456,7 @@ class TNT(nn.Module):
         self.pixel_pos = nn.Parameter(torch.zeros(1, inner_dim, height, width, **dd)) if use_pixel_pos else None
         self.pos_drop = nn.Dropout(p=pos_drop_rate)
 
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
             Block(
                 dim=inner_dim,
@@ -506,7 +506,7 @@ class TNT(nn.Module):
     def sizes(self) -> dict[str, int | bool]:
         """What the kernels' limits depend on; sizes by the paper's letters (M: hidden width of the inner MLP)."""
         embed = self.pixel_embed
-        inner = None
+        inner: Any = None
         for block in self.blocks:
             inner = block if getattr(block, "has_inner", False) else inner
         return {
@@ -656,60 +656,3 @@ class TNT(nn.Module):
 
 def _check_pool(global_pool: str) -> None:
     _require(global_pool in ("", "token", "avg"), f"global_pool={global_pool!r} is unknown; accepted: '', 'token', 'avg'")
-
-
-def _cfg(**kwargs) -> dict[str, Any]:
-    return {
-        "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": None, "crop_pct": 0.9, "interpolation": "bicubic",
-        "fixed_input_size": True, "mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD,
-        "first_conv": "pixel_embed.proj", "classifier": "head", "license": "apache-2.0",
-        "paper_ids": "arXiv:2103.00112", "paper_name": "Transformer in Transformer", **kwargs,
-    }  # fmt: skip
-
-
-# before the decorated functions: timm reads it when they register. The weights are those that timm hosts.
-default_cfgs = generate_default_cfgs({
-    "tnt_fast_ti_patch16_224.untrained": _cfg(),
-    "tnt_fast_s_patch16_224.in1k": _cfg(hf_hub_id="timm/tnt_s_patch16_224.in1k"),
-    "tnt_fast_s_legacy_patch16_224.in1k": _cfg(hf_hub_id="timm/tnt_s_legacy_patch16_224.in1k"),
-    "tnt_fast_b_patch16_224.in1k": _cfg(hf_hub_id="timm/tnt_b_patch16_224.in1k"),
-})  # fmt: skip
-
-
-def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> TNT:
-    from tnt_fast.checkpoints import checkpoint_filter_fn
-
-    return build_model_with_cfg(
-        TNT, variant, pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
-        **{**defaults, **kwargs},
-    )  # fmt: skip
-
-
-@register_model
-def tnt_fast_ti_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
-    """TNT-Ti: 12 × (12 | 192) channels, 6.1 M parameters, 1.4 GMACs. Nobody published weights."""
-    return _create("tnt_fast_ti_patch16_224", pretrained, dict(
-        embed_dim=192, inner_dim=12, depth=12, num_heads_inner=2, num_heads_outer=3), kwargs)  # fmt: skip
-
-
-@register_model
-def tnt_fast_s_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
-    """TNT-S: 12 × (24 | 384) channels, 23.8 M parameters, 5.2 GMACs."""
-    return _create("tnt_fast_s_patch16_224", pretrained, dict(
-        embed_dim=384, inner_dim=24, depth=12, num_heads_inner=4, num_heads_outer=6), kwargs)  # fmt: skip
-
-
-@register_model
-def tnt_fast_s_legacy_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
-    """TNT-S with timm's older stem and fold (the weights of timm's first port and of mmpretrain)."""
-    return _create("tnt_fast_s_legacy_patch16_224", pretrained, dict(
-        embed_dim=384, inner_dim=24, depth=12, num_heads_inner=4, num_heads_outer=6, legacy=True), kwargs)  # fmt: skip
-
-
-@register_model
-def tnt_fast_b_patch16_224(pretrained: bool = False, **kwargs) -> TNT:
-    """TNT-B: 12 × (40 | 640) channels, 65.4 M parameters, 14.0 GMACs."""
-    return _create("tnt_fast_b_patch16_224", pretrained, dict(
-        embed_dim=640, inner_dim=40, depth=12, num_heads_inner=4, num_heads_outer=10), kwargs)  # fmt: skip

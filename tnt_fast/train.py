@@ -11,10 +11,10 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -159,7 +159,7 @@ def _seeded(*numbers: int) -> Iterator[None]:
 class Images(Dataset):
     """An ImageFolder whose augmentation of an image depends on (seed, epoch, image) alone, whoever loads it and when."""
 
-    def __init__(self, root: Path, transform, seed: int):
+    def __init__(self, root: Path, transform: Callable[[Any], Tensor], seed: int):
         from torchvision.datasets import ImageFolder
 
         if not root.is_dir():
@@ -203,7 +203,7 @@ class _Order(Sampler):
 
 
 def _random_state() -> dict[str, Any]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = cast(tuple, np.random.get_state())  # of the old kind, no dict
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
@@ -244,7 +244,13 @@ class Run:
     """
 
     def __init__(
-        self, config: Config, out: str | os.PathLike, *, resume: bool = False, log=print, progress: bool | None = None
+        self,
+        config: Config,
+        out: str | os.PathLike,
+        *,
+        resume: bool = False,
+        log: Callable[[str], None] = print,
+        progress: bool | None = None,
     ):
         self.out, self.log, self.progress = Path(out), log, progress
         self.last = self.out / "last.pt"
@@ -306,8 +312,9 @@ class Run:
         self.optimizer = create_optimizer_v2(
             self.model, opt=config.opt, lr=config.lr or 1e-3 * config.batch_size / 1024, weight_decay=config.weight_decay
         )
+        warmup: Any = config.warmup_epochs  # timm takes fractions of an epoch, which its annotation forgets
         self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
+            self.optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=warmup,
             warmup_lr=1e-6, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=self.steps, warmup_prefix=False,
         )  # fmt: skip
         if self.scheduler is None:
@@ -478,7 +485,7 @@ class Run:
             right += int((logits.argmax(1) == target).sum())
         return loss / len(self.val_set), right / len(self.val_set)
 
-    def _loader(self, dataset: Dataset, **kwargs) -> DataLoader:
+    def _loader(self, dataset: Dataset, **kwargs: Any) -> DataLoader:
         generator = torch.Generator().manual_seed(self.config.seed)  # else a loader draws from the run's own generator
         return DataLoader(
             dataset, batch_size=self.config.batch_size, num_workers=self.config.workers, generator=generator,
@@ -509,7 +516,7 @@ def head_classes(checkpoint: Any) -> int | None:
     return None
 
 
-def create_tnt(name: str, **kwargs) -> tnt_fast.TNT:
+def create_tnt(name: str, **kwargs: Any) -> tnt_fast.TNT:
     """``timm.create_model``, for this project's TNT only: timm's names (``tnt_s_patch16_224``) mean ours."""
     if name.startswith("tnt_") and not name.startswith("tnt_fast_"):
         name = name.replace("tnt_", "tnt_fast_", 1)
@@ -517,7 +524,7 @@ def create_tnt(name: str, **kwargs) -> tnt_fast.TNT:
     if name.split(".")[0] not in known:
         raise ValueError(f"model {name!r} is unknown; accepted: {', '.join(known)}")
     try:
-        return timm.create_model(name, **kwargs)
+        return cast(tnt_fast.TNT, timm.create_model(name, **kwargs))
     except RuntimeError as error:
         if "Invalid pretrained tag" not in str(error):
             raise
@@ -526,18 +533,19 @@ def create_tnt(name: str, **kwargs) -> tnt_fast.TNT:
         ) from error
 
 
-def _training_transform(config: Config, data_config: dict[str, Any]):
+def _training_transform(config: Config, data_config: dict[str, Any]) -> Any:
+    jitter: Any = config.color_jitter or None  # timm takes None for none, which its annotation forgets
     try:
         return create_transform(
             data_config["input_size"], is_training=True, scale=config.scale, ratio=config.ratio, hflip=config.hflip,
-            color_jitter=config.color_jitter or None, auto_augment=config.auto_augment or None, re_prob=config.reprob,
+            color_jitter=jitter, auto_augment=config.auto_augment or None, re_prob=config.reprob,
             interpolation=data_config["interpolation"], mean=data_config["mean"], std=data_config["std"],
         )  # fmt: skip
     except AssertionError as error:  # timm's way to refuse a policy
         raise ValueError(f"auto_augment={config.auto_augment!r} is no policy of timm ({error}); '' turns it off") from error
 
 
-def evaluation_transform(data_config: dict[str, Any]):
+def evaluation_transform(data_config: dict[str, Any]) -> Any:
     """timm's transform for evaluation from a data config (input_size, interpolation, mean, std, crop_pct)."""
     return create_transform(
         tuple(data_config["input_size"]), is_training=False, interpolation=data_config["interpolation"],
@@ -552,7 +560,7 @@ def _caught_signals() -> Iterator[list[int]]:
 
     owner = os.getpid()
 
-    def handle(signum, frame):
+    def handle(signum: int, frame: Any) -> None:
         if os.getpid() != owner:  # a process that reads images: the run tells it when to end
             if signum == signal.SIGTERM:
                 os._exit(128 + signum)
@@ -582,7 +590,7 @@ def _batches(loader: DataLoader) -> Iterator[list[Tensor]]:
         raise DataError(text) from error.with_traceback(None)  # which holds the workers, in a cycle
 
 
-def _bar(batches: Iterator[list[Tensor]], steps: int, start: int, text: str, progress: bool | None):
+def _bar(batches: Iterator[list[Tensor]], steps: int, start: int, text: str, progress: bool | None) -> Any:
     from tqdm import tqdm
 
     disable = None if progress is None else not progress  # None: only on a terminal

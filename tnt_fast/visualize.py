@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def _figure(**kwargs):
+def _figure(**kwargs: Any) -> Any:
     try:
         from matplotlib.figure import Figure  # no pyplot: no global state, no display
     except ImportError as error:
@@ -16,7 +16,7 @@ def _figure(**kwargs):
     return Figure(layout="constrained", **kwargs)
 
 
-def _save(figure, path: str | os.PathLike) -> Path:
+def _save(figure: Any, path: str | os.PathLike) -> Path:
     path = Path(path)
     buffer = io.BytesIO()  # drawn whole before the file is touched
     figure.savefig(buffer, dpi=130, format=path.suffix.lstrip(".") or "png")
@@ -52,7 +52,7 @@ def prediction_page(results: Sequence[dict[str, Any]], path: str | os.PathLike, 
 
     rows = [row for row in results if "predictions" in row]
 
-    def order(row):
+    def order(row: dict[str, Any]) -> tuple[bool, float]:
         top = row["predictions"][0]
         return row.get("truth") in (None, top["class"]), top["probability"]
 
