@@ -13,6 +13,7 @@ SEED ?= 0
 PROCESSES ?= $(shell nproc)
 
 COMPILED := sm_80,sm_89,sm_90,sm_100,sm_120
+KERNELS := $(foreach name,pixel_embed fold inner kernels approximations backward,tests/test_$(name).py)
 
 .PHONY: demo quick test test-newest test-oldest fuzz check check-compiled docs bench gpu sanitize clean
 .DELETE_ON_ERROR:
@@ -55,7 +56,7 @@ fuzz: $(READY)
 # to two hours on two cores. Fails where an answer is wrong, and where fewer than 95% of the mutations are noticed.
 check-compiled: $(READY)
 	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist worksteal --wide --paths $(COMPILED) -k sm_ \
-	    --compiled-json benchmarks/results/compiled.json tests/test_kernels.py tests/test_approximations.py tests/test_backward.py
+	    --compiled-json benchmarks/results/compiled.json $(KERNELS)
 	$(BIN)/python -m tests.mutations --count 300 --seed $(SEED) --processes $(PROCESSES) --json benchmarks/results/mutations.json
 
 # The docstrings and all pages as HTML in site/; a broken link or a name that is not there fails. The pages and the package are
@@ -83,7 +84,7 @@ gpu:
 	$(PY) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make gpu: torch sees no GPU on this machine")'
 	$(PY) -m tnt_fast.cli info | tee $(OUT)/machine.txt
 	failed=; \
-	timeout -k 10 -s INT 230 $(PY) -m pytest tests/test_kernels.py tests/test_approximations.py tests/test_backward.py -q -n 8 \
+	timeout -k 10 -s INT 230 $(PY) -m pytest $(KERNELS) -q -n 8 \
 	    --paths gpu -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml; \
 	case $$? in 0) ;; 124|137) failed="$$failed kernel-tests-unfinished-after-230-s" ;; *) failed="$$failed kernel-tests" ;; esac; \
 	sed -i 's/ hostname="[^"]*"//' $(OUT)/gpu-tests.xml; \

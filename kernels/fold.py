@@ -482,3 +482,4 @@ class Fold(Operation):
 
 
 fold = Fold()
+"""``reference.fold``, fused; called like that."""

@@ -747,3 +747,4 @@ class Inner(Operation):
 
 
 inner = Inner()
+"""``reference.inner``, fused; called like that."""

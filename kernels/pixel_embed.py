@@ -370,3 +370,4 @@ class PixelEmbed(Operation):
 
 
 pixel_embed = PixelEmbed()
+"""``reference.pixel_embed``, fused; called like that."""

@@ -21,6 +21,14 @@ PART_EVERYWHERE = (
 compiled_reports = []
 
 
+@pytest.fixture
+def poisoned_memory():
+    """What a kernel does not write is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def pytest_addoption(parser):
     parser.addoption("--timm-source", type=Path, help="source tree of the installed timm, whose own tests are run on our names")
     parser.addoption("--wide", action="store_true", help="compiled kernels: every target, every precision, every case")

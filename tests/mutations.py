@@ -4,7 +4,7 @@
 
 A mutant is one change: of one instruction of the PTX that a kernel was compiled to (``PTX_KINDS``), or of one expression of its
 source, which is then compiled (``Source``). Seed and index determine it. The machine runs it in the place of the kernel, in
-calls like those of test_kernels.py (``cases``). A mutant is
+calls like those of the kernels' tests (``cases``). A mutant is
 
 - *noticed* by a fault of the machine, or by the rule of the house for an output or a gradient, or because NaN in one patch
   reaches another one; a mutant of the source also by another one of `make test`'s tests that reads the source or interprets it
@@ -59,6 +59,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does
 
+from cases import embed_case, fold_tensors, growing, inner_tensors, one_by_one, shrunk, spiked
 from helpers import KernelPath, results, write_json
 from ptx import machine
 from ptx.compiler import TARGETS, Compiler, flat
@@ -66,7 +67,6 @@ from ptx.executor import Executor, running
 from ptx.flow import depends_on_data, dominators, flow, known, normal, registers
 from ptx.language import Instruction, Unknown, ways
 from ptx.machine import Fault, Kernel, memory_of
-from test_kernels import embed_case, fold_tensors, growing, inner_tensors, one_by_one, shrunk, spiked
 
 from tnt_fast import kernels, reference
 
@@ -1073,10 +1073,11 @@ def _run(judge: Judge, tree: Path, numbers: list[int]) -> Run:
 
 # Of `make test`, what else reads the kernels of an operation, or interprets them.
 TESTS = {
-    "inner": "test_inner or attention or branches or in_pairs",
-    "fold": "(test_fold or constant) and not full_size",
+    "inner": "test_inner or nearly_constant",
+    "fold": "test_fold or nearly_constant",
     "pixel_embed": "test_pixel_embed",
 }
+FILES = [f"tests/test_{name}.py" for name in ("pixel_embed", "fold", "inner", "kernels")]
 LIMIT_S = 180  # of a run of tests
 
 
@@ -1088,7 +1089,7 @@ def _tests(mutant: Mutant, tree: Path) -> str | None:
     runs = [["tests/test_approximations.py"]] if mutant.code.file in ("tile.py", "inner.py") else []
     if mutant.kind == "source: cast dropped":
         runs.append(["tests/test_addresses.py", "-k", "TestShipped"])
-    runs.append(["tests/test_kernels.py", "--paths", "interpreter", "-k", chosen])
+    runs.append([*FILES, "--paths", "interpreter", "-k", chosen])
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     for run in runs:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *run]

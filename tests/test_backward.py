@@ -1,6 +1,6 @@
 """Training through the fused path: what is computed, what is saved, and what it works together with.
 
-Each gradient by name is held against float64 in test_kernels.py.
+Each gradient by name is held against float64 in test_pixel_embed.py, test_fold.py and test_inner.py.
 """
 
 import copy

@@ -10,8 +10,8 @@ from helpers import TINY, perturb
 
 pytest.importorskip("triton")
 
+from cases import case, check, fold_tensors, inner_tensors, normal
 from helpers import HERE, call
-from test_kernels import case, check, fold_tensors, inner_tensors, normal
 
 from tnt_fast import TNT, dispatch, kernels, reference, why_not_fused
 

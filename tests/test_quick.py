@@ -29,7 +29,7 @@ def test_the_table_names_what_exists():
         ("tnt_fast/variants.py", "test_timm_parity", []),
         ("tnt_fast/visualize.py", "test_classify", ["test_train"]),  # which it has through those that import it
         ("tnt_fast/bench.py", "test_benchmarks", []),  # through cli.py, which has no test of its name
-        ("kernels/inner.py", "test_kernels", ["test_backward", "test_approximations"]),
+        ("kernels/inner.py", "test_inner", ["test_kernels", "test_backward"]),
         ("kernels/operation.py", "test_operation", ["test_kernels"]),
         ("benchmarks/measure.py", "test_benchmarks", []),
         ("tests/ptx/machine.py", "test_ptx_machine", ["test_mutations"]),

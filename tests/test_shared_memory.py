@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from cases import embed_case, fold_tensors, inner_tensors
 from helpers import call
-from test_kernels import embed_case, fold_tensors, inner_tensors
 
 pytest.importorskip("triton")
 

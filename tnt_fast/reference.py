@@ -40,7 +40,7 @@ class TransformerWeights(NamedTuple):
 
 def by_name(given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of an operation with each of its TransformerWeights under the weight's own name, in order."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in given.items():
         if isinstance(value, TransformerWeights):
             found.update(zip(value._fields, value, strict=True))
