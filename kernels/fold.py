@@ -22,7 +22,7 @@ Backward, from the inputs alone (nothing else is saved), with g the gradient of 
 
 The patch's gradient is that of y. Both LayerNorms, the legacy one per pixel, are one over the rows of a matrix: one kernel
 normalises, one goes backward, and the three products, large and square, are the BLAS library's. Bytes moved at most: pixel and
-dh read twice, z, dz and h as often, each written once. Sums over rows are kept in float32 by a program over all its turns and
+dh read twice, z, dz and h as often, each written once. Sums over rows are kept in float32 by a program over all its tiles and
 reduced in one launch: no atomics, the same input gives the same bits.
 """
 
@@ -369,6 +369,11 @@ class Fold(Operation):
         norm2_bias="E",
     )  # fmt: skip
 
+    def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
+        if given["norm2_weight"] is None:
+            given["norm2_bias"] = None  # the reference does not read it alone, either
+        return super().prepare(given)
+
     def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return {}, wrong_eps(given)
 
@@ -428,8 +433,6 @@ class Fold(Operation):
         patch = a.patch if a.patch.stride(-1) == 1 else a.patch.contiguous()
         spec = _specialise(a.pixel.dtype, S, C, E, a.norm1_weight.shape[0] == C and S > 1)
         w = Weights(*(getattr(a, name) for name in Weights._fields))
-        if w.norm2_weight is None:  # the reference does not read the bias alone, either
-            w = w._replace(norm2_bias=None)
         grid = -(-P // spec.config.rows)
         launch(spec, grid, a.pixel.contiguous(), patch, out, contiguous(w), P, T - 1, *patch.stride()[:2], a.eps)
         return out

@@ -714,7 +714,7 @@ class Inner(Operation):
 
         PyTorch does it for the sizes of ``gradients_unsupported``, and where the gradient of a scale is asked for.
         """
-        (_, S, C), w, H = a.pixel.shape, a.weights, a.num_heads
+        (_, S, C), w, H = a.pixel.shape, contiguous(a.weights), a.num_heads
         M, D = w.fc1_weight.shape[0], C // H
         reasons = self.gradients_unsupported(dict(S=S, C=C, M=M), a.pixel.dtype, a.pixel.device)
         if reasons or needed & {"attn_scale", "mlp_scale"} or a.pixel.numel() == 0:

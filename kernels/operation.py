@@ -233,7 +233,6 @@ class Operation:
     def __init__(self) -> None:
         parameters = inspect.signature(self.twin).parameters
         self.name = self.twin.__name__
-        self.__doc__ = self.__doc__ or type(self).__doc__
         self.__signature__ = inspect.signature(self.twin)
         self.needed = tuple(name for name, p in parameters.items() if p.default is p.empty)
         self.defaults = {name: None if p.default is p.empty else p.default for name, p in parameters.items()}

@@ -1077,7 +1077,7 @@ TESTS = {
     "fold": "test_fold or nearly_constant",
     "pixel_embed": "test_pixel_embed",
 }
-FILES = [f"tests/test_{name}.py" for name in ("pixel_embed", "fold", "inner", "kernels")]
+TEST_FILES = [f"tests/test_{name}.py" for name in ("pixel_embed", "fold", "inner", "kernels")]
 LIMIT_S = 180  # of a run of tests
 
 
@@ -1089,7 +1089,7 @@ def _tests(mutant: Mutant, tree: Path) -> str | None:
     runs = [["tests/test_approximations.py"]] if mutant.code.file in ("tile.py", "inner.py") else []
     if mutant.kind == "source: cast dropped":
         runs.append(["tests/test_addresses.py", "-k", "TestShipped"])
-    runs.append([*FILES, "--paths", "interpreter", "-k", chosen])
+    runs.append([*TEST_FILES, "--paths", "interpreter", "-k", chosen])
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     for run in runs:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *run]

@@ -46,6 +46,13 @@ def find(operation: str, fits=lambda call: True) -> int:
     raise AssertionError("no such case")
 
 
+def instead(monkeypatch, operation: str, function) -> None:
+    """Calls of the operation are calls of the function; it keeps its limits."""
+    monkeypatch.setattr(
+        type(kernels.OPERATIONS[operation]), "__call__", lambda self, *args, **kwargs: function(*args, **kwargs)
+    )
+
+
 def replace(monkeypatch, operation: str, change) -> None:
     """The operation is the reference, whose arguments and result ``change`` sees: right, until that does something."""
     function = getattr(fuzz.reference, operation)
@@ -53,7 +60,7 @@ def replace(monkeypatch, operation: str, change) -> None:
     def changed(*args, **kwargs):
         return change(function(*args, **kwargs), kwargs)
 
-    monkeypatch.setitem(kernels.OPERATIONS, operation, changed)
+    instead(monkeypatch, operation, changed)
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)
@@ -170,7 +177,7 @@ def test_a_wrong_gradient_of_one_weight_is_found(monkeypatch, weight):
     def off(weights, **given):
         return function(weights=weights._replace(**{weight: OffByALittle.apply(getattr(weights, weight))}), **given)
 
-    monkeypatch.setitem(kernels.OPERATIONS, "inner", off)
+    instead(monkeypatch, "inner", off)
     found, what = examine(SEED, "inner", index)
     assert found == "wrong"
     assert what.startswith(f"gradient of {weight}: error")
@@ -183,7 +190,7 @@ def test_an_answer_where_the_reference_raises_is_wrong_and_a_named_error_is_not(
         raise ValueError("no")
 
     monkeypatch.setattr(fuzz.reference, "inner", refuses)
-    monkeypatch.setitem(kernels.OPERATIONS, "inner", lambda **given: given["pixel"].clone())
+    instead(monkeypatch, "inner", lambda **given: given["pixel"].clone())
     found, what = examine(SEED, "inner", index)
     assert found == "wrong"
     assert what.startswith("answers where the reference raises ValueError: no")
@@ -191,7 +198,7 @@ def test_an_answer_where_the_reference_raises_is_wrong_and_a_named_error_is_not(
     def names(**given):
         raise ValueError("inner: pixel is not to my liking")
 
-    monkeypatch.setitem(kernels.OPERATIONS, "inner", names)
+    instead(monkeypatch, "inner", names)
     assert examine(SEED, "inner", index) == ("reference raises too", "")
 
 
