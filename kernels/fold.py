@@ -48,6 +48,7 @@ from tnt_fast.kernels.operation import (
     derived,
     launch,
     programs,
+    remembered,
     wrong_eps,
 )
 from tnt_fast.kernels.tile import accumulators, centred, dot, load
@@ -314,6 +315,7 @@ def _fold_norm_bwd_kernel(
 # ---- on the host ----
 
 
+@remembered
 def _specialise(dtype: torch.dtype, S: int, C: int, E: int, legacy: bool) -> Launch:
     config = CONFIGS[dtype]
     block_e = min(128, max(16, triton.next_power_of_2(E)))
@@ -327,6 +329,7 @@ def _specialise(dtype: torch.dtype, S: int, C: int, E: int, legacy: bool) -> Lau
     return Launch(_fold_fwd_kernel, {"Z": Z}, config, config.rows, turns=-(-Z.K // Z.STEP))
 
 
+@remembered
 def _specialise_norm(kernel: Any, dtype: torch.dtype, W: int, grouped: bool = False) -> Launch:
     pad = triton.next_power_of_2(W)
     block = max(1, NORM_VALUES // pad)
@@ -442,7 +445,7 @@ class Fold(Operation):
         (P, S, C), E = a.pixel.shape, a.patch.shape[2]
         if self.gradients_unsupported(dict(S=S, C=C, E=E), a.pixel.dtype, a.pixel.device):
             return self.recomputed(gradient, a, needed)
-        found = {"patch": gradient}
+        found = {"patch": gradient.clone()} if "patch" in needed else {}
         if a.norm2_weight is None and "norm2_bias" in needed:
             found["norm2_bias"] = torch.zeros_like(a.norm2_bias)
         if P == 0:

@@ -42,7 +42,18 @@ from torch import Tensor
 
 from tnt_fast import reference
 from tnt_fast.kernels import operation
-from tnt_fast.kernels.operation import MOST_ROWS, Config, Launch, Operation, contiguous, derived, launch, programs, wrong_eps
+from tnt_fast.kernels.operation import (
+    MOST_ROWS,
+    Config,
+    Launch,
+    Operation,
+    contiguous,
+    derived,
+    launch,
+    programs,
+    remembered,
+    wrong_eps,
+)
 from tnt_fast.kernels.tile import accumulators, centred, dot, dot_onto, exp2, gelu_gradient, gelu_pairs, load, reciprocal, zeros
 
 # (C_PAD, half precision): of a tile, and hidden channels at once. Chosen by static cost for sm_90 on 2026-11-22, not yet timed
@@ -584,6 +595,7 @@ def _inner_bwd_attention_kernel(x_ptr, dx_ptr, w, attn_scale_ptr, sums_ptr, n_pa
 # ---- on the host ----
 
 
+@remembered
 def _specialise(kernel: Any, dtype: torch.dtype, S: int, C: int, H: int, M: int) -> Launch:
     """One of the three kernels for these sizes."""
     half = dtype != torch.float32

@@ -8,6 +8,7 @@ inputs: nothing else is kept.
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache, wraps
 from math import prod
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -157,6 +158,18 @@ def programs(device: torch.device, tiles: int, per_sm: int) -> int:
     return min(tiles, runner.programs(device, per_sm))
 
 
+def remembered(specialise: Callable[..., Launch]) -> Callable[..., Launch]:
+    """A function's launches, made once for the same arguments and the same way to compute products."""
+    known = cache(lambda how, *arguments: specialise(*arguments))
+
+    @wraps(specialise)
+    def specialised(*arguments: Any) -> Launch:
+        return known((runner.nvidia, precision(torch.float32)), *arguments)
+
+    specialised.forget = known.cache_clear
+    return specialised
+
+
 def launch(spec: Launch, grid: int, *arguments: Any) -> None:
     """Launch a specialisation; ``arguments`` in the kernel's order, the first a tensor."""
     config = spec.config
@@ -205,7 +218,7 @@ class Operation:
         raise NotImplementedError
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
-        """Gradients of the tensors that ``needed`` names, in any dtype; more of them do no harm."""
+        """Gradients of the tensors that ``needed`` names, in any dtype, none of them an input; more of them do no harm."""
         raise NotImplementedError
 
     def multiply_adds(self, a: SimpleNamespace) -> int:
@@ -393,7 +406,7 @@ class Operation:
             # autocast has chosen the dtypes in the forward; in a backward that runs under it, it must not do so again
             with torch.autocast(gradient.device.type, enabled=False):
                 found = self.backward(gradient, self._packed(flat), {names[i] for i in needed})
-            return _new([found[names[i]] for i in needed], [flat[i] for i in needed], [gradient, *flat])
+            return _new([found[names[i]] for i in needed], [flat[i] for i in needed])
 
         operation = define(self.name, forward, kinds, Tensor)
         operation.register_fake(lambda *flat: self.empty(self._packed(flat)))
@@ -461,15 +474,14 @@ class Operation:
         return dict(zip(wanted, pull(gradient.to(dtype)), strict=True))
 
 
-def _new(found: list[Tensor], likes: list[Tensor], inputs: list[Any]) -> list[Tensor]:
+def _new(found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
     """Gradients as autograd wants them: contiguous, in their arguments' dtypes, each in a memory of its own."""
-    result, seen = [], {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
+    result, seen = [], set()
     for x, like in zip(found, likes, strict=True):
-        storage = x.untyped_storage()
-        own = storage.nbytes() == x.nbytes and storage.data_ptr() not in seen
-        if not own or x.dtype != like.dtype or x.shape != like.shape or not x.is_contiguous():
+        if x.dtype == like.dtype and x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes and id(x) not in seen:
+            seen.add(id(x))
+        else:
             x = torch.empty(like.shape, dtype=like.dtype, device=like.device).copy_(x)
-        seen.add(x.untyped_storage().data_ptr())
         result.append(x)
     return result
 

@@ -35,7 +35,18 @@ from torch import Tensor
 
 from tnt_fast import reference
 from tnt_fast.kernels import operation
-from tnt_fast.kernels.operation import DTYPES, MOST_ROWS, Config, Launch, Operation, contiguous, derived, launch, programs
+from tnt_fast.kernels.operation import (
+    DTYPES,
+    MOST_ROWS,
+    Config,
+    Launch,
+    Operation,
+    contiguous,
+    derived,
+    launch,
+    programs,
+    remembered,
+)
 from tnt_fast.kernels.tile import accumulators, dot, dot_onto, load, zeros
 
 # Chosen by static cost for sm_90 on 2026-11-22, not yet timed on a GPU. In float32 the weight's products are no matrix
@@ -240,6 +251,7 @@ def _pixel_embed_image_bwd_kernel(
 # ---- on the host ----
 
 
+@remembered
 def _specialise(
     kernel: Any, dtype: torch.dtype, channels: int, C: int, patch_size: Any, stride: int, patch_stride: Any, legacy: bool
 ) -> Launch:  # fmt: skip
@@ -329,7 +341,7 @@ class PixelEmbed(Operation):
     def _launch(self, kernel: Any, a: SimpleNamespace) -> tuple[Launch, Image, tuple[int, ...]]:
         """A kernel's launch, the image as it reads it, and the grid of patches."""
         (_, channels, height, width), C = a.image.shape, a.weight.shape[0]
-        spec = _specialise(kernel, a.image.dtype, channels, C, a.patch_size, a.stride, a.patch_stride, a.legacy)
+        spec = _specialise(kernel, a.image.dtype, channels, C, tuple(a.patch_size), a.stride, tuple(a.patch_stride), a.legacy)
         return spec, Image(a.image, height, width, *a.image.stride()), _grid(height, width, a.patch_size, a.patch_stride)
 
     def forward(self, a: SimpleNamespace) -> Tensor:

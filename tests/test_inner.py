@@ -9,7 +9,7 @@ from helpers import call, paths
 pytest.importorskip("triton")
 
 from tnt_fast import kernels, reference
-from tnt_fast.kernels.inner import Sizes
+from tnt_fast.kernels.inner import Sizes, _specialise
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,6 +134,7 @@ def test_gelu_in_pairs_takes_weights_of_any_size(name, factor, gradients, scales
     for function, device, kind in (
         (inner, DEVICE, torch.float32), (inner, DEVICE, torch.float32), (reference.inner, "cpu", torch.float64),
     ):  # fmt: skip
+        _specialise.forget()
         monkeypatch.setattr(Sizes, "__post_init__", lambda Z, pairs=not results: (derive(Z), set_(Z, "PAIRS", pairs)))
         given = {k: v if v is None else v.to(device, kind).requires_grad_() for k, v in tensors.items()}
         fixed = {k: v.to(device, kind) if isinstance(v, torch.Tensor) else v for k, v in others.items()}
