@@ -32,7 +32,7 @@ IMAGE, PATCHES = 128, 64
 KINDS = {
     "matrix": r"mma",
     "special": r"ex2|tanh|rcp|rsqrt|sqrt|lg2|sin|cos",
-    "shuffle": r"shfl",
+    "shuffle": r"shfl|redux",
     "shared": r"(ld|st)\.shared|(ld|st)matrix",
     "global": r"(ld|st)\.global|cp\.async\.c[ag]",
     "sync": r"bar|cp\.async\.(commit|wait)\w*|fence|membar",

@@ -581,6 +581,22 @@ def test_shuffles():
     same(compute("shfl.sync.idx.b32 %r0, %r1, %r2, 31, -1;", np.uint32, lane, by), lane - at + by % 32)
 
 
+@pytest.mark.parametrize("how", ["add", "min", "max", "and", "or", "xor"])
+def test_reductions_of_a_warp(how):
+    rng = np.random.default_rng(0)
+    for type_, dtype in (("b32", np.uint32),) if how in ("and", "or", "xor") else (("u32", np.uint32), ("s32", np.int32)):
+        x = rng.integers(np.iinfo(dtype).min, np.iinfo(dtype).max, 64, dtype, endpoint=True)
+        want = []
+        for warp in x.reshape(2, 32).tolist():
+            total = warp[0]
+            for value in warp[1:]:
+                total = {"add": total + value, "min": min(total, value), "max": max(total, value), "and": total & value,
+                         "or": total | value, "xor": total ^ value}[how]  # fmt: skip
+            want += [total % 2**32] * 32
+        code = f"mov.b32 %r2, -1;\nredux.sync.{how}.{type_} %r0, %r1, %r2;"
+        same(compute(code, np.uint32, x.view(np.uint32)), np.array(want, np.uint32))
+
+
 def fragments(matrix, place, count):
     """[32, count] of a matrix' elements, by the place (row, column) of each lane's i-th."""
     return torch.stack([torch.stack([matrix[place(lane // 4, lane % 4, i)] for i in range(count)]) for lane in range(32)])
@@ -833,6 +849,8 @@ FAULTS = {
     "barrier of a warp": (FIRST, "bar.warp.sync -1;", WARP, 1),
     "wait": (FIRST, WAIT, PROGRAM, 1),
     "shuffle": (FIRST, "shfl.sync.idx.b32 %r1, tid, 0, 31, -1;", WARP, 1),
+    "reduction": (FIRST, "redux.sync.max.s32 %r1, %r2, -1;", WARP, 1),
+    "reduction of some": ("", "redux.sync.max.s32 %r1, %r2, 15;", "reduces over some threads of a warp"),
     "guarded shuffle": ("setp.ne.u32 %p1, tid, 7;", "@%p1 shfl.sync.idx.b32 %r1, tid, 0, 31, -1;", WARP, 7),
     "matrix load": (FIRST, "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [global_smem];", WARP, 1),
     "matrix store": (FIRST, "stmatrix.sync.aligned.m8n8.x1.shared.b16 [global_smem], {%r1};", WARP, 1),
@@ -953,6 +971,7 @@ UNKNOWN = [
     "bfe.u32 %r1, %r2, tid, 3;", "cvt.rz.f16.f32 %rs1, %r1;", "cvt.rn.tf32.f32 %r1, %r2;", "cvt.s32.f32 %r1, %r2;",
     "cvt.rn.s32.f32 %r1, %r2;", "cvt.rn.bf16.s64 %rs1, %rd1;", "cvt.sat.s8.s32 %r1, %r2;",
     "cvt.rn.satfinite.e4m3x2.f32 %rs1, %r1, %r2;", "setp.lt.f32 %p1|%p2, %r1, %r2;", "prmt.b32.f4e %r1, %r2, %r3, %r4;",
+    "redux.sync.max.f32 %r1, %r2, -1;", "redux.sync.and.s32 %r1, %r2, -1;",
     "shfl.sync.idx.b32 %r1, %r2, 0, 31, 15;", "shfl.sync.idx.b32 %r1|%p1, %r2, 0, 31, -1;", "bar.sync 1;", "bar.sync 0, 32;",
     "barrier.sync 0;", "bar.warp.sync 1;", "ld.volatile.global.b32 %r1, [p0];", "ld.global.nc.b32 %r1, [p0];",
     "ld.global.b8 %rs1, [p0];", "ld.local.b32 %r1, [smem];", "ld.global.v2.b32 %r1, [p0];",

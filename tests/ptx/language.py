@@ -324,6 +324,7 @@ ROUNDING = {"rn", "ftz", "sat", "approx", "full", "NaN", "lo", "hi", "wide", "rn
 COUNT = {"mad": 3, "fma": 3, "bfe": 3, "bfi": 4, "not": 1, "neg": 1, "abs": 1}  # operands that are read, where not 2
 WHOLE = {"rzi": "np.trunc", "rni": "np.rint", "rmi": "np.floor", "rpi": "np.ceil"}
 LOGIC = {"and": "&", "or": "|", "xor": "^"}
+REDUCTIONS = ("add", "min", "max")  # redux, besides LOGIC
 
 
 class Translator:
@@ -623,6 +624,14 @@ class _Statement:
         return self.write(
             self.ins.operands[0], f"P.shuffle({mode!r}, {value}, {by}, {clamp}, {self.mask()}, {self.number})", "b32"
         )
+
+    def _redux(self):
+        how, type_ = self.ins.parts[2], self.ins.type
+        types = ("b32",) if how in LOGIC else ("u32", "s32") if how in REDUCTIONS else ()
+        if self.ins.parts[1] != "sync" or len(self.ins.parts) != 4 or type_ not in types:
+            raise Unknown("this form")
+        value, members = f"P.full({self.value(1, type_)})", f"P.full({self.value(2, 'b32')})"
+        return self.write(self.ins.operands[0], f"P.reduce({how!r}, {value}, {members}, {self.mask()}, {self.number})", type_)
 
     # moving
 

@@ -473,6 +473,14 @@ class State:
         source = np.where(source >= high if mode == "up" else source <= high, source, lane)
         return value[self.lane - lane + source]
 
+    def reduce(self, how, value, members, mask, number):
+        self._whole(mask, 32, number, "warp")
+        lanes = self._on(mask)
+        if (wrong := members[lanes] != 0xFFFFFFFF).any():
+            raise self.fault(number, "reduces over some threads of a warp", lanes[wrong])
+        function = {"add": np.add, "min": np.minimum, "max": np.maximum}.get(how) or getattr(np, f"bitwise_{how}")
+        return np.repeat(function.reduce(value.reshape(-1, 32), 1, dtype=value.dtype), 32)
+
     def mma(self, kind, a, b, c, mask, number):
         self._whole(mask, 32, number, "warp")
         warps = self.lanes // 32
