@@ -38,19 +38,7 @@ from torch import Tensor
 
 from tnt_fast import reference
 from tnt_fast.kernels import operation
-from tnt_fast.kernels.operation import (
-    DTYPES,
-    MOST_ROWS,
-    Config,
-    Launch,
-    Operation,
-    contiguous,
-    derived,
-    launch,
-    programs,
-    remembered,
-    wrong_eps,
-)
+from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
 from tnt_fast.kernels.tile import accumulators, centred, dot, load
 
 # Chunks are of K. Chosen by static cost for sm_90 on 2026-11-22, not yet timed on a GPU.
@@ -378,7 +366,7 @@ class Fold(Operation):
         return super().prepare(given)
 
     def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        return {}, wrong_eps(given)
+        return {}, operation.wrong_eps(given)
 
     def unsupported(self, sizes: Mapping[str, Any]) -> list[str]:
         S, C, E = (sizes[letter] for letter in "SCE")
@@ -397,8 +385,8 @@ class Fold(Operation):
             P, B, T = (sizes[letter] for letter in "PBT")
             if T < 1 or P != B * (T - 1):
                 reasons.append(f"pixel has {P} patches, patch has {B} images with {T - 1} each")
-            if P * S > MOST_ROWS:
-                reasons.append(f"{P} patches of {S} pixels; accepted: up to {MOST_ROWS} pixels in all")
+            if P * S > operation.MOST_ROWS:
+                reasons.append(f"{P} patches of {S} pixels; accepted: up to {operation.MOST_ROWS} pixels in all")
         return reasons
 
     def gradients_unsupported(self, sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
@@ -408,7 +396,7 @@ class Fold(Operation):
     def launches(self) -> Iterable[tuple[str, str, Launch]]:
         """The blocks' fold, of which the stem's differs by its bias."""
         for variant, (C, E, legacy) in VARIANTS.items():
-            for dtype, name in DTYPES.items():
+            for dtype, name in operation.DTYPES.items():
                 pointers = Weights(*[f"*{name}"] * 6)
                 pointers = pointers._replace(**dict.fromkeys(("norm2_weight", "norm2_bias") if legacy else ("proj_bias",)))
                 yield variant, name, _specialise(dtype, 16, C, E, legacy).shipped(dtype, w=pointers)

@@ -42,18 +42,7 @@ from torch import Tensor
 
 from tnt_fast import reference
 from tnt_fast.kernels import operation
-from tnt_fast.kernels.operation import (
-    MOST_ROWS,
-    Config,
-    Launch,
-    Operation,
-    contiguous,
-    derived,
-    launch,
-    programs,
-    remembered,
-    wrong_eps,
-)
+from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
 from tnt_fast.kernels.tile import accumulators, centred, dot, dot_onto, exp2, gelu_gradient, gelu_pairs, load, reciprocal, zeros
 
 # (C_PAD, half precision): of a tile, and hidden channels at once. Chosen by static cost for sm_90 on 2026-11-22, not yet timed
@@ -106,7 +95,6 @@ class Sizes(operation.Sizes):
     BACKWARD: bool  # then weights are centred, and all stay on the chip
     HEADS_FIT: bool  # the attention's weights stay there
     MLP_FITS: bool
-
     KEEP_HEADS: bool = derived(lambda Z: Z.BACKWARD or Z.HEADS_FIT)
     RESIDENT: bool = derived(lambda Z: Z.BACKWARD or Z.MLP_FITS)
     PAIRS: bool = derived(
@@ -257,7 +245,8 @@ def _matrices(Z: tl.constexpr):
     diagonal = (ch[:, None] == ch[None, :]) & real[:, None]
     identity = tl.where(diagonal, 1.0, 0.0).to(Z.DTYPE)
     negative = tl.where(diagonal, -1.0, 0.0).to(Z.DTYPE)
-    centring = tl.where(real[:, None] & real[None, :], tl.where(diagonal, Z.C - 1.0, -1.0) / Z.C_PAD, 0.0).to(Z.DTYPE)
+    centring = tl.where(diagonal, Z.C - 1.0, -1.0) * (1.0 / Z.C_PAD)  # a division may be approximate
+    centring = tl.where(real[:, None] & real[None, :], centring, 0.0).to(Z.DTYPE)
     own = (tl.arange(0, Z.W)[None, :] // Z.D_PAD == tl.arange(0, Z.HG)[:, None])[None, :, None, :]
     if Z.HG == 1:
         ones = tl.full((Z.G, Z.T, Z.W), 1.0, Z.DTYPE)  # a constant needs no registers
@@ -642,7 +631,7 @@ class Inner(Operation):
     )  # fmt: skip
 
     def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        heads, reasons = given["num_heads"], wrong_eps(given)
+        heads, reasons = given["num_heads"], operation.wrong_eps(given)
         if not isinstance(heads, int) or heads < 1:
             reasons.append(f"num_heads={heads!r}; accepted: a positive integer that divides C")
         return {"H": heads}, reasons
@@ -660,8 +649,8 @@ class Inner(Operation):
             reasons.append(f"S={S} pixels a patch; accepted: 1 to 64")
         if not 1 <= M <= 384:
             reasons.append(f"{M} hidden channels of the inner MLP; accepted: 1 to 384")
-        if sizes.get("P", 0) * S > MOST_ROWS:
-            reasons.append(f"{sizes['P'] * S} pixels of all patches; accepted: up to {MOST_ROWS}")
+        if sizes.get("P", 0) * S > operation.MOST_ROWS:
+            reasons.append(f"{sizes['P'] * S} pixels of all patches; accepted: up to {operation.MOST_ROWS}")
         return reasons
 
     def gradients_unsupported(self, sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
@@ -737,13 +726,12 @@ class Inner(Operation):
         weights = needed != {"pixel"}
         of_mlp = self._launch(_inner_bwd_mlp_kernel, a, gradient, dx, sums=weights * (2 * hidden + 1) * Z.C_PAD)
         of_attention = self._launch(_inner_bwd_attention_kernel, a, dx, sums=weights * (4 * lanes + 1) * Z.C_PAD)
-        found = {"pixel": dx}
         if not weights:
-            return found
+            return {"pixel": dx}
 
         fc1, fc2, bias = of_mlp.split((Z.C_PAD * hidden, Z.C_PAD * hidden, Z.C_PAD))
         parts = _unfold(w.norm2_weight, w.norm2_bias, w.fc1_weight, fc1.view(Z.C_PAD, hidden)[: C + 1, :M])
-        found |= zip(("norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias"), parts, strict=True)
+        found = dict(zip(("norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias"), parts, strict=True)) | {"pixel": dx}
         found |= {"fc2_weight": fc2.view(Z.C_PAD, hidden)[:C, :M], "fc2_bias": bias[:C]}
 
         qkv, proj, bias = of_attention.split((3 * Z.C_PAD * lanes, Z.C_PAD * lanes, Z.C_PAD))

@@ -35,18 +35,7 @@ from torch import Tensor
 
 from tnt_fast import reference
 from tnt_fast.kernels import operation
-from tnt_fast.kernels.operation import (
-    DTYPES,
-    MOST_ROWS,
-    Config,
-    Launch,
-    Operation,
-    contiguous,
-    derived,
-    launch,
-    programs,
-    remembered,
-)
+from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
 from tnt_fast.kernels.tile import accumulators, dot, dot_onto, load, zeros
 
 # Chosen by static cost for sm_90 on 2026-11-22, not yet timed on a GPU. In float32 the weight's products are no matrix
@@ -62,7 +51,7 @@ CONFIGS = {
         torch.float16: Config(32, warps=4, per_sm=2, mma_arch="sm80"),
         torch.float32: Config(16, warps=4, per_sm=4, mma_arch="sm80"),
     },
-    "_pixel_embed_image_bwd_kernel": dict.fromkeys(DTYPES, Config(32, warps=2)),  # rows: pixels of the image
+    "_pixel_embed_image_bwd_kernel": dict.fromkeys(operation.DTYPES, Config(32, warps=2)),  # rows: pixels of the image
 }
 WINDOW = 7
 LONGEST_SIDE = 2**20
@@ -315,13 +304,15 @@ class PixelEmbed(Operation):
         if not reasons:
             B = sizes.get("B", 0)
             tokens = B * prod(_grid(*sides, size, step)) * sizes["rows"] * sizes["columns"]
-            if max(tokens, B * prod(sides)) > MOST_ROWS:
-                reasons.append(f"{B} images have {tokens} pixel tokens; accepted: up to {MOST_ROWS}, and of image pixels")
+            if max(tokens, B * prod(sides)) > operation.MOST_ROWS:
+                reasons.append(
+                    f"{B} images have {tokens} pixel tokens; accepted: up to {operation.MOST_ROWS}, and of image pixels"
+                )
         return reasons
 
     def launches(self) -> Iterable[tuple[str, str, Launch]]:
         for variant, (C, legacy) in {"ti": (12, False), "s": (24, False), "s_legacy": (24, True), "b": (40, False)}.items():
-            for dtype, name in DTYPES.items():
+            for dtype, name in operation.DTYPES.items():
                 image = Image(f"*{name}", *["i32"] * 6)
                 for kernel in (_pixel_embed_fwd_kernel, _pixel_embed_weight_bwd_kernel, _pixel_embed_image_bwd_kernel):
                     spec = _specialise(kernel, dtype, 3, C, (16, 16), 4, (16, 16), legacy)
