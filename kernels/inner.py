@@ -97,9 +97,8 @@ class Sizes(operation.Sizes):
     MLP_FITS: bool
     KEEP_HEADS: bool = derived(lambda Z: Z.BACKWARD or Z.HEADS_FIT)
     RESIDENT: bool = derived(lambda Z: Z.BACKWARD or Z.MLP_FITS)
-    PAIRS: bool = derived(
-        lambda Z: Z.FAST and tl.bfloat16 == Z.DTYPE and Z.MLP_FITS
-    )  # else fc2 would be gone through twice a tile
+    # GELU in pairs of float16; where the weights do not stay, fc2 would be gone through twice a tile
+    PAIRS: bool = derived(lambda Z: Z.FAST and tl.bfloat16 == Z.DTYPE and Z.MLP_FITS)
     TRIM: bool = derived(lambda Z: not Z.BACKWARD and Z.C_PAD >= 64 and 4 * (Z.C + 1) <= 3 * Z.C_PAD)
     D: int = derived(lambda Z: Z.C // Z.H)
     ROWS: int = derived(lambda Z: Z.G * Z.T)
