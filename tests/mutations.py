@@ -142,6 +142,9 @@ def cases() -> list[Case]:
     rest = inner_tensors(5, 16, 24, 97)
     rest["fc2_weight"][:, -1] *= 1e6
     add("bfloat16", "inner S, a hidden channel more", "inner", rest, heads)
+    lifted = inner_tensors(5, 16, 24, 96)
+    lifted["fc1_bias"][5] = 1e6
+    add("bfloat16", "inner S, a large bias", "inner", lifted, heads)
 
     def fold_of(B, N, S, C, E, legacy, **more):
         """Pixels grow along the patch, so that its parts have means of their own, and so do the rows of the second norm."""
@@ -955,6 +958,8 @@ class Source:
                 yield "mask dropped", keyword.value, f"({self._of(keyword.value)}) == ({self._of(keyword.value)})"
             if keyword.arg == "other":
                 yield "other changed", keyword.value, "1.0"
+        if call == "load" and len(node.args) == 3:  # tile.load
+            yield "mask dropped", node.args[2], f"({self._of(node.args[2])}) == ({self._of(node.args[2])})"
         if call == "where":
             yield "where dropped", node.args[0], f"({self._of(node.args[0])}) == ({self._of(node.args[0])})"
         if call == "trans":
@@ -1101,6 +1106,24 @@ def _tests(mutant: Mutant, tree: Path) -> str | None:
     return None
 
 
+def _is_only_squared(edit: Edit) -> bool:
+    """Whether an edit replaces what a variable is, or what a ``where`` chooses for it, that is read as x * x alone."""
+    source = Source(edit.file)
+    function = next(n for n in ast.parse(source.text).body if getattr(n, "name", None) == edit.function)
+    nodes = list(ast.walk(function))
+    for node in nodes:
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+            continue
+        value = node.value.args[1] if _called(node.value) == "where" else node.value
+        if source._span(value) == (edit.start, edit.end):
+            name = node.targets[0].id
+            reads = [n for n in nodes if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)]
+            products = [n for n in nodes if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Mult)]
+            squares = [n for n in products if ast.unparse(n.left) == ast.unparse(n.right) == name]
+            return len(reads) == 2 * len(squares) > 0
+    return False
+
+
 def judge_source(judge: Judge, mutant: Mutant) -> tuple[str, str]:
     """(verdict, why)
 
@@ -1125,6 +1148,8 @@ def judge_source(judge: Judge, mutant: Mutant) -> tuple[str, str]:
             trees = [mutated_tree(edit._replace(new=x), Path(folder) / x) for x in ("6e4", "-6e4")]
             if all(run.same_bits and not run.noticed for run in (_run(judge, x, numbers) for x in trees)):
                 return "equivalent", "what lies beyond the mask reaches no result: ±60000 there change no bit"
+    if mutant.kind == "source: operands swapped" and found.same_bits and _is_only_squared(edit):
+        return "equivalent", "the difference has the other sign, and only its square is read"
     if mutant.kind == "source: branch forced" and found.no_less_accurate:
         return "as accurate", "both ways compute the same, and with this one no result of any case is farther from float64"
     return "missed", "all cases give the same bits" if found.same_bits else "all cases keep the rule"

@@ -229,6 +229,13 @@ def test_a_broken_source_is_noticed_by_other_tests():
     assert mutations.judge_source(Judge("sm_90", {"inner wide, bfloat16"}), mutant) == ("noticed", why)
 
 
+def test_what_is_only_squared_may_have_another_sign():
+    """In fold's second norm a deviation is squared; in the first lines of the backward's a difference is read as it is."""
+    edits = [e for e in mutations.Source("fold.py").edits if e.kind == "operands swapped"]
+    squared = {(e.function, e.new.count("rest")) for e in edits if mutations._is_only_squared(e)}
+    assert squared == {("_second_norm", 1)}
+
+
 def test_what_lies_beyond_a_mask_may_reach_nothing(monkeypatch):
     """The scale of a patch that is not there, of which the gradient is 0."""
     edits = mutations.Source("inner.py").edits
