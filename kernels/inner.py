@@ -655,8 +655,7 @@ class Inner(Operation):
     def gradients_unsupported(self, sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
         """Where the sums of the weights' gradients do not fit on the chip."""
         S, C, M = (sizes[letter] for letter in "SCM")
-        reasons = []
-        most = 31 if dtype == torch.float32 else 63
+        reasons, most = [], 31 if dtype == torch.float32 else 63
         if most < C:
             reasons.append(f"C={C} channels a pixel in {dtype}; the backward takes 1 to {most}")
         if S > 16:
@@ -666,11 +665,9 @@ class Inner(Operation):
         large = C > 31 or (dtype == torch.float32 and C > 15 and M > 128)
         if large and not torch.compiler.is_compiling():  # which cannot trace the question
             shared = operation.runner.shared_memory(device)
-            wanted = 160 if C > 31 else 115  # KiB, of any heads and hidden channels; TNT-B has 112
+            most = 160 if C > 31 else 115  # KiB, of any heads and hidden channels; TNT-B has 112
             if shared is not None and shared < 112 << 10:  # sm_86, sm_89 and sm_120
-                reasons.append(
-                    f"C={C} channels in {dtype} need up to {wanted} KiB of shared memory; this GPU has {shared >> 10}"
-                )
+                reasons.append(f"C={C} channels in {dtype} need up to {most} KiB of shared memory; this GPU has {shared >> 10}")
         return reasons
 
     def launches(self) -> Iterable[tuple[str, str, Launch]]:
@@ -691,22 +688,26 @@ class Inner(Operation):
     def empty(self, a: SimpleNamespace) -> Tensor:
         return torch.empty_like(a.pixel, memory_format=torch.contiguous_format)
 
+    def _read(self, a: SimpleNamespace) -> SimpleNamespace:
+        """The arguments as the kernels read them."""
+        scales = {name: x.float().contiguous() for name, x in vars(a).items() if name.endswith("_scale") and x is not None}
+        return SimpleNamespace(**vars(a) | scales | dict(pixel=a.pixel.contiguous(), weights=contiguous(a.weights)))
+
     def _launch(self, kernel: Any, a: SimpleNamespace, *tensors: Tensor, sums: int = 0) -> Tensor | None:
-        """One kernel over all patches; ``sums``: how many each program keeps, whose totals are returned."""
+        """One kernel over all patches, of what ``_read`` gives; ``sums``: how many a program keeps, whose totals come back."""
         (P, S, C), pixel = a.pixel.shape, a.pixel
         spec = _specialise(kernel, pixel.dtype, S, C, a.num_heads, a.weights.fc1_weight.shape[0])
         grid = programs(pixel.device, -(-P // spec.patches), spec.config.per_sm)
-        scales = [None if x is None else x.float().contiguous() for x in (a.attn_scale, a.mlp_scale)]
-        scales = scales[:1] if kernel is _inner_bwd_attention_kernel else scales
+        scales = (a.attn_scale,) if kernel is _inner_bwd_attention_kernel else (a.attn_scale, a.mlp_scale)
         found = torch.empty(grid, sums, dtype=torch.float32, device=pixel.device) if sums else None
-        more = () if kernel is _inner_fwd_kernel else (found,)
-        launch(spec, grid, pixel.contiguous(), *tensors, contiguous(a.weights), *scales, *more, P, a.eps)
+        kept = () if kernel is _inner_fwd_kernel else (found,)
+        launch(spec, grid, pixel, *tensors, a.weights, *scales, *kept, P, a.eps)
         return None if found is None else found.sum(0)
 
     def forward(self, a: SimpleNamespace) -> Tensor:
         out = self.empty(a)
         if out.numel():
-            self._launch(_inner_fwd_kernel, a, out)
+            self._launch(_inner_fwd_kernel, self._read(a), out)
         return out
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
@@ -714,15 +715,15 @@ class Inner(Operation):
 
         PyTorch does it for the sizes of ``gradients_unsupported``, and where the gradient of a scale is asked for.
         """
-        (_, S, C), w, H = a.pixel.shape, contiguous(a.weights), a.num_heads
-        M, D = w.fc1_weight.shape[0], C // H
+        (_, S, C), H = a.pixel.shape, a.num_heads
+        M, D, weights = a.weights.fc1_weight.shape[0], C // H, needed != {"pixel"}
         reasons = self.gradients_unsupported(dict(S=S, C=C, M=M), a.pixel.dtype, a.pixel.device)
         if reasons or needed & {"attn_scale", "mlp_scale"} or a.pixel.numel() == 0:
             return self.recomputed(gradient, a, needed)
+        w = (a := self._read(a)).weights
         Z = _specialise(_inner_bwd_mlp_kernel, a.pixel.dtype, S, C, H, M).constants["Z"]
         dx, gradient = self.empty(a), gradient.to(a.pixel.dtype).contiguous()
         hidden, lanes = triton.cdiv(M, Z.CHUNK) * Z.CHUNK, triton.cdiv(H, Z.HG) * Z.W
-        weights = needed != {"pixel"}
         of_mlp = self._launch(_inner_bwd_mlp_kernel, a, gradient, dx, sums=weights * (2 * hidden + 1) * Z.C_PAD)
         of_attention = self._launch(_inner_bwd_attention_kernel, a, dx, sums=weights * (4 * lanes + 1) * Z.C_PAD)
         if not weights:
