@@ -75,7 +75,7 @@ $(VENV)/docs: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-# On a machine with a GPU, in about 9 minutes: its name, the kernels' tests, times (MINUTES=0: every row; SKIP="FILE ...": not those
+# On a machine with a GPU, in about 9 minutes: its name, the kernels' tests while what is timed compiles, times (MINUTES=0: every row; SKIP="FILE ...": not those
 # that these files have); fails at the end if one of them did. Without .venv it uses $(PYTHON) with what is installed there. Then,
 # anywhere: python -m benchmarks.report
 gpu sanitize: PY = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
@@ -84,10 +84,11 @@ gpu:
 	$(PY) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make gpu: torch sees no GPU on this machine")'
 	$(PY) -m tnt_fast.cli info | tee $(OUT)/machine.txt
 	failed=; \
+	$(PY) -m benchmarks.precompile --seconds 235 > $(OUT)/precompile.txt 2>&1 & \
 	timeout -k 10 -s INT 230 $(PY) -m pytest $(KERNELS) -q -n 8 \
 	    --paths gpu -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml; \
 	case $$? in 0) ;; 124|137) failed="$$failed kernel-tests-unfinished-after-230-s" ;; *) failed="$$failed kernel-tests" ;; esac; \
-	sed -i 's/ hostname="[^"]*"//' $(OUT)/gpu-tests.xml; \
+	wait; sed -i 's/ hostname="[^"]*"//' $(OUT)/gpu-tests.xml; \
 	$(PY) -m pytest benchmarks --benchmark-only -q -p no:cacheprovider --minutes $(MINUTES) \
 	    $(foreach file,$(SKIP),--skip-measured $(file)) --benchmark-json $(OUT)/benchmarks.json || failed="$$failed benchmarks"; \
 	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi

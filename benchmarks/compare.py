@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 LEAST = 0.03
-TIMED = ("models", "operations", "scaling")
-OTHERS = ("timm", "eager", "compiled", "sdpa", "xformers")
+TIMED = ("models", "operations", "library", "scaling")
+OTHERS = ("timm", "eager", "compiled", "sdpa", "xformers", "linear", "addmm", "addmm_", "flash", "cudnn", "efficient")
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def every_row(device: Device) -> list[str]:
         "tflop_s": "TFLOP/s", "gb_s": "GB/s", "percent_of_roof": "% of roof", "percent_of_issue": "% of issue bound",
         "error_over_eager": "error over eager's",
     }  # fmt: skip
-    for suite in ("models", "operations"):
+    for suite in ("models", "operations", "library"):
         if found := rows(device, suite):
             used = {name: title for name, title in columns.items() if any(name in row for row in found)}
             parts.append(table([suite, *used.values()], [[f"`{row['id']}`", *cells(row, used)] for row in found]))
@@ -266,13 +266,14 @@ def static_table(device: Device) -> str:
 
 def missing(devices: dict[str, Device]) -> str:
     """The rows that no GPU has yet, by suite and kind."""
+    from benchmarks.test_library import library_cases
     from benchmarks.test_models import gpu_cases
     from benchmarks.test_operations import attention_cases, operation_cases
     from benchmarks.test_scaling import scaling_cases
 
     have = {row["id"] for device in devices.values() if device["machine"]["kind"] != "cpu" for row in device["rows"].values()}
     kinds: dict[str, list[bool]] = {}
-    for case in [*gpu_cases(), *operation_cases(True), *attention_cases(True), *scaling_cases(True)]:
+    for case in [*gpu_cases(), *operation_cases(True), *attention_cases(True), *library_cases(), *scaling_cases(True)]:
         info = case.info
         kind = f"{info['suite']}, {info.get('sweep', info['mode'])}, {info['dtype']}"
         if info["suite"] == "models":
