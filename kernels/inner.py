@@ -630,10 +630,7 @@ class Inner(Operation):
     )  # fmt: skip
 
     def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        heads, reasons = given["num_heads"], operation.wrong_eps(given)
-        if not isinstance(heads, int) or heads < 1:
-            reasons.append(f"num_heads={heads!r}; accepted: a positive integer that divides C")
-        return {"H": heads}, reasons
+        return operation.heads_and_eps(given, "C")
 
     def unsupported(self, sizes: Mapping[str, Any]) -> list[str]:
         S, C, H, M = (sizes[letter] for letter in "SCHM")

@@ -492,10 +492,22 @@ def wrong_eps(given: Mapping[str, Any]) -> list[str]:
     return [] if isinstance(eps, (int, float)) else [f"eps={eps!r}; accepted: a number"]
 
 
+def heads_and_eps(given: Mapping[str, Any], width: str) -> tuple[dict[str, Any], list[str]]:
+    """The numbers of a transformer over so many channels (a letter), and reasons against them."""
+    heads, reasons = given["num_heads"], wrong_eps(given)
+    if not isinstance(heads, int) or heads < 1:
+        reasons.append(f"num_heads={heads!r}; accepted: a positive integer that divides {width}")
+    return {"H": heads}, reasons
+
+
 def _size(axis: str, sizes: Mapping[str, int]) -> int | str:
     """The size that "C", "7" or "2*C" stands for; the text itself where a size is not known."""
     factors = [int(factor) if factor.isdigit() else sizes.get(factor) for factor in axis.split("*")]
     return axis if None in factors else prod(factors)
+
+
+def cast(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]
 
 
 def contiguous(x: Any) -> Any:

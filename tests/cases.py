@@ -63,6 +63,11 @@ def inner_tensors(P, S, C, M, bias=False, mean=0.5, scale=1.0):
     )  # fmt: skip
 
 
+def outer_tensors(B, T, E, M, bias=False, mean=0.5, scale=1.0):
+    tensors = inner_tensors(1, 1, E, M, bias)
+    return {"patch": normal(B, T, E, scale=scale, mean=mean)} | {k: v for k, v in tensors.items() if k != "pixel"}
+
+
 def embed_case(B, channels, H, W, C, patch, stride, step, legacy):
     tensors = dict(
         image=normal(B, channels, H, W, mean=0.3), weight=normal(C, channels, 7, 7, scale=(49 * channels) ** -0.5),
@@ -107,4 +112,6 @@ def case(operation: str):
         return embed_case(2, 3, 32, 32, 12, (16, 16), 4, (16, 16), False)
     if operation == "inner":
         return inner_tensors(3, 16, 12, 48, bias=True), dict(num_heads=2)
+    if operation == "outer":
+        return outer_tensors(2, 5, 24, 48, bias=True), dict(num_heads=3)
     return fold_tensors(2, 3, 16, 12, 24, False) | {"proj_bias": normal(24)}, {}

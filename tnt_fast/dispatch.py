@@ -82,6 +82,31 @@ def _warn_once(text: str) -> bool:
     return new
 
 
+def outer_is_fused(block: Any, patch: Tensor) -> bool:
+    """Whether a block on the fused path takes the operation ``outer``; else its submodules run, with PyTorch's attention.
+
+    For gradients they keep what the operation would compute again. Anything done to a submodule is a reason, too.
+    """
+    if "outer" not in kernels.OPERATIONS or block.has_se or getattr(block.attn_out, "attn_backend", "") not in ("auto", "sdpa"):
+        return False
+    reasons: list[str] = []
+    _check_modules("", block, _OUTER, reasons)
+    if reasons:
+        return False
+    modules = (block.norm_out, block.attn_out, block.norm_mlp, block.mlp)
+    weights = [weight for module in modules for weight in module.parameters()]
+    if torch.is_grad_enabled() and (patch.requires_grad or any(weight.requires_grad for weight in weights)):
+        return False
+    cast = patch.dtype if not torch.is_autocast_enabled(patch.device.type) else None
+    return all(type(weight) in (nn.Parameter, Tensor) and weight.dtype == (cast or weight.dtype) for weight in weights)
+
+
+def is_looked_at(drop: nn.Module) -> bool:
+    """Whether a module that hands on attention's probabilities is active, hooked or replaced."""
+    plain = type(drop) is nn.Dropout and (drop.p == 0 or not drop.training)
+    return not plain or bool(_global_hook_reasons()) or _is_hooked(drop)
+
+
 def why_not_fused(model: Any, image: Tensor | None = None, gradients: bool = False) -> list[str]:
     """Every reason why ``model(image)`` would not take the fused path; an empty list if it would.
 
@@ -250,6 +275,16 @@ _BLOCK = _split(
     ("mlp_in.drop1", nn.Dropout), ("mlp_in.norm", nn.Identity), ("mlp_in.fc2", nn.Linear), ("mlp_in.drop2", nn.Dropout),
     ("norm1_proj", nn.LayerNorm), ("proj", nn.Linear), ("norm2_proj", nn.LayerNorm), ("drop_path", DropPath),
 )  # fmt: skip
+_OUTER = _split(
+    ("norm_out", nn.LayerNorm), ("attn_out", "Attention"), ("attn_out.qk", nn.Linear), ("attn_out.v", nn.Linear),
+    ("attn_out.attn_drop", nn.Dropout), ("attn_out.proj", nn.Linear), ("attn_out.proj_drop", nn.Dropout),
+    ("norm_mlp", nn.LayerNorm), ("mlp", Mlp), ("mlp.fc1", nn.Linear), ("mlp.act", nn.GELU), ("mlp.drop1", nn.Dropout),
+    ("mlp.norm", nn.Identity), ("mlp.fc2", nn.Linear), ("mlp.drop2", nn.Dropout), ("drop_path", DropPath),
+)  # fmt: skip
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _check_modules(prefix: str, owner: Any, expected: tuple, reasons: list[str]) -> None:
@@ -294,10 +329,10 @@ def _check_modules(prefix: str, owner: Any, expected: tuple, reasons: list[str])
             reasons.append(
                 f"{prefix}{path} drops with p={module.p} in training; inside the kernels there is drop-path only (set p to 0)"
             )
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if _is_hooked(module):
             reasons.append(f"{prefix}{path} has hooks that the kernels would pass over; remove them, or hook the block")
         if "forward" in module.__dict__:
             reasons.append(f"{prefix}{path}.forward was replaced on the instance; the kernels would pass it over")
-    for first, second in (("norm_in", "norm_mlp_in"), ("norm1_proj", "norm2_proj")):
+    for first, second in (("norm_in", "norm_mlp_in"), ("norm1_proj", "norm2_proj"), ("norm_out", "norm_mlp")):
         if first in eps and second in eps and eps[first] != eps[second]:
             reasons.append(f"{prefix}{first} and .{second} have eps {eps[first]} and {eps[second]}; the kernels take one")

@@ -14,7 +14,7 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from tnt_fast import dispatch, reference
+from tnt_fast import attention, dispatch, reference
 
 __all__ = ["TNT"]
 
@@ -61,10 +61,31 @@ class Attention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop, inplace=True)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop, inplace=True)
+        self.attn_backend = "eager"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+        """``fused``: on the fused path, where "auto" is PyTorch's fused attention."""
+        if not torch.jit.is_scripting():
+            backend = self._backend(fused)
+            if backend != "eager":
+                return self._attend(x, backend)
         weights = self.attn_drop(reference.attention_weights(self.qk(x), self.num_heads))
         return self.proj_drop(self.proj(reference.attend(weights, self.v(x))))
+
+    @torch.jit.unused
+    def _backend(self, fused: bool) -> str:
+        """What computes this attention: "eager", too, where somebody drops or looks at the probabilities."""
+        drop = self.attn_drop
+        if self.attn_backend == "eager" or (self.attn_backend == "auto" and not fused) or dispatch.is_looked_at(drop):
+            return "eager"
+        return "sdpa" if self.attn_backend == "auto" else self.attn_backend
+
+    @torch.jit.unused
+    def _attend(self, x: Tensor, backend: str) -> Tensor:
+        B, T, _ = x.shape
+        q, k = self.qk(x).view(B, T, 2, self.num_heads, self.head_dim).unbind(2)
+        v = self.v(x).view(B, T, self.num_heads, self.head_dim)
+        return self.proj_drop(self.proj(attention.attend(q, k, v, backend).flatten(2)))
 
 
 class SqueezeExcite(nn.Module):
@@ -168,18 +189,21 @@ class Block(nn.Module):
 
     def outer(self, patch: Tensor, fused: bool = False) -> Tensor:
         """``reference.outer`` over the patches ``(B, 1 + N, E)``, with SE where the block has it."""
-        if fused and not torch.jit.is_scripting() and self._outer_is_fused():
-            weights = transformer_arguments(self.norm_out, self.attn_out, self.norm_mlp, self.mlp)
-            return self._fused_transformer("outer", patch, weights)
-        patch = patch + self.drop_path(self.attn_out(self.norm_out(patch)))
+        if fused and not torch.jit.is_scripting():
+            if dispatch.outer_is_fused(self, patch):
+                weights = transformer_arguments(self.norm_out, self.attn_out, self.norm_mlp, self.mlp)
+                return self._fused_transformer("outer", patch, weights)
+            patch = patch + self.drop_path(self._attn_out(self.norm_out(patch)))
+        else:
+            patch = patch + self.drop_path(self.attn_out(self.norm_out(patch)))
         x = self.mlp(self.norm_mlp(patch))
         if self.has_se:
             x = x + self.se_layer(x)
         return patch + self.drop_path(x)
 
     @torch.jit.unused
-    def _outer_is_fused(self) -> bool:
-        return not self.has_se and dispatch.kernel("outer") is not None
+    def _attn_out(self, x: Tensor) -> Tensor:
+        return self.attn_out(x, True) if isinstance(self.attn_out, Attention) else self.attn_out(x)
 
     @torch.jit.unused
     def _fused_transformer(self, operation: str, x: Tensor, weights: dict[str, Any]) -> Tensor:
@@ -360,6 +384,8 @@ class TNT(nn.Module):
     Keyword Args:
         backend: "auto" (fused where it can be, else the reference with one warning), "fused" (or an error), "reference".
             Also an attribute.
+        attn_backend: of the outer attention: "auto" (PyTorch's scaled_dot_product_attention on the fused path, timm's
+            products and softmax on the reference path), "sdpa", "xformers", "eager". ``set_attn_backend`` changes it.
         inner_blocks: indices of the blocks with an inner transformer and fold, from 0 as in ``blocks.i``; None: all. The
             paper's Table 5 counts from 1: its {1, 4, 8, 12} is ``(0, 3, 7, 11)`` here.
         inner_mlp_ratio: of the inner MLP (timm: always 4).
@@ -399,6 +425,7 @@ class TNT(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
+        attn_backend: str = "auto",
         inner_blocks: Iterable[int] | None = None,
         inner_mlp_ratio: float = 4.0,
         patch_stride: int | tuple[int, int] | None = None,
@@ -409,6 +436,7 @@ class TNT(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         dispatch.check_backend(backend)
+        attention.check_backend(attn_backend)
         _check_pool(global_pool)
         for name, value in (("in_chans", in_chans), ("depth", depth), ("inner_dim", inner_dim), ("embed_dim", embed_dim)):
             _require(value >= 1, f"{name}={value} must be at least 1")
@@ -478,6 +506,7 @@ class TNT(nn.Module):
             )
             for i in range(depth)
         )
+        self.set_attn_backend(attn_backend)
         reduction = self.pixel_embed.feat_ratio()
         self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=reduction) for i in range(depth)]
 
@@ -520,6 +549,13 @@ class TNT(nn.Module):
     def fused_arguments(self) -> dict[str, dict[str, Any]]:
         """What each fused operation of the stem is given besides activations, by its name."""
         return {"pixel_embed": self.pixel_embed.fused_arguments(self.pixel_pos), "fold": _fold_arguments(self)}
+
+    @torch.jit.ignore
+    def set_attn_backend(self, backend: str) -> None:
+        """What computes the outer attention of all blocks; see the constructor's ``attn_backend``."""
+        attention.check_backend(backend)
+        for block in self.blocks:
+            block.attn_out.attn_backend = backend
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

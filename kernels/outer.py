@@ -1,0 +1,105 @@
+"""outer: the outer transformer, an ordinary ViT block over the class token and the patches.
+
+    x = patch + attn_scale · proj(softmax(q kᵀ / √D) v),   q, k, v = linear(LN₁ patch), H heads of D channels
+    y = x + mlp_scale · fc2(GELU(fc1(LN₂ x)))
+
+Shapes: patch and result (B, T, E), T = 1 + N tokens. The products and the attention are large and the libraries': what is left
+between them is two LayerNorms. Seven launches: each LayerNorm also writes what the branch behind it is added to, with the
+biases of that branch, so that the product that ends it adds in place; q, k and v are one product; GELU belongs to fc1's.
+
+GELU in bfloat16 is cuBLAS's, of the tanh form: at most 4.7e-4 off the erf form, where rounding values near 1 to bfloat16
+makes 3.9e-3; in float16 and float32 it is PyTorch's own.
+
+The gradients are PyTorch's, through the reference, which starts again from the inputs. A model that trains keeps more instead,
+and takes the submodules (``tnt.Block.outer``).
+"""
+
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tnt_fast import attention, reference
+from tnt_fast.kernels import norm, operation
+from tnt_fast.kernels.operation import Launch, Operation
+
+VARIANTS = {"ti": 192, "s": 384, "b": 640}  # E
+
+
+class Outer(Operation):
+    """The outer transformer; its limits are those of a LayerNorm's row."""
+
+    twin = staticmethod(reference.outer)
+    activations = ("patch",)
+    together = ("qk_bias", "v_bias")
+    shapes = dict(
+        patch="B T E", norm1_weight="E", norm1_bias="E", qk_weight="2*E E", qk_bias="2*E", v_weight="E E", v_bias="E",
+        proj_weight="E E", proj_bias="E", norm2_weight="E", norm2_bias="E", fc1_weight="M E", fc1_bias="M", fc2_weight="E M",
+        fc2_bias="E", attn_scale="B", mlp_scale="B",
+    )  # fmt: skip
+
+    def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        return operation.heads_and_eps(given, "E")
+
+    def unsupported(self, sizes: Mapping[str, Any]) -> list[str]:
+        E, H = sizes["E"], sizes["H"]
+        reasons = [f"{H} heads do not divide E={E}"] if E % H else []
+        if not 1 <= E <= norm.WIDEST:
+            reasons.append(f"E={E} channels a patch; accepted: 1 to {norm.WIDEST}")
+        if sizes.get("B", 0) * sizes.get("T", 0) > operation.MOST_ROWS:
+            reasons.append(f"{sizes['B'] * sizes['T']} tokens; accepted: up to {operation.MOST_ROWS}")
+        return reasons
+
+    def launches(self) -> Iterable[tuple[str, str, Launch]]:
+        """A LayerNorm, of which a block has two."""
+        for variant, E in VARIANTS.items():
+            for dtype, name in operation.DTYPES.items():
+                yield variant, name, norm.specialise(norm._norm_kernel, dtype, E).shipped(dtype)
+
+    def multiply_adds(self, a: SimpleNamespace) -> int:
+        B, T, E = a.patch
+        return B * T * (4 * E * E + 2 * E * a.weights.fc1_weight[0] + 2 * T * E)
+
+    def empty(self, a: SimpleNamespace) -> Tensor:
+        return torch.empty_like(a.patch, memory_format=torch.contiguous_format)
+
+    def forward(self, a: SimpleNamespace) -> Tensor:
+        (B, T, E), H, w = a.patch.shape, a.num_heads, reference.TransformerWeights(*operation.cast(a.weights, a.patch.dtype))
+        out = self.empty(a)
+        if out.numel() == 0:
+            return out
+        rows, rest = a.patch.contiguous().view(B * T, E), out.view(B * T, E)
+
+        def begin(x: Tensor, weight: Tensor, bias: Tensor | None, later: Tensor | None, scale: Tensor | None) -> Tensor:
+            """LN(x); the rest is x and, where the branch is not scaled, its last bias."""
+            return norm.forward(x, weight, bias, a.eps, rest, later if scale is None else None)
+
+        def end(h: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
+            if scale is None:
+                rest.addmm_(h, weight.t())
+            else:
+                out.addcmul_(F.linear(h, weight, bias).view(B, T, E), scale.to(out.dtype).view(B, 1, 1))
+
+        h = begin(rows, w.norm1_weight, w.norm1_bias, w.proj_bias, a.attn_scale)
+        bias = None if w.qk_bias is None else torch.cat((w.qk_bias, w.v_bias))
+        qkv = F.linear(h, torch.cat((w.qk_weight, w.v_weight)), bias).view(B, T, 3, H, E // H)
+        h = attention.sdpa(*qkv.unbind(2)).reshape(B * T, E)
+        end(h, w.proj_weight, w.proj_bias, a.attn_scale)
+
+        h = begin(rest, w.norm2_weight, w.norm2_bias, w.fc2_bias, a.mlp_scale)
+        if h.dtype == torch.bfloat16 and w.fc1_bias is not None:
+            h = torch._addmm_activation(w.fc1_bias, h, w.fc1_weight.t(), use_gelu=True)
+        else:
+            h = F.gelu(F.linear(h, w.fc1_weight, w.fc1_bias))
+        end(h, w.fc2_weight, w.fc2_bias, a.mlp_scale)
+        return out
+
+    def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
+        return self.recomputed(gradient, a, needed)
+
+
+outer = Outer()
+"""``reference.outer``, fused; called like that."""
