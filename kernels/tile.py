@@ -156,12 +156,16 @@ def gelu_gradient(x, da, FAST: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.cons
 def centred(x, real, SIZE: tl.constexpr, EXACT: tl.constexpr):
     """x − mean of each row of SIZE values, 0 in the columns that are not ``real``, with which x is zero.
 
-    EXACT, for float32 input: the rounding of a large mean is seen there, so what it left is taken off, too.
+    EXACT, for float32 input: the rounding of a large mean is seen there, so what it left is taken off, too. Of equal values
+    0 is left, to the bit: the first mean is theirs but for a few units in the last place, SIZE of which add up without
+    rounding, and a quotient that is a float32 is found by a rounded division, not by a product with 1/SIZE.
     """
-    x = tl.where(real[None, :], x - (tl.sum(x, 1) * (1.0 / SIZE))[:, None], 0.0)
     if EXACT:
-        x = tl.where(real[None, :], x - (tl.sum(x, 1) * (1.0 / SIZE))[:, None], 0.0)
-    return x
+        size = tl.full((x.shape[0],), SIZE, tl.float32)
+        x = tl.where(real[None, :], x - tl.div_rn(tl.sum(x, 1), size)[:, None], 0.0)
+        return tl.where(real[None, :], x - tl.div_rn(tl.sum(x, 1), size)[:, None], 0.0)
+    else:
+        return tl.where(real[None, :], x - (tl.sum(x, 1) * (1.0 / SIZE))[:, None], 0.0)
 
 
 @triton.jit
