@@ -12,7 +12,6 @@ from tnt_fast import kernels, reference
 from tnt_fast.kernels.inner import Sizes, _specialise
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 everywhere, wide = pytest.mark.everywhere, pytest.mark.wide
 
 
@@ -109,6 +108,7 @@ def test_inner_without_an_eps(P, S, path, dtype):
     check(path, "inner", inner_tensors(P, S, 24, 96), dict(num_heads=4, eps=0.0), dtype)
 
 
+@paths("float16", "bfloat16")
 @pytest.mark.parametrize("scales", [False, True], ids=["", "drop-path"])
 @pytest.mark.parametrize(
     ("name", "factor", "gradients"),
@@ -118,10 +118,11 @@ def test_inner_without_an_eps(P, S, path, dtype):
     ],
     ids=str,
 )  # fmt: skip
-def test_gelu_in_pairs_takes_weights_of_any_size(name, factor, gradients, scales, monkeypatch):
-    """What bfloat16 does on a GPU, here with float16 for it: its results have to stay in range, the weights need not."""
+def test_gelu_in_pairs_takes_weights_of_any_size(name, factor, gradients, scales, path, dtype, monkeypatch):
+    """Against the same without pairs, under autocast. The interpreter has float16 for bfloat16: then the results have to stay
+    in range, the weights need not. Compiled, pairs are bfloat16's alone, whose gradients the pairs' instructions give."""
     inner, derive, set_ = kernels.OPERATIONS["inner"], Sizes.__post_init__, object.__setattr__
-    tensors = {k: v if v is None else v.half().float() for k, v in inner_tensors(5, 16, 24, 96).items()}
+    tensors = {k: v if v is None else v.to(dtype).float() for k, v in inner_tensors(5, 16, 24, 96).items()}
     tensors[name] = tensors[name] * factor
     small = 1e-5 if name == "fc2_weight" and factor > 1 else 1.0  # hidden values of 1e-5, or the result overflows
     tensors |= {k: tensors[k] * small for k in ("norm2_weight", "norm2_bias", "fc1_bias")}
@@ -132,13 +133,13 @@ def test_gelu_in_pairs_takes_weights_of_any_size(name, factor, gradients, scales
         others |= dict.fromkeys(("attn_scale", "mlp_scale"), torch.tensor([0, 2, 1, 0, 1.25]))
     results = []
     for function, device, kind in (
-        (inner, DEVICE, torch.float32), (inner, DEVICE, torch.float32), (reference.inner, "cpu", torch.float64),
+        (inner, path.device, torch.float32), (inner, path.device, torch.float32), (reference.inner, "cpu", torch.float64),
     ):  # fmt: skip
         _specialise.forget()
         monkeypatch.setattr(Sizes, "__post_init__", lambda Z, pairs=not results: (derive(Z), set_(Z, "PAIRS", pairs)))
         given = {k: v if v is None else v.to(device, kind).requires_grad_() for k, v in tensors.items()}
         fixed = {k: v.to(device, kind) if isinstance(v, torch.Tensor) else v for k, v in others.items()}
-        with torch.autocast(device, torch.float16, enabled=function is inner):  # float32 weights, float16 products
+        with torch.autocast(device, dtype, enabled=function is inner):  # float32 weights, products in half precision
             out = call(function, **given, **fixed).to(kind)
         wanted = [v for v in given.values() if v is not None] if gradients else []
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
@@ -146,7 +147,7 @@ def test_gelu_in_pairs_takes_weights_of_any_size(name, factor, gradients, scales
     for found, plain, exact in zip(*results, strict=True):
         assert found.isfinite().all()
         own = (plain.double() - exact).abs().max()  # without pairs: not finite where fc2's weights are not
-        rounding = 4 * torch.finfo(torch.float16).eps * exact.abs().max()
+        rounding = 4 * torch.finfo(dtype).eps * exact.abs().max()
         assert (found.double() - exact).abs().max() <= (2 * own + rounding if own.isfinite() else 2 * rounding)
 
 
