@@ -538,8 +538,9 @@ def _inner_bwd_attention_kernel(x_ptr, dx_ptr, w, attn_scale_ptr, sums_ptr, n_pa
             ds = tl.reshape(dot(do, tl.permute(v, (0, 2, 1)), Z), (Z.G, Z.T, Z.HG, Z.T))
             p4 = tl.reshape(p, (Z.G, Z.T, Z.HG, Z.T))
             mean, weight = tl.sum(p4 * ds, 3), tl.sum(p4, 3)
-            if Z.EXACT:
-                mean = tl.div_rn(mean, weight)
+            if Z.EXACT:  # twice: what the first mean's rounding left, of a P near 1, is as large as what is sought
+                ds -= tl.div_rn(mean, weight)[:, :, :, None]
+                mean = tl.div_rn(tl.sum(p4 * ds, 3), weight)
             else:
                 near = reciprocal(weight, Z.FAST)
                 mean *= near + near * (1.0 - weight * near)  # a Newton step: of 1, the reciprocal is 1, to the bit

@@ -135,6 +135,21 @@ class Tf32Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class ExactSoftmax(TorchDispatchMode):
+    """The gradient of a float64 softmax, P·(dP − ΣP·dP), with dP less what it is where P is largest.
+
+    That changes nothing but rounding: where that P is 1 up to 1e-16, the sum is dP there, and 1e-16 of it are all that is left
+    of the difference, be it 0 or not. So dP's own differences are what cancels, and a float64 result has all of its digits.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is not torch.ops.aten._softmax_backward_data.default or args[0].dtype != torch.float64:
+            return function(*args, **(kwargs or {}))
+        gradient, p, dim = args[:3]
+        gradient = gradient - gradient.gather(dim, p.argmax(dim, keepdim=True))
+        return p * (gradient - (p * gradient).sum(dim, keepdim=True))
+
+
 def lay(tensor: torch.Tensor, axis: int | None) -> torch.Tensor:
     """With an axis, its last place is 2^31 values and more behind its first, in memory that is taken where it is touched."""
     if axis is None:
@@ -178,13 +193,14 @@ def results(
     wanted = [k for k, v in given.items() if v is not None and (gradients is True or (gradients and k in gradients))]
     given = {k: v if v is None else v.detach().requires_grad_(k in wanted) for k, v in given.items()}
     fixed = {k: v.to(device, kind) if isinstance(v, torch.Tensor) else v for k, v in others.items()}
-    out = call(function, **given, **fixed)
-    found = {"output": out.detach()}
-    if wanted:
-        generator = torch.Generator().manual_seed(9)
-        upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype).to(device, kind)
-        of_wanted = torch.autograd.grad(out, [given[k] for k in wanted], lay(upstream, far.get("upstream")))
-        found |= {f"gradient of {k}": g for k, g in zip(wanted, of_wanted, strict=True)}
+    with ExactSoftmax() if kind == torch.float64 else nullcontext():
+        out = call(function, **given, **fixed)
+        found = {"output": out.detach()}
+        if wanted:
+            generator = torch.Generator().manual_seed(9)
+            upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype).to(device, kind)
+            of_wanted = torch.autograd.grad(out, [given[k] for k in wanted], lay(upstream, far.get("upstream")))
+            found |= {f"gradient of {k}": g for k, g in zip(wanted, of_wanted, strict=True)}
     return found
 
 

@@ -1,6 +1,7 @@
 """All operations, and whole models: what holds for every kernel, what only a GPU can show, and bad input."""
 
 import copy
+import math
 import mmap
 from contextlib import nullcontext
 
@@ -8,7 +9,7 @@ import pytest
 import timm
 import torch
 from cases import case, check, embed_case, fold_tensors, inner_tensors, normal
-from helpers import Tf32Products, call, paths, perturb
+from helpers import ExactSoftmax, Tf32Products, call, paths, perturb, results
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
@@ -29,12 +30,12 @@ def test_any_strides_of_any_tensor(operation, path, dtype):
     given = {k: None if v is None else v.to(path.device, dtype) for k, v in tensors.items()}
     function = kernels.OPERATIONS[operation]
 
-    def results(given):
+    def gradients(given):
         given = {k: v if v is None else v.detach().requires_grad_() for k, v in given.items()}
         out = call(function, **given, **others)
         return [out, *torch.autograd.grad(out.square().sum(), [v for v in given.values() if v is not None])]
 
-    expected = results(given)
+    expected = gradients(given)
     for name, tensor in given.items():
         if tensor is None:
             continue
@@ -43,12 +44,12 @@ def test_any_strides_of_any_tensor(operation, path, dtype):
         gaps.copy_(tensor)
         turned = tensor.permute(*reversed(range(tensor.ndim))).contiguous().permute(*reversed(range(tensor.ndim)))
         for strided in (gaps, turned):
-            for found, right in zip(results(given | {name: strided}), expected, strict=True):
+            for found, right in zip(gradients(given | {name: strided}), expected, strict=True):
                 assert torch.equal(found, right), name
                 assert found.is_contiguous(), name
         if tensor.ndim == 1:
             flat = tensor[:1].expand_as(tensor)
-            for found, right in zip(results(given | {name: flat}), results(given | {name: flat.contiguous()}), strict=True):
+            for found, right in zip(gradients(given | {name: flat}), gradients(given | {name: flat.contiguous()}), strict=True):
                 assert torch.equal(found, right), name
 
 
@@ -63,6 +64,28 @@ def test_rows_that_are_nearly_constant_far_from_zero(S, C, legacy, spread, path,
     gradients = spread > 0 or S == 16
     check(path, "inner", inner_tensors(6, S, C, 4 * C) | {"pixel": pixel}, dict(num_heads=1), dtype, gradients)
     check(path, "fold", fold_tensors(2, 3, S, C, 20, legacy) | {"pixel": pixel}, {}, dtype)
+
+
+@pytest.mark.everywhere
+@pytest.mark.parametrize(("S", "C"), [(16, 24), (9, 5)], ids=str)
+@paths("float32", "float32")
+def test_of_equal_values_a_norm_leaves_nothing(S, C, path, dtype):
+    """To the bit, as in PyTorch on a GPU, whose own error then is 0: the gradient of a norm's weight is 0, whatever comes back.
+
+    PyTorch on a CPU does leave something, and so the rule does not see it there.
+    """
+    for value in (1000.0, 777.7, -1e-3, 3e15):
+        pixel = torch.full((6, S, C), value, dtype=torch.float64)
+        level = dict(proj_weight=torch.zeros(20, S * C, dtype=torch.float64), proj_bias=torch.full((20,), value).double())
+        for operation, tensors, others, weight in (
+            ("inner", inner_tensors(6, S, C, 4 * C) | {"pixel": pixel}, dict(num_heads=1), "norm1_weight"),
+            ("fold", fold_tensors(2, 3, S, C, 20, False) | {"pixel": pixel}, {}, "norm1_weight"),
+            ("fold", fold_tensors(2, 3, S, C, 20, True) | {"pixel": pixel}, {}, "norm1_weight"),
+            ("fold", fold_tensors(2, 3, S, C, 20, False) | level, {}, "norm2_weight"),
+        ):
+            found = results(kernels.OPERATIONS[operation], tensors, others, dtype, dtype, path.device, gradients=[weight])
+            assert not found[f"gradient of {weight}"].any(), (operation, weight, value)
+            assert found["output"].isfinite().all()
 
 
 @pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
@@ -294,6 +317,23 @@ def test_the_references_tf32_rounds_the_factors_of_products():
         assert torch.equal(torch.nn.functional.conv1d(x[:3, None], one[None]), rounded[:3, None])
         assert torch.equal(x[None, :3] @ one, rounded[None, :3])
         assert torch.equal(x.double() @ one.double(), x.double())
+
+
+def test_the_references_float64_has_the_digits_of_a_saturated_softmaxs_gradient():
+    """Of two scores x apart: P·(1 − P) of what their gradients differ by, one up, one down."""
+    for apart in (0.0, 3.0, 30.0, 300.0):
+        scores = torch.tensor([[0.0, -apart], [-apart, 0.0]], dtype=torch.float64, requires_grad=True)
+        upstream = torch.tensor([[0.3, -0.7]], dtype=torch.float64).expand(2, 2)
+        with ExactSoftmax():
+            (found,) = torch.autograd.grad(scores.softmax(-1), scores, upstream)
+        tiny = math.exp(-apart) / (1 + math.exp(-apart)) ** 2  # of float64's normal values, where 1 − P is 0
+        torch.testing.assert_close(found, torch.tensor([[tiny, -tiny]] * 2, dtype=torch.float64), rtol=1e-14, atol=0)
+    (plain,) = torch.autograd.grad(scores.softmax(-1), scores, upstream)
+    assert plain[0, 0] == 0  # as it is without
+    half = torch.tensor([[0.5, 1.0]], requires_grad=True)
+    with ExactSoftmax():
+        (found,) = torch.autograd.grad(half.softmax(-1), half, torch.tensor([[1.0, 2.0]]))
+    assert torch.equal(found, torch.autograd.grad(half.softmax(-1), half, torch.tensor([[1.0, 2.0]]))[0])
 
 
 @pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
