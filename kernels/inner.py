@@ -22,7 +22,8 @@ keeps the instructions few:
 Backward: two launches that start again from the pixels. The first computes the attention once more and does the MLP's half, the
 second updates its result by the attention's half. Every program keeps the sums of its weights' gradients in float32 registers
 and writes them once; they are added in one reduction, so the same input gives the same bits. The sums belong to the weights
-with LayerNorm folded in; ``_unfold`` takes LayerNorm's scale and shift out of them again.
+with LayerNorm folded in; a third, small launch takes LayerNorm's scale and shift out of them again, for all weights at once:
+by PyTorch that were 33 launches, which took the host longer than the two of the backward.
 
 The products are synchronous mma instructions everywhere: two warps get them by themselves, four by compiling Hopper's code as
 Ampere's (Config.mma_arch). The asynchronous ones with a left operand in registers, which the compiler would choose, are
@@ -31,7 +32,6 @@ known to come out wrong (triton issues 9433, 11781), and are no fewer instructio
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import log
 from types import SimpleNamespace
 from typing import Any
 
@@ -581,6 +581,72 @@ def _inner_bwd_attention_kernel(x_ptr, dx_ptr, w, attn_scale_ptr, sums_ptr, n_pa
         tl.store(sums + 4 * Z.C_PAD * LANES + ch, gb)
 
 
+@triton.jit
+def _store(ptr, at, x, mask):
+    if ptr is not None:
+        tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _unfold(sums_ptr, lane, used, LANES: tl.constexpr, factor, out, weights, gamma, beta, Z: tl.constexpr):
+    """Of out = linear(LN x): stores gradients of rows of weight and bias, gives their part of those of LN's scale and shift.
+
+    The sums, in columns ``lane``: the normalised x before scale and shift, and a one behind it, times the gradient of out.
+    ``weights``: where the weight lies, and where the gradients of weight and bias go.
+    """
+    ch = tl.arange(0, Z.C_PAD)
+    mask = (ch < Z.C)[:, None] & used[None, :]
+    product = load(sums_ptr, ch[:, None] * LANES + lane[None, :], mask) * factor
+    bias = load(sums_ptr, Z.C * LANES + lane, used) * factor
+    at = out[None, :] * Z.C + ch[:, None]
+    weight = load(weights[0], at, mask)
+    _store(weights[1], at, product * gamma[:, None] + bias[None, :] * beta[:, None], mask)
+    _store(weights[2], out, bias, used)
+    return tl.sum(product * weight, 1), tl.sum(bias[None, :] * weight, 1)
+
+
+@triton.jit
+def _inner_weights_kernel(mlp_ptr, attention_ptr, w, d, Z: tl.constexpr):
+    """Gradients ``d`` of the weights from the totals of the backward's sums, by one program."""
+    HIDDEN: tl.constexpr = (Z.M + Z.CHUNK - 1) // Z.CHUNK * Z.CHUNK
+    LANES: tl.constexpr = (Z.H + Z.HG - 1) // Z.HG * Z.W
+    SUM: tl.constexpr = Z.C_PAD * LANES
+    ch = tl.arange(0, Z.C_PAD)
+    real = ch < Z.C
+    gamma, beta = load(w.norm2_weight, ch, real), load(w.norm2_bias, ch, real)
+    d_gamma, d_beta = tl.full((Z.C_PAD,), 0.0, tl.float32), tl.full((Z.C_PAD,), 0.0, tl.float32)
+    for start in range(0, HIDDEN, Z.CHUNK):
+        hid = start + tl.arange(0, Z.CHUNK)
+        used = hid < Z.M
+        fc1 = (w.fc1_weight, d.fc1_weight, d.fc1_bias)
+        more = _unfold(mlp_ptr, hid, used, HIDDEN, 1.0, hid, fc1, gamma, beta, Z)
+        d_gamma, d_beta = d_gamma + more[0], d_beta + more[1]
+        mask = real[:, None] & used[None, :]
+        fc2 = load(mlp_ptr + Z.C_PAD * HIDDEN, ch[:, None] * HIDDEN + hid[None, :], mask)
+        _store(d.fc2_weight, ch[:, None] * Z.M + hid[None, :], fc2, mask)
+    _store(d.fc2_bias, ch, load(mlp_ptr + 2 * Z.C_PAD * HIDDEN, ch, real), real)
+    _store(d.norm2_weight, ch, d_gamma, real)
+    _store(d.norm2_bias, ch, d_beta, real)
+
+    gamma, beta = load(w.norm1_weight, ch, real), load(w.norm1_bias, ch, real)
+    d_gamma, d_beta = tl.full((Z.C_PAD,), 0.0, tl.float32), tl.full((Z.C_PAD,), 0.0, tl.float32)
+    for start in range(0, LANES, Z.W):
+        lane = start + tl.arange(0, Z.W)
+        out = lane // Z.D_PAD * Z.D + lane % Z.D_PAD  # as _head_weights has it
+        used = (lane % Z.D_PAD < Z.D) & (lane // Z.D_PAD < Z.H)
+        for i in tl.static_range(3):  # q, whose weight had log2 e/√D, k and v, log2 e times as large themselves
+            factor = 1.0 / Z.D**0.5 if i == 0 else 0.6931471805599453
+            of = (w.v_weight, d.v_weight, d.v_bias) if i == 2 else (w.qk_weight, d.qk_weight, d.qk_bias)
+            more = _unfold(attention_ptr + i * SUM, lane, used, LANES, factor, i % 2 * Z.C + out, of, gamma, beta, Z)
+            d_gamma, d_beta = d_gamma + more[0], d_beta + more[1]
+        mask = real[:, None] & used[None, :]
+        proj = load(attention_ptr + 3 * SUM, ch[:, None] * LANES + lane[None, :], mask)
+        _store(d.proj_weight, ch[:, None] * Z.C + out[None, :], proj, mask)
+    _store(d.proj_bias, ch, load(attention_ptr + 4 * SUM, ch, real), real)
+    _store(d.norm1_weight, ch, d_gamma, real)
+    _store(d.norm1_bias, ch, d_beta, real)
+
+
 # ---- on the host ----
 
 
@@ -605,17 +671,11 @@ def _specialise(kernel: Any, dtype: torch.dtype, S: int, C: int, H: int, M: int)
     return Launch(kernel, {"Z": sizes}, config, sizes.G)
 
 
-def _unfold(norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, sums: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of norm.weight, norm.bias, weight and bias, float32, where out = linear(LN x).
-
-    ``sums`` (C + 1, outputs): the normalised x before scale and shift, and a one behind it, times the gradient of out.
-    """
-    gamma, weight = norm_weight.float(), weight.float()
-    product, bias = sums[:-1].T, sums[-1]  # (outputs, C), (outputs,)
-    d_weight = product * gamma
-    if norm_bias is not None:
-        d_weight += bias[:, None] * norm_bias.float()
-    return (product * weight).sum(0), bias @ weight, d_weight, bias
+@remembered
+def _specialise_weights(dtype: torch.dtype, S: int, C: int, H: int, M: int) -> Launch:
+    """What ends a backward; it has no turns, and stands for a call of batch 256 with 196 patches an image."""
+    spec = _specialise(_inner_bwd_mlp_kernel, dtype, S, C, H, M)  # whose sums it reads
+    return spec._replace(kernel=_inner_weights_kernel, config=Config(0, warps=4), patches=256 * 196)
 
 
 class Inner(Operation):
@@ -678,6 +738,10 @@ class Inner(Operation):
                     if kernel is _inner_fwd_kernel or C <= 31 or dtype != torch.float32:  # as gradients_unsupported has it
                         spec = _specialise(kernel, dtype, 16, C, H, 4 * C)
                         yield variant, name, spec.shipped(dtype, w=pointers, sums_ptr="*fp32", **absent)
+                if C <= 31 or dtype != torch.float32:
+                    totals = dict.fromkeys(("mlp_ptr", "attention_ptr"), "*fp32")
+                    spec = _specialise_weights(dtype, 16, C, H, 4 * C)
+                    yield variant, name, spec.shipped(dtype, w=pointers, d=pointers, **totals)
 
     def multiply_adds(self, a: SimpleNamespace) -> int:
         P, S, C = a.pixel
@@ -714,34 +778,23 @@ class Inner(Operation):
         PyTorch does it for the sizes of ``gradients_unsupported``, and where the gradient of a scale is asked for.
         """
         (_, S, C), H = a.pixel.shape, a.num_heads
-        M, D, weights = a.weights.fc1_weight.shape[0], C // H, needed != {"pixel"}
+        M, weights = a.weights.fc1_weight.shape[0], needed != {"pixel"}
         reasons = self.gradients_unsupported(dict(S=S, C=C, M=M), a.pixel.dtype, a.pixel.device)
         if reasons or needed & {"attn_scale", "mlp_scale"} or a.pixel.numel() == 0:
             return self.recomputed(gradient, a, needed)
-        w = (a := self._read(a)).weights
-        Z = _specialise(_inner_bwd_mlp_kernel, a.pixel.dtype, S, C, H, M).constants["Z"]
+        a = self._read(a)
+        spec = _specialise_weights(a.pixel.dtype, S, C, H, M)
+        Z = spec.constants["Z"]
         dx, gradient = self.empty(a), gradient.to(a.pixel.dtype).contiguous()
         hidden, lanes = triton.cdiv(M, Z.CHUNK) * Z.CHUNK, triton.cdiv(H, Z.HG) * Z.W
         of_mlp = self._launch(_inner_bwd_mlp_kernel, a, gradient, dx, sums=weights * (2 * hidden + 1) * Z.C_PAD)
         of_attention = self._launch(_inner_bwd_attention_kernel, a, dx, sums=weights * (4 * lanes + 1) * Z.C_PAD)
-        if not weights:
-            return {"pixel": dx}
-
-        fc1, fc2, bias = of_mlp.split((Z.C_PAD * hidden, Z.C_PAD * hidden, Z.C_PAD))
-        parts = _unfold(w.norm2_weight, w.norm2_bias, w.fc1_weight, fc1.view(Z.C_PAD, hidden)[: C + 1, :M])
-        found = dict(zip(("norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias"), parts, strict=True)) | {"pixel": dx}
-        found |= {"fc2_weight": fc2.view(Z.C_PAD, hidden)[:C, :M], "fc2_bias": bias[:C]}
-
-        qkv, proj, bias = of_attention.split((3 * Z.C_PAD * lanes, Z.C_PAD * lanes, Z.C_PAD))
-        qkv = qkv.view(3, Z.C_PAD, -1, Z.D_PAD)[:, : C + 1, :H, :D]  # without padding
-        qkv = qkv.permute(1, 0, 2, 3).reshape(C + 1, 3, C)
-        qkv = torch.cat((qkv[:, 0] * D**-0.5, qkv[:, 1:].flatten(1) * log(2)), 1)
-        parts = _unfold(w.norm1_weight, w.norm1_bias, torch.cat((w.qk_weight, w.v_weight)), qkv)
-        found |= zip(("norm1_weight", "norm1_bias"), parts, strict=False)
-        for name, part in zip(("weight", "bias"), parts[2:], strict=True):
-            found |= {f"qk_{name}": part[: 2 * C], f"v_{name}": part[2 * C :]}
-        proj = proj.view(Z.C_PAD, -1, Z.D_PAD)[:C, :H, :D].reshape(C, C)
-        return found | {"proj_weight": proj, "proj_bias": bias[:C]}
+        found = {"pixel": dx}
+        if weights:
+            new = type(a.weights)(*[None if x is None else torch.empty_like(x) for x in a.weights])
+            launch(spec, 1, of_mlp, of_attention, a.weights, new)
+            found |= new._asdict()
+        return found
 
 
 inner = Inner()

@@ -422,7 +422,7 @@ def ranges(operation: str, launch: Any, kinds: dict[str, Any]) -> Iterator[dict[
     if operation not in PASSED:
         raise ValueError(f"say in tests/intervals.py in what ranges the launchers of {operation} pass their integers")
     Z, passed = launch.constants["Z"], integers(launch)
-    count = next(name for name in COUNTS if name in passed)
+    count = next((name for name in COUNTS if name in passed), None)  # none: one program
     for piece in PASSED[operation](launch):
         piece = {name: piece[name.rpartition(".")[2]] for name in passed}
         for name, kind in kinds.items():
@@ -433,7 +433,8 @@ def ranges(operation: str, launch: Any, kinds: dict[str, Any]) -> Iterator[dict[
                 most = LIMITS.get(name.rpartition(".")[2], high)
                 piece[name] = Interval(low, min(high, most, 2**31 - 1 if kind == "i32" else high))
         if all(low <= high for low, high in piece.values()):
-            programs = -(-piece[count].high // getattr(Z, "BLOCK", getattr(Z, "G", None))) * getattr(Z, "GROUPS", 1)
+            high = piece[count].high if count else 1
+            programs = -(-high // getattr(Z, "BLOCK", getattr(Z, "G", None))) * getattr(Z, "GROUPS", 1)
             yield piece | {"program_id": Interval(0, programs - 1), "num_programs": Interval(1, programs)}
 
 
