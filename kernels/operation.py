@@ -1,8 +1,9 @@
 """What a fused operation is, and what all share on the host: what they read, checks, registration with PyTorch, launching.
 
-An operation is registered as ``torch.ops.tnt_fast.NAME`` by ``torch.library.custom_op``, so that ``torch.compile``,
-``torch.export`` and FlopCounterMode see one node. Its backward is another one, ``NAME_backward``, which starts again from the
-inputs: nothing else is kept.
+An operation is registered as ``torch.ops.tnt_fast.NAME``, so that ``torch.compile``, ``torch.export`` and FlopCounterMode see
+one node. Its backward is another one, ``NAME_backward``, which starts again from the inputs: nothing else is kept. By hand:
+of a call of inner that records gradients, ``torch.library.custom_op`` takes 80 of the host's 145 µs, nearly all of them to fill
+in defaults that no argument has (python -m benchmarks.host).
 """
 
 import inspect
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 from tnt_fast.reference import by_name
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+LIBRARY = torch.library.Library("tnt_fast", "FRAGMENT")
 MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a tile more, in 32 bits
 
 
@@ -391,11 +393,15 @@ class Operation:
         """As ``torch.ops.tnt_fast.NAME``, and its gradients as ``NAME_backward``; ``kinds``: the types of the arguments."""
         names = list(kinds)
 
-        def define(name: str, function: Any, kinds: dict[str, Any], result: Any) -> Any:
+        def define(name: str, function: Any, fake: Any, kinds: dict[str, Any], result: Any) -> Any:
             parameter = inspect.Parameter
             parameters = [parameter(n, parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for n, kind in kinds.items()]
             function.__signature__ = inspect.Signature(parameters, return_annotation=result)
-            return torch.library.custom_op(f"tnt_fast::{name}", function, mutates_args=())
+            schema = torch.library.infer_schema(function, mutates_args=())
+            LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
+            LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"tnt_fast::{name}", fake, lib=LIBRARY)
+            return getattr(torch.ops.tnt_fast, name).default
 
         def forward(*flat: Any) -> Tensor:
             self.check(dict(zip(names, flat, strict=True)))
@@ -408,19 +414,31 @@ class Operation:
                 found = self.backward(gradient, self._packed(flat), {names[i] for i in needed})
             return _new([found[names[i]] for i in needed], [flat[i] for i in needed])
 
-        operation = define(self.name, forward, kinds, Tensor)
-        operation.register_fake(lambda *flat: self.empty(self._packed(flat)))
-        many = {"gradient": Tensor, **kinds, "needed": list[int]}
-        backward_operation = define(f"{self.name}_backward", gradients, many, list[Tensor])
-
-        @backward_operation.register_fake
-        def _(gradient, *flat):
+        def empty_gradients(gradient: Tensor, *flat: Any) -> list[Tensor]:
             return [torch.empty(flat[i].shape, dtype=flat[i].dtype, device=flat[i].device) for i in flat[-1]]
 
-        def setup_context(ctx, inputs, output):
-            kept = [x if isinstance(x, Tensor) and name != self.unread else None for name, x in zip(names, inputs, strict=True)]
-            ctx.save_for_backward(*kept)
-            ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+        operation = define(self.name, forward, lambda *flat: self.empty(self._packed(flat)), kinds, Tensor)
+        many = {"gradient": Tensor, **kinds, "needed": list[int]}
+        backward_operation = define(f"{self.name}_backward", gradients, empty_gradients, many, list[Tensor])
+
+        def twice(ctx, *gradients):
+            raise RuntimeError(
+                f"the gradients of {self.name} were to be differentiated, which the kernels do not do; take a model with "
+                "backend='reference'"
+            )
+
+        torch.library.register_autograd(f"tnt_fast::{self.name}_backward", twice, lib=LIBRARY)
+
+        def below(keys, *flat):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operation.redispatch(keys & torch._C._after_autograd_keyset, *flat)
+
+        def recorded(ctx, keys, *flat):
+            ctx.save_for_backward(*(
+                x if isinstance(x, Tensor) and name != self.unread else None for name, x in zip(names, flat, strict=True)
+            ))  # fmt: skip
+            ctx.others = [None if isinstance(x, Tensor) else x for x in flat]
+            return below(keys, *flat)
 
         def backward(ctx, gradient):
             batched = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)
@@ -429,14 +447,22 @@ class Operation:
                     f"the backward of {self.name} takes one gradient, not a batch (is_grads_batched, vectorize=True, "
                     "torch.func.vmap); compute them one by one, or take a model with backend='reference'"
                 )
-            needed = [i for i, wanted in enumerate(ctx.needs_input_grad) if wanted]
+            needed = [i for i, wanted in enumerate(ctx.needs_input_grad[1:]) if wanted]
             flat = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
             if self.unread is not None:
                 flat[names.index(self.unread)] = gradient
             found = dict(zip(needed, backward_operation(gradient, *flat, needed), strict=True))
-            return tuple([found.get(i) for i in range(len(flat))])
+            return None, *[found.get(i) for i in range(len(flat))]
 
-        operation.register_autograd(backward, setup_context=setup_context)
+        functions = {"forward": staticmethod(recorded), "backward": staticmethod(backward)}
+        function = type(self.name, (torch.autograd.Function,), functions)
+
+        def differentiable(keys, *flat):
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
+                return function.apply(keys, *flat)
+            return below(keys, *flat)
+
+        LIBRARY.impl(self.name, differentiable, "Autograd", with_keyset=True)
 
         @register_flop_formula(getattr(torch.ops.tnt_fast, self.name))
         def _(*flat, out_shape=None, **kwargs):
