@@ -1,15 +1,17 @@
-"""What a call costs the host: an operation's forward, and its forward and backward, with as little as possible to compute.
+"""What a call of an operation costs the host: a forward, and a forward with its backward.
 
     python -m benchmarks.host [--profile inner]
 
 One image, so that a GPU is done before the host is. Without a GPU Triton's launches run up to the compiled kernel, which does
-nothing. Beside the time stand the launches: of Triton, and PyTorch's operations that launch something on a GPU.
+nothing. Beside the time stand the launches: of Triton, and PyTorch's operations that launch something; with a GPU also the time
+of all its kernels at batch 256: what is less than the host's is bound by the host.
 """
 
 import argparse
 import cProfile
 import pstats
 import time
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -23,19 +25,24 @@ from tnt_fast import kernels
 from tnt_fast.kernels import operation
 
 NO_LAUNCH = {
-    "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "permute", "reshape", "select", "slice",
-    "split", "split_with_sizes", "squeeze", "t", "to", "transpose", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
+    "alias", "as_strided", "contiguous", "detach", "empty", "empty_like", "empty_strided", "expand", "numpy_T", "permute",
+    "promote_types", "reshape", "resolve_conj", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "to",
+    "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
 }  # fmt: skip
 
 
 def aten_launches(run) -> list[str]:
-    """PyTorch's operations of a call that launch something, by name: those that call no other, but for views."""
+    """PyTorch's operations of a call that launch something, by name: the outermost ones."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
-    found = [event for event in profile.events() if event.name.startswith("aten::")]
-    calling = {id(event.cpu_parent) for event in found if event.cpu_parent is not None}
-    names = [event.name.removeprefix("aten::") for event in found if id(event) not in calling]
-    return [name for name in names if name not in NO_LAUNCH]
+    names = {id(event): event.name.removeprefix("aten::") for event in profile.events() if event.name.startswith("aten::")}
+    found = {id(event): event for event in profile.events() if names.get(id(event), "view") not in NO_LAUNCH}
+
+    def inner(event) -> bool:
+        parent = event.cpu_parent
+        return parent is not None and (id(parent) in found or inner(parent))
+
+    return [names[key] for key, event in found.items() if not inner(event)]
 
 
 class StandIn(operation.Gpu):
@@ -68,6 +75,16 @@ def stand_in() -> None:
     triton.JITFunction._do_compile = compiled
 
 
+def gpu_us(run) -> float:
+    """Of a GPU's kernels in a call, whatever the host does meanwhile."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(10):
+            run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 10
+
+
 def timed(run) -> float:
     """Microseconds of a call: the least of several means, since other work of the machine only ever adds."""
     rounds = []
@@ -89,31 +106,31 @@ def main() -> None:
     device = "cuda" if GPU else "cpu"
     if not GPU:
         stand_in()
-    launched = []
-    launch = operation.Gpu.launch
-    for name, function in kernels.OPERATIONS.items():
-        given, others = arguments.arguments("s", name, 1, torch.bfloat16, device)
-        upstream = torch.ones((), device=device).expand(arguments.call(function, given, others).shape).contiguous()
-        upstream = upstream.to(torch.bfloat16)
-        for mode in ("forward", "backward"):
+    launched, launch = [], operation.Gpu.launch
+    for name, mode in product(kernels.OPERATIONS, ("forward", "backward")):
 
-            def run(mode=mode, function=function, given=given, others=others, upstream=upstream, name=name):
-                call(name, function, given, others, mode, upstream)
+        def prepared(batch, name=name, mode=mode):
+            given, others = arguments.arguments("s", name, batch, torch.bfloat16, device)
+            function = kernels.OPERATIONS[name]
+            upstream = torch.ones_like(arguments.call(function, given, others))
+            return lambda: call(name, function, given, others, mode, upstream)
 
-            run()
-            if options.profile:
-                if options.profile == name and mode == "backward":
-                    with cProfile.Profile() as profile:
-                        for _ in range(200):
-                            run()
-                    pstats.Stats(profile).sort_stats("tottime").print_stats(45)
-                continue
-            launched.clear()
-            operation.Gpu.launch = lambda *args: (launched.append(args[1]), launch(*args))
-            small = aten_launches(run)
-            operation.Gpu.launch = launch
-            text = f"{len(launched)} of Triton, {len(small)} of PyTorch"
-            print(f"{name:12s} {mode:9s} {timed(run):7.0f} us   launches: {text} ({' '.join(small)})")
+        run = prepared(1)
+        run()
+        if options.profile:
+            if options.profile == name and mode == "backward":
+                with cProfile.Profile() as profile:
+                    for _ in range(200):
+                        run()
+                pstats.Stats(profile).sort_stats("tottime").print_stats(45)
+            continue
+        launched.clear()
+        operation.Gpu.launch = lambda *given: (launched.append(1), launch(*given))
+        small = aten_launches(run)
+        operation.Gpu.launch = launch
+        gpu = f", {gpu_us(prepared(256)):.0f} us of the GPU" if GPU else ""
+        text = f"{len(launched)} launches of Triton, {len(small)} of PyTorch: {' '.join(small)}"
+        print(f"{name:12s} {mode:9s} {timed(run):7.0f} us{gpu}; {text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,12 @@ MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a 
 # ---- launching ----
 
 
+@cache
+def _properties(device: torch.device) -> Any:
+    """Of a GPU with its index, as a tensor's device has it; PyTorch looks at the driver each time."""
+    return torch.cuda.get_device_properties(device)
+
+
 class Gpu:
     """What runs the kernels: Triton's launcher, on a GPU. All that depends on the machine is asked of ``runner``."""
 
@@ -43,13 +49,13 @@ class Gpu:
 
     def programs(self, device: torch.device, per_sm: int) -> int:
         """How many programs run at once, at ``per_sm`` a multiprocessor."""
-        return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+        return per_sm * _properties(device).multi_processor_count
 
     def shared_memory(self, device: torch.device) -> int | None:
         """Bytes that a program can have on the chip; None where that is not limited."""
         if device.type != "cuda":
             return None
-        return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 17)
+        return getattr(_properties(device), "shared_memory_per_block_optin", 1 << 17)
 
     def launch(self, kernel: Any, grid: int, arguments: Sequence[Any], constants: dict, options: dict) -> None:
         """Launch on the current stream of the device of the first argument, a tensor."""
@@ -528,6 +534,8 @@ def heads_and_eps(given: Mapping[str, Any], width: str) -> tuple[dict[str, Any],
 
 def _size(axis: str, sizes: Mapping[str, int]) -> int | str:
     """The size that "C", "7" or "2*C" stands for; the text itself where a size is not known."""
+    if axis in sizes:  # most are a letter, and a call asks for dozens
+        return sizes[axis]
     factors = [int(factor) if factor.isdigit() else sizes.get(factor) for factor in axis.split("*")]
     return axis if None in factors else prod(factors)
 
