@@ -40,7 +40,7 @@ class Fold(Operation):
 
     twin = staticmethod(reference.fold)
     activations = ("pixel", "patch")
-    unread = "patch"
+    passes = "patch"
     shapes = dict(
         pixel="P S C", patch="B T E", norm1_weight="W", norm1_bias="W", proj_weight="E S*C", proj_bias="E", norm2_weight="E",
         norm2_bias="E",

@@ -50,7 +50,7 @@ from tnt_fast.kernels.tile import accumulators, centred, dot, dot_onto, exp2, ge
 CONFIGS = {
     "_inner_fwd_kernel": {
         (16, True): Config(64, warps=2, per_sm=7, chunk=16),
-        (32, True): Config(32, warps=2, per_sm=7, chunk=32, stages=2),
+        (32, True): Config(32, warps=2, per_sm=8, chunk=32),
         (64, True): Config(64, warps=4, per_sm=2, chunk=32, mma_arch="sm80"),
         (128, True): Config(16, warps=4, per_sm=2, chunk=32, mma_arch="sm80"),
         (16, False): Config(16, warps=2, per_sm=4, chunk=16),

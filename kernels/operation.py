@@ -215,7 +215,7 @@ class Operation:
     shapes: Mapping[str, str]  # of its tensors, by name
     activations: tuple[str, ...]  # the first names dtype and device of the computation
     together: tuple[str, ...] = ()  # tensors that are given or left out together
-    unread: str | None = None  # a tensor of the gradient's shape that ``backward`` does not read, and is not kept for it
+    passes: str | None = None  # a tensor that the result is added to: its gradient is the result's, nobody keeps or reads it
 
     def forward(self, a: SimpleNamespace) -> Tensor:
         """Allocate and launch; ``a``: the arguments by name, checked."""
@@ -267,6 +267,7 @@ class Operation:
             for name, kind in kinds.items()
             if name in self.shapes
         )
+        self._accepted: set[tuple[Any, ...]] = set()
         self._register({name: list[int] if kind == tuple[int, int] else kind for name, kind in kinds.items()})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -284,6 +285,23 @@ class Operation:
         if reasons := self.numbers(given)[1]:  # before the operation's schema, which says less
             raise ValueError(f"{self.name}: {'; '.join(reasons)}")
         return self._operation(*self.prepare(given).values())
+
+    def trusted(self, *activations: Tensor, **others: Any) -> Tensor:
+        """As a call with weights and numbers that ``dispatch.choose`` has accepted: only the activations are looked at."""
+        given = by_name(self.defaults | dict(zip(self.activations, activations, strict=True)) | others)
+        first = activations[0]
+        if torch.compiler.is_compiling():
+            self.check(given := self.prepare(given))  # what is traced is guarded by Dynamo
+        else:
+            if torch.is_autocast_enabled(first.device.type):
+                dtype = torch.get_autocast_dtype(first.device.type)
+                given |= {name: x.to(dtype) for name, x in zip(self.activations, activations, strict=True)}
+            like = next(given[argument.name] for argument in self.arguments if not argument.activation)
+            seen = [(x.shape, x.dtype, x.device, type(x)) for x in (*(given[name] for name in self.activations), like)]
+            if (seen := tuple(seen)) not in self._accepted:
+                self.check(given := self.prepare(given))
+                self._accepted.add(seen)
+        return self._operation(*given.values(), True)
 
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments as the operation takes them.
@@ -401,7 +419,12 @@ class Operation:
 
         def define(name: str, function: Any, fake: Any, kinds: dict[str, Any], result: Any) -> Any:
             parameter = inspect.Parameter
-            parameters = [parameter(n, parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for n, kind in kinds.items()]
+            parameters = [
+                parameter(
+                    n, parameter.POSITIONAL_OR_KEYWORD, annotation=kind, default=False if n == "checked" else parameter.empty
+                )
+                for n, kind in kinds.items()
+            ]
             function.__signature__ = inspect.Signature(parameters, return_annotation=result)
             schema = torch.library.infer_schema(function, mutates_args=())
             LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
@@ -410,7 +433,8 @@ class Operation:
             return getattr(torch.ops.tnt_fast, name).default
 
         def forward(*flat: Any) -> Tensor:
-            self.check(dict(zip(names, flat, strict=True)))
+            if len(flat) == len(names) or not flat[-1]:  # PyTorch passes no argument that is its default
+                self.check(dict(zip(names, flat, strict=False)))
             return self.forward(self._packed(flat))
 
         def gradients(gradient: Tensor, *flat: Any) -> list[Tensor]:
@@ -423,7 +447,8 @@ class Operation:
         def empty_gradients(gradient: Tensor, *flat: Any) -> list[Tensor]:
             return [torch.empty(flat[i].shape, dtype=flat[i].dtype, device=flat[i].device) for i in flat[-1]]
 
-        operation = define(self.name, forward, lambda *flat: self.empty(self._packed(flat)), kinds, Tensor)
+        # ``checked``: whether the caller has done so
+        operation = define(self.name, forward, lambda *flat: self.empty(self._packed(flat)), kinds | {"checked": bool}, Tensor)
         many = {"gradient": Tensor, **kinds, "needed": list[int]}
         backward_operation = define(f"{self.name}_backward", gradients, empty_gradients, many, list[Tensor])
 
@@ -441,9 +466,9 @@ class Operation:
 
         def recorded(ctx, keys, *flat):
             ctx.save_for_backward(*(
-                x if isinstance(x, Tensor) and name != self.unread else None for name, x in zip(names, flat, strict=True)
+                x if isinstance(x, Tensor) and name != self.passes else None for name, x in zip(names, flat, strict=False)
             ))  # fmt: skip
-            ctx.others = [None if isinstance(x, Tensor) else x for x in flat]
+            ctx.others = [None if isinstance(x, Tensor) else x for x in flat[: len(names)]]
             return below(keys, *flat)
 
         def backward(ctx, gradient):
@@ -455,10 +480,15 @@ class Operation:
                 )
             needed = [i for i, wanted in enumerate(ctx.needs_input_grad[1:]) if wanted]
             flat = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-            if self.unread is not None:
-                flat[names.index(self.unread)] = gradient
-            found = dict(zip(needed, backward_operation(gradient, *flat, needed), strict=True))
-            return None, *[found.get(i) for i in range(len(flat))]
+            found: dict[int, Tensor] = {}
+            if self.passes is not None:
+                flat[at := names.index(self.passes)] = gradient
+                if at in needed:
+                    found[at] = gradient  # autograd casts it
+                    needed.remove(at)
+            if needed:
+                found |= zip(needed, backward_operation(gradient, *flat, needed), strict=True)
+            return None, *[found.get(i) for i in range(len(ctx.needs_input_grad) - 1)]
 
         functions = {"forward": staticmethod(recorded), "backward": staticmethod(backward)}
         function = type(self.name, (torch.autograd.Function,), functions)
@@ -507,11 +537,11 @@ class Operation:
 
 
 def _new(found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
-    """Gradients as autograd wants them: contiguous, in their arguments' dtypes, each in a memory of its own."""
+    """Gradients as autograd wants them: contiguous, in their arguments' dtypes, no memory of two of them."""
     result, seen = [], set()
     for x, like in zip(found, likes, strict=True):
-        if x.dtype == like.dtype and x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes and id(x) not in seen:
-            seen.add(id(x))
+        if x.dtype == like.dtype and x.is_contiguous() and x.data_ptr() not in seen:  # rows of one sum do not overlap
+            seen.add(x.data_ptr())
         else:
             x = torch.empty(like.shape, dtype=like.dtype, device=like.device).copy_(x)
         result.append(x)

@@ -86,7 +86,7 @@ class Outer(Operation):
         h = begin(rows, w.norm1_weight, w.norm1_bias, w.proj_bias, a.attn_scale)
         bias = None if w.qk_bias is None else torch.cat((w.qk_bias, w.v_bias))
         qkv = F.linear(h, torch.cat((w.qk_weight, w.v_weight)), bias).view(B, T, 3, H, E // H)
-        h = attention.sdpa(*qkv.unbind(2)).reshape(B * T, E)
+        h = attention.attend(*qkv.unbind(2)).reshape(B * T, E)
         end(h, w.proj_weight, w.proj_bias, a.attn_scale)
 
         h = begin(rest, w.norm2_weight, w.norm2_bias, w.fc2_bias, a.mlp_scale)

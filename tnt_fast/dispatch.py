@@ -82,23 +82,24 @@ def _warn_once(text: str) -> bool:
     return new
 
 
-def outer_is_fused(block: Any, patch: Tensor) -> bool:
-    """Whether a block on the fused path takes the operation ``outer``; else its submodules run, with PyTorch's attention.
+def outer_arguments(block: Any, patch: Tensor) -> dict[str, Any] | None:
+    """What a block on the fused path gives the operation ``outer``; None where its submodules run, with PyTorch's attention.
 
     For gradients they keep what the operation would compute again. Anything done to a submodule is a reason, too.
     """
     if "outer" not in kernels.OPERATIONS or block.has_se or getattr(block.attn_out, "attn_backend", "") not in ("auto", "sdpa"):
-        return False
+        return None
     reasons: list[str] = []
     _check_modules("", block, _OUTER, reasons)
     if reasons:
-        return False
-    modules = (block.norm_out, block.attn_out, block.norm_mlp, block.mlp)
-    weights = [weight for module in modules for weight in module.parameters()]
-    if torch.is_grad_enabled() and (patch.requires_grad or any(weight.requires_grad for weight in weights)):
-        return False
-    cast = patch.dtype if not torch.is_autocast_enabled(patch.device.type) else None
-    return all(type(weight) in (nn.Parameter, Tensor) and weight.dtype == (cast or weight.dtype) for weight in weights)
+        return None
+    given = block.outer_arguments()
+    weights = [weight for weight in given["weights"] if weight is not None]
+    if torch.is_grad_enabled() and (patch.requires_grad or any([weight.requires_grad for weight in weights])):
+        return None
+    autocast = torch.is_autocast_enabled(patch.device.type)
+    plain = [type(x) in (nn.Parameter, Tensor) and (autocast or x.dtype == patch.dtype) for x in weights]
+    return given if all(plain) else None
 
 
 def is_looked_at(drop: nn.Module) -> bool:

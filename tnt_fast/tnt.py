@@ -190,9 +190,9 @@ class Block(nn.Module):
     def outer(self, patch: Tensor, fused: bool = False) -> Tensor:
         """``reference.outer`` over the patches ``(B, 1 + N, E)``, with SE where the block has it."""
         if fused and not torch.jit.is_scripting():
-            if dispatch.outer_is_fused(self, patch):
-                weights = transformer_arguments(self.norm_out, self.attn_out, self.norm_mlp, self.mlp)
-                return self._fused_transformer("outer", patch, weights)
+            given = dispatch.outer_arguments(self, patch)
+            if given is not None:
+                return self._fused_transformer("outer", patch, given)
             patch = patch + self.drop_path(self._attn_out(self.norm_out(patch)))
         else:
             patch = patch + self.drop_path(self.attn_out(self.norm_out(patch)))
@@ -208,7 +208,12 @@ class Block(nn.Module):
     @torch.jit.unused
     def _fused_transformer(self, operation: str, x: Tensor, weights: dict[str, Any]) -> Tensor:
         scales = dict(attn_scale=_drop_path_scale(self.drop_path, x), mlp_scale=_drop_path_scale(self.drop_path, x))
-        return dispatch.kernel(operation)(x, **weights, **scales)
+        return dispatch.kernel(operation).trusted(x, **weights, **scales)
+
+    @torch.jit.ignore
+    def outer_arguments(self) -> dict[str, Any]:
+        """What the fused ``outer`` is given besides the patches and drop-path's factors."""
+        return transformer_arguments(self.norm_out, self.attn_out, self.norm_mlp, self.mlp)
 
     @torch.jit.ignore
     def fused_arguments(self) -> dict[str, dict[str, Any]]:
@@ -246,7 +251,7 @@ def _drop_path_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _fused_fold(owner: nn.Module, pixel: Tensor, patch: Tensor) -> Tensor:
-    return dispatch.kernel("fold")(pixel, patch, **_fold_arguments(owner))
+    return dispatch.kernel("fold").trusted(pixel, patch, **_fold_arguments(owner))
 
 
 class PixelEmbed(nn.Module):
@@ -331,7 +336,7 @@ class PixelEmbed(nn.Module):
 
     @torch.jit.unused
     def _fused(self, x: Tensor, pixel_pos: Tensor | None) -> Tensor:
-        return dispatch.kernel("pixel_embed")(x, **self.fused_arguments(pixel_pos))
+        return dispatch.kernel("pixel_embed").trusted(x, **self.fused_arguments(pixel_pos))
 
     @torch.jit.ignore
     def fused_arguments(self, pixel_pos: Tensor | None) -> dict[str, Any]:
@@ -554,6 +559,7 @@ class TNT(nn.Module):
     def set_attn_backend(self, backend: str) -> None:
         """What computes the outer attention of all blocks; see the constructor's ``attn_backend``."""
         attention.check_backend(backend)
+        block: Any
         for block in self.blocks:
             block.attn_out.attn_backend = backend
 
