@@ -12,9 +12,11 @@ PACKAGE = files("tnt_fast", "kernels")
 # file: (what it may import of ours, what of others beside the standard library). Read upwards, nothing points back.
 ALLOWED = {
     "tnt_fast/reference.py": ("", "torch"),
+    "tnt_fast/attention.py": ("tnt_fast/reference.py", "torch xformers"),
     "kernels/*.py": ("kernels/*.py tnt_fast/reference.py", "torch triton"),
+    "kernels/outer.py": ("tnt_fast/attention.py", ""),
     "tnt_fast/dispatch.py": ("kernels/__init__.py tnt_fast/reference.py", "torch timm"),
-    "tnt_fast/tnt.py": ("tnt_fast/dispatch.py tnt_fast/reference.py", "torch timm"),
+    "tnt_fast/tnt.py": ("tnt_fast/attention.py tnt_fast/dispatch.py tnt_fast/reference.py", "torch timm"),
     "tnt_fast/checkpoints.py": ("tnt_fast/tnt.py", "torch timm safetensors"),
     "tnt_fast/variants.py": ("tnt_fast/tnt.py tnt_fast/checkpoints.py", "timm"),
     "tnt_fast/__init__.py": (
