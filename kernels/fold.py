@@ -71,6 +71,8 @@ class Fold(Operation):
             P, B, T = (sizes[letter] for letter in "PBT")
             if T < 1 or P != B * (T - 1):
                 reasons.append(f"pixel has {P} patches, patch has {B} images with {T - 1} each")
+            if B * T > operation.MOST_ROWS:
+                reasons.append(f"{B * T} tokens; accepted: up to {operation.MOST_ROWS}")
             if P * S > operation.MOST_ROWS:
                 reasons.append(f"{P} patches of {S} pixels; accepted: up to {operation.MOST_ROWS} pixels in all")
         return reasons

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -202,6 +203,13 @@ def results(
             of_wanted = torch.autograd.grad(out, [given[k] for k in wanted], lay(upstream, far.get("upstream")))
             found |= {f"gradient of {k}": g for k, g in zip(wanted, of_wanted, strict=True)}
     return found
+
+
+def launchers() -> list[ModuleType]:
+    """The files of kernels/ that launch a kernel, each by its own name for ``operation.launch``."""
+    from tnt_fast.kernels import _modules  # only here, it needs Triton
+
+    return [module for name, module in _modules.items() if name != "operation" and hasattr(module, "launch")]
 
 
 def write_json(path: Path, value: Any) -> None:

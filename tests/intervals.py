@@ -393,27 +393,29 @@ def _of_inner(launch: Any) -> Iterator[dict[str, Interval]]:
     yield {"n_patches": Interval(1, ROWS)}
 
 
-def _of_fold(launch: Any) -> Iterator[dict[str, Interval]]:
-    grouped = getattr(launch.constants["Z"], "GROUPED", True)
+def _of_norm(launch: Any) -> Iterator[dict[str, Interval]]:
+    """Of the rows of a matrix; what is added to them lies in images, and their gradient in groups, or it does not."""
+    grouped = "n_tokens" in integers(launch) or launch.constants["Z"].GROUPED
     for groups, each in product(_pieces(ROWS) if grouped else [Interval(1, 1)], _pieces(ROWS)):
         yield {
             "n_rows": _product(groups, each),
-            "n_patches": each,
+            "n_tokens": each,
             "n_group": each,
-            "patch_stride_b": _stride(groups),
-            "patch_stride_n": _stride(Interval(each.low + 1, each.high + 1)),  # the class token's row is one more
+            "stride_image": _stride(groups),
+            "stride_token": _stride(each),
             "stride_group": _stride(groups),
             "stride_row": _stride(each),
         }
 
 
-COUNTS = ("n_tokens", "n_pixels", "n_rows", "n_patches")  # what a kernel's tiles are cut from
+COUNTS = ("n_rows", "n_tokens", "n_pixels", "n_patches")  # what a kernel's tiles are cut from: the first that it has
 OPTIONAL = {
     "pixel_embed": {"bias_ptr", "pixel_pos_ptr"},
     "inner": {"qk_bias", "v_bias", "attn_scale_ptr", "mlp_scale_ptr", "sums_ptr"},
-    "fold": {"proj_bias", "norm2_weight", "norm2_bias", "shift_ptr", "dx_ptr", "sums_ptr"},
+    "fold": {"bias_ptr", "shift_ptr", "dx_ptr", "sums_ptr"},
+    "outer": {"bias_ptr", "rest_ptr", "later_ptr"},
 }
-PASSED = {"pixel_embed": _of_pixel_embed, "inner": _of_inner, "fold": _of_fold}
+PASSED = {"pixel_embed": _of_pixel_embed, "inner": _of_inner, "fold": _of_norm, "outer": _of_norm}
 LIMITS = {"n_tokens": ROWS, "n_pixels": ROWS, "n_patches": ROWS, "n_rows": ROWS, "n_group": ROWS, "height": SIDE, "width": SIDE}
 
 

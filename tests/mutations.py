@@ -59,7 +59,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does
 
-from cases import embed_case, fold_tensors, growing, inner_tensors, one_by_one, shrunk, spiked
+from cases import embed_case, fold_tensors, growing, inner_tensors, one_by_one, outer_tensors, shrunk, spiked
 from helpers import KernelPath, results, write_json
 from ptx import machine
 from ptx.compiler import TARGETS, Compiler, flat
@@ -71,7 +71,7 @@ from ptx.machine import Fault, Kernel, memory_of
 from tnt_fast import kernels, reference
 
 TREE = Path(__file__).resolve().parents[1]
-FORWARD = {"_inner_fwd_kernel", "_fold_fwd_kernel", "_pixel_embed_fwd_kernel"}
+FORWARD = {"_inner_fwd_kernel", "_norm_add_kernel", "_pixel_embed_fwd_kernel"}
 DRAWS = 50  # of mutants that are no programs, before one is given up
 
 
@@ -202,6 +202,18 @@ def cases() -> list[Case]:
         "fold",
         fold_of(2, 5, 16, 24, 384, False) | dict(norm2_weight=None, norm2_bias=None),
     )
+    # its kernels are the LayerNorm of the forward alone
+    outer = dict(num_heads=6)
+    drops = dict(attn_scale=torch.tensor([0, 2, 1.25]), mlp_scale=torch.tensor([2, 0, 1]))
+    lifted = outer_tensors(3, 7, 384, 48, True)
+    lifted["proj_bias"] *= 300  # in the rest, and not in what the MLP reads
+    add(most, "outer S", "outer", lifted, outer, gradients=False)
+    add("bfloat16 float32", "outer S, drop path", "outer", outer_tensors(3, 7, 384, 48), outer | drops, gradients=False)
+    add("float32", "outer S, far from 0", "outer", outer_tensors(2, 5, 384, 48, mean=1000.0), outer, gradients=False)
+    add("bfloat16 float32", "outer E90", "outer", outer_tensors(2, 33, 90, 50, True), outer | dict(eps=0.5), gradients=False)
+    without = dict.fromkeys(("proj_bias", "fc2_bias", "norm1_bias", "norm2_bias"))
+    add("bfloat16", "outer S, no biases", "outer", outer_tensors(2, 5, 384, 48) | without, outer, gradients=False)
+
     tensors, others = embed_case(2, 4, 32, 16, 40, (16, 16), 4, (16, 16), False)
     add("bfloat16 float32", "embed B, 4 channels", "pixel_embed", tensors, others)  # more than a program's sums take
     without = tensors | dict(bias=None, pixel_pos=None)
@@ -916,8 +928,9 @@ class Edit(NamedTuple):
 SHAPES = {"arange", "reshape", "permute", "zeros", "full", "broadcast_to", "static_range", "inline_asm_elementwise"}
 OTHER = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!="}
 OTHER |= {ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.Mod: "//", ast.FloorDiv: "%"}
-FILES = {"inner": "inner.py", "fold": "fold.py", "pixel_embed": "pixel_embed.py"}
-ALSO = ("tile.py",)  # which inner and fold call
+FILES = {"inner": "inner.py", "fold": "norm.py", "outer": "norm.py", "pixel_embed": "pixel_embed.py"}
+ALSO = ("tile.py",)  # which inner.py and norm.py call
+READ = tuple(dict.fromkeys((*FILES.values(), *ALSO)))
 
 
 class Source:
@@ -1015,7 +1028,7 @@ def _called(node: ast.AST) -> str | None:
 
 def draw_source(seed: int, index: int, attempt: int = 0) -> Mutant:
     dice = random.Random(f"source {seed} {index} {attempt}")
-    edits = [e for name in (*FILES.values(), *ALSO) for e in Source(name).edits]
+    edits = [e for name in READ for e in Source(name).edits]
     kind = dice.choice(sorted({e.kind for e in edits}))
     file = dice.choice(sorted({e.file for e in edits if e.kind == kind}))
     edit = dice.choice([e for e in edits if e.kind == kind and e.file == file])
@@ -1076,13 +1089,13 @@ def _run(judge: Judge, tree: Path, numbers: list[int]) -> Run:
     return found
 
 
-# Of `make test`, what else reads the kernels of an operation, or interprets them.
+# Of `make test`, what else reads the kernels of a file, or interprets them.
 TESTS = {
     "inner": "test_inner or nearly_constant",
-    "fold": "test_fold or nearly_constant",
+    "norm": "test_fold or test_outer or nearly_constant",
     "pixel_embed": "test_pixel_embed",
 }
-TEST_FILES = [f"tests/test_{name}.py" for name in ("pixel_embed", "fold", "inner", "kernels")]
+TEST_FILES = [f"tests/test_{name}.py" for name in ("pixel_embed", "fold", "inner", "outer", "kernels")]
 LIMIT_S = 180  # of a run of tests
 
 
@@ -1090,7 +1103,7 @@ def _tests(mutant: Mutant, tree: Path) -> str | None:
     """The first of those tests that fails in a mutated tree."""
     shutil.copytree(TREE / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(TREE / "pyproject.toml", tree)
-    chosen = TESTS.get(mutant.code.file.removesuffix(".py"), " or ".join(TESTS[x] for x in ("inner", "fold")))
+    chosen = TESTS.get(mutant.code.file.removesuffix(".py"), " or ".join(TESTS[x] for x in ("inner", "norm")))
     runs = [["tests/test_approximations.py"]] if mutant.code.file in ("tile.py", "inner.py") else []
     if mutant.kind == "source: cast dropped":
         runs.append(["tests/test_addresses.py", "-k", "TestShipped"])
@@ -1106,24 +1119,6 @@ def _tests(mutant: Mutant, tree: Path) -> str | None:
     return None
 
 
-def _is_only_squared(edit: Edit) -> bool:
-    """Whether an edit replaces what a variable is, or what a ``where`` chooses for it, that is read as x * x alone."""
-    source = Source(edit.file)
-    function = next(n for n in ast.parse(source.text).body if getattr(n, "name", None) == edit.function)
-    nodes = list(ast.walk(function))
-    for node in nodes:
-        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
-            continue
-        value = node.value.args[1] if _called(node.value) == "where" else node.value
-        if source._span(value) == (edit.start, edit.end):
-            name = node.targets[0].id
-            reads = [n for n in nodes if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)]
-            products = [n for n in nodes if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Mult)]
-            squares = [n for n in products if ast.unparse(n.left) == ast.unparse(n.right) == name]
-            return len(reads) == 2 * len(squares) > 0
-    return False
-
-
 def judge_source(judge: Judge, mutant: Mutant) -> tuple[str, str]:
     """(verdict, why)
 
@@ -1131,7 +1126,7 @@ def judge_source(judge: Judge, mutant: Mutant) -> tuple[str, str]:
         Stillborn
     """
     edit = mutant.code
-    operations = [name for name, file in FILES.items() if file == edit.file] or ["inner", "fold"]
+    operations = [name for name, file in FILES.items() if file == edit.file] or ["inner", "fold", "outer"]
     numbers = [n for n, c in enumerate(judge.cases) if c.operation in operations]
     far = mutant.kind == "source: cast dropped"
     numbers.sort(key=lambda n: (bool(judge.cases[n].far) != far, judge.cases[n].precision not in WIDEST, n))
@@ -1148,8 +1143,6 @@ def judge_source(judge: Judge, mutant: Mutant) -> tuple[str, str]:
             trees = [mutated_tree(edit._replace(new=x), Path(folder) / x) for x in ("6e4", "-6e4")]
             if all(run.same_bits and not run.noticed for run in (_run(judge, x, numbers) for x in trees)):
                 return "equivalent", "what lies beyond the mask reaches no result: ±60000 there change no bit"
-    if mutant.kind == "source: operands swapped" and found.same_bits and _is_only_squared(edit):
-        return "equivalent", "the difference has the other sign, and only its square is read"
     if mutant.kind == "source: branch forced" and found.no_less_accurate:
         return "as accurate", "both ways compute the same, and with this one no result of any case is farther from float64"
     return "missed", "all cases give the same bits" if found.same_bits else "all cases keep the rule"

@@ -5,11 +5,10 @@ import math
 import mmap
 import operator
 import random
-import sys
 
 import pytest
 import torch
-from helpers import TINY, run_once
+from helpers import TINY, launchers, run_once
 
 pytest.importorskip("triton")
 
@@ -29,7 +28,7 @@ import triton
 import triton.language as tl
 
 from intervals import Interval, compiled, integers, proofs, prove
-from tnt_fast.kernels import fold, inner, pixel_embed
+from tnt_fast.kernels import inner, norm, pixel_embed
 from tnt_fast.kernels.operation import Config, Launch
 from tnt_fast.reference import TransformerWeights
 
@@ -123,11 +122,12 @@ def widest():
     for S, C, H, M, backward in ((64, 96, 3, 384, False), (49, 24, 4, 96, False), (9, 62, 2, 248, True)):
         for kernel in ("fwd", "bwd_mlp", "bwd_attention")[: 3 if backward else 1]:
             yield "inner", inner._specialise(getattr(inner, f"_inner_{kernel}_kernel"), BF16, S, C, H, M).shipped(BF16, w=w)
-    for legacy in (False, True):
-        yield "fold", fold._specialise(BF16, 64, 128, 1024, legacy).shipped(BF16, w=fold.Weights(*["*bf16"] * 6))
+    for W in (1, norm.WIDEST):
         for grouped in (False, True):
-            spec = fold._specialise_norm(fold._fold_norm_bwd_kernel, BF16, 128 if legacy else 64 * 128, grouped)
-            yield "fold", spec.shipped(BF16, sums_ptr="*fp32")
+            yield "fold", norm.launch_of("backward", BF16, W, grouped=grouped)
+            yield "fold", norm.launch_of("add", BF16, min(W, 1024), plain=grouped)
+        yield "fold", norm.launch_of("forward", BF16, W)
+        yield "outer", norm.specialise(norm._norm_kernel, BF16, W).shipped(BF16)
 
 
 results = []
@@ -315,16 +315,23 @@ def test_what_is_not_understood_is_an_error(operation, error):
 
 def _launched(monkeypatch, run):
     """(operation, launch, grid, integers by name) of what ``run`` launches."""
-    seen = []
-    for name, operation in kernels.OPERATIONS.items():
-        module = sys.modules[type(operation).__module__]
+    seen, running = [], []
 
-        def launch(spec, grid, *arguments, _name=name, _launch=module.launch):
-            given = intervals.named(dict(zip(spec.kernel.arg_names, arguments, strict=False)))
-            seen.append((_name, spec, grid, {n: x for n, x in given.items() if isinstance(x, int)}))
-            _launch(spec, grid, *arguments)
+    def launch(spec, grid, *arguments):
+        given = intervals.named(dict(zip(spec.kernel.arg_names, arguments, strict=False)))
+        seen.append((running[-1], spec, grid, {n: x for n, x in given.items() if isinstance(x, int)}))
+        kernels.operation.launch(spec, grid, *arguments)
 
+    for module in launchers():
         monkeypatch.setattr(module, "launch", launch)
+    for name, operation in kernels.OPERATIONS.items():
+        for method in ("forward", "backward"):
+
+            def inside(*given, _name=name, _method=getattr(operation, method)):
+                running.append(_name)
+                return _method(*given)
+
+            monkeypatch.setattr(operation, method, inside)
     run()
     return seen
 
@@ -334,8 +341,15 @@ def test_launchers_pass_what_the_proof_assumes(monkeypatch, batch, legacy):
     """Their integers lie in one piece of the ranges, all together, and so does the grid."""
     model = TNT(**TINY, legacy=legacy, backend="fused").to(DEVICE)
     image = torch.randn(batch, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_()
-    seen = _launched(monkeypatch, lambda: model(image).sum().backward())
-    assert {spec.kernel.__name__ for _, spec, _, _ in seen} >= {"_pixel_embed_fwd_kernel", "_fold_norm_bwd_kernel"}
+
+    def run():
+        model(image).sum().backward()
+        with torch.no_grad():
+            model(image)
+
+    seen = _launched(monkeypatch, run)
+    assert {spec.kernel.__name__ for _, spec, _, _ in seen} >= {"_pixel_embed_fwd_kernel", "_norm_add_kernel", "_norm_bwd_kernel"}
+    assert {operation for operation, *_ in seen} == set(kernels.OPERATIONS)
     for operation, spec, grid, passed in seen:
         spec = spec._replace(types=dict.fromkeys(passed, "i32"))
         pieces = list(intervals.ranges(operation, spec, dict.fromkeys(passed, "i64")))

@@ -4,12 +4,11 @@ Each gradient by name is held against float64 in test_pixel_embed.py, test_fold.
 """
 
 import copy
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import TINY, paths, perturb, relative_error
+from helpers import TINY, launchers, paths, perturb, relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -132,8 +131,8 @@ def _saved_bytes(model: nn.Module, image: torch.Tensor) -> int:
 
 def test_the_bytes_of_a_train_step(monkeypatch):
     """TNT-S at 224 px in half-precision autocast, 12 layers from 1 and 2: what autograd keeps for one image."""
-    for operation in kernels.OPERATIONS.values():  # what is kept does not depend on the values
-        monkeypatch.setattr(sys.modules[type(operation).__module__], "launch", lambda *arguments: None)
+    for module in launchers():  # what is kept does not depend on the values
+        monkeypatch.setattr(module, "launch", lambda *arguments: None)
 
     def at_depth_12(cls, prepare=lambda model: None, **options) -> float:
         found = []
