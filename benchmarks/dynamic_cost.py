@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.measure import DTYPES
 from tnt_fast import kernels as shipped
 from tnt_fast import reference
+from tnt_fast.tnt import transformer_arguments
 
 VARIANTS = ("ti", "s", "s_legacy", "b")
 IMAGE, PATCHES = 128, 64
@@ -62,11 +63,14 @@ def _launched(kernel: str, variant: str, dtype: str, target: str, images: int) -
     from tests.ptx.executor import Executor, running  # a checkout's, not a part of the package
 
     model = timm.create_model(f"tnt_fast_{variant}_patch16_224", depth=1, img_size=IMAGE, dtype=DTYPES[dtype])
-    given = (model.fused_arguments() | model.blocks[0].fused_arguments())[kernel]
+    block = model.blocks[0]
+    outer = {"outer": transformer_arguments(block.norm_out, block.attn_out, block.norm_mlp, block.mlp)}
+    given = (model.fused_arguments() | block.fused_arguments() | outer)[kernel]
     shapes = {
         "pixel_embed": {"image": (images, 3, IMAGE, IMAGE)},
         "inner": {"pixel": (images * PATCHES, 16, model.sizes()["C"])},
         "fold": {"pixel": (images * PATCHES, 16, model.sizes()["C"]), "patch": (images, 1 + PATCHES, model.embed_dim)},
+        "outer": {"patch": (images, 1 + PATCHES, model.embed_dim)},
     }[kernel]
     given = reference.by_name(given)
     inputs = {name: torch.randn(shape, dtype=DTYPES[dtype], requires_grad=True) for name, shape in shapes.items()}

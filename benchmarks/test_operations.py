@@ -2,7 +2,7 @@
 
 "backward" is the call that gives gradients: forward and backward. Each row has GB/s (activations read and written once) and
 TFLOP/s, and the percent of the nearer roof, measured in the same run. "eager" is tnt_fast.reference, equal to timm's code.
-A fused forward has beside that the percent of its issue bound: what its static cost says it needs at least.
+A fused forward of one kernel has beside that the percent of its issue bound: what its static cost says it needs at least.
 """
 
 import importlib
@@ -45,6 +45,8 @@ def operation_case(variant: str, operation: str, mode: str, provider: str, batch
     def build() -> Provider:
         if provider == "fused" and operation not in kernels.OPERATIONS:
             raise Skipped("this version has no fused kernel for it")
+        if (provider, operation, mode) == ("fused", "outer", "backward"):
+            raise Skipped("its gradients are the reference's, of everything computed again; a model that trains keeps it instead")
         if provider == "fused" and mode == "backward":
             sizes = timm.create_model(arguments.VARIANTS[variant], depth=1, device="meta").sizes()
             if reasons := kernels.OPERATIONS[operation].gradients_unsupported(sizes, DTYPES[dtype], torch.device(DEVICE)):

@@ -734,12 +734,13 @@ class _Statement:
             return self._result(e, type_)
         if name == "bfe":
             at, length = self._field(2)
-            up, down = (self.t._constant(x, _numpy(type_)) for x in (32 - at - length, 32 - length))
+            bits = int(type_[1:])
+            up, down = (self.t._constant(x, _numpy(type_)) for x in (bits - at - length, bits - length))
             return self._result(f"(({self.value(1)} << {up}) >> {down})", type_)
         if name == "bfi":
             at, length = self._field(3)
-            field = self.t._constant(((1 << length) - 1) << at, np.uint32)
-            e = f"(({self.value(2)} & ~{field}) | (({self.value(1)} << {self.t._constant(at, np.uint32)}) & {field}))"
+            field, up = (self.t._constant(x, _numpy(type_)) for x in (((1 << length) - 1) << at, at))
+            e = f"(({self.value(2)} & ~{field}) | (({self.value(1)} << {up}) & {field}))"
             return self._result(e, type_)
         if self.modifiers:
             raise Unknown(f"modifier {', '.join(sorted(self.modifiers))}")
@@ -758,9 +759,10 @@ class _Statement:
         raise Unknown("this instruction")
 
     def _field(self, first: int) -> tuple[int, int]:
-        at, length = (int(x) if x.isdecimal() else 64 for x in self.ins.operands[first:])
-        if self.ins.type[1:] != "32" or not 0 < length <= 32 - at:
-            raise Unknown("a field that is not constant, or not within 32 bits")
+        bits = int(self.ins.type[1:])
+        at, length = (int(x) if x.isdecimal() else bits for x in self.ins.operands[first:])
+        if not 0 < length <= bits - at:
+            raise Unknown(f"a field that is not constant, or not within {bits} bits")
         return at, length
 
     def _result(self, expression: str, type_: str) -> list[str]:
