@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import timm
 import torch
-from cases import case, check, embed_case, fold_tensors, inner_tensors, normal
+from cases import case, check, embed_case, fold_tensors, inner_tensors, normal, outer_tensors
 from helpers import ExactSoftmax, Tf32Products, call, paths, perturb, results
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 wide = pytest.mark.wide
 
 
-@pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
+@pytest.mark.parametrize("operation", kernels.OPERATIONS)
 @paths("float32", "bfloat16 float32")
 def test_any_strides_of_any_tensor(operation, path, dtype):
     """Values between those of a tensor are NaN; expanded ones are the same throughout."""
@@ -88,12 +88,14 @@ def test_of_equal_values_a_norm_leaves_nothing(S, C, path, dtype):
             assert found["output"].isfinite().all()
 
 
-@pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
+@pytest.mark.parametrize("operation", kernels.OPERATIONS)
 def test_nothing_in_nothing_out(operation):
     if operation == "pixel_embed":
         tensors, others = embed_case(0, 3, 32, 32, 24, (16, 16), 4, (16, 16), False)
     elif operation == "inner":
         tensors, others = inner_tensors(0, 16, 24, 96), dict(num_heads=4)
+    elif operation == "outer":
+        tensors, others = outer_tensors(0, 5, 24, 96), dict(num_heads=4)
     else:
         tensors, others = fold_tensors(0, 4, 16, 24, 48, False), {}
     given = {k: None if v is None else v.float().to(DEVICE) for k, v in tensors.items()}
@@ -127,11 +129,12 @@ def test_nan_and_infinity_stay_in_their_patch(S, bad, path, dtype):
 
 @paths(compiled="", gpu="bfloat16 float16 float32 tf32")  # the machine cannot but give the same bits: it faults at a race
 @pytest.mark.parametrize(("C", "E"), [(12, 192), (24, 384), (40, 640)], ids=["ti", "s", "b"])
-@pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
+@pytest.mark.parametrize("operation", kernels.OPERATIONS)
 def test_the_same_bits_twice(operation, C, E, path, dtype):
     tensors, others = (
         embed_case(2, 3, 32, 48, C, (16, 16), 4, (16, 16), False) if operation == "pixel_embed"
         else (inner_tensors(13, 16, C, 4 * C), dict(num_heads=2)) if operation == "inner"
+        else (outer_tensors(2, 7, E, E), dict(num_heads=4)) if operation == "outer"
         else (fold_tensors(2, 7, 16, C, E, False), {})
     )  # fmt: skip
     given = {k: None if v is None else v.to(path.device, dtype) for k, v in tensors.items()}
@@ -139,11 +142,12 @@ def test_the_same_bits_twice(operation, C, E, path, dtype):
     assert torch.equal(call(function, **given, **others), call(function, **given, **others))
 
 
-@pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
+@pytest.mark.parametrize("operation", kernels.OPERATIONS)
 def test_opcheck(operation):
     tensors, others = (
         embed_case(1, 3, 16, 32, 12, (16, 16), 4, (16, 16), False) if operation == "pixel_embed"
         else (inner_tensors(3, 16, 12, 48), dict(num_heads=2, eps=1e-5, a=None, m=None)) if operation == "inner"
+        else (outer_tensors(2, 3, 12, 48), dict(num_heads=2, eps=1e-5, a=None, m=None)) if operation == "outer"
         else (fold_tensors(1, 3, 16, 12, 24, False), dict(eps=1e-5))
     )  # fmt: skip
     given = [None if v is None else v.float().to(DEVICE).requires_grad_() for v in tensors.values()]
@@ -200,27 +204,29 @@ def test_fused_operations_count_as_many_flops_as_the_reference():
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
     assert {str(op) for op in counter.get_flop_counts()["Global"]} >= {
-        f"tnt_fast.{n}" for n in ("pixel_embed", "inner", "fold")
+        f"tnt_fast.{n}" for n in kernels.OPERATIONS
     }
 
 
-def test_fused_is_fused(monkeypatch):
-    """The reference's pieces raise, but for the outer transformer, which has no kernel; the fused path still answers."""
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "gradients"])
+def test_fused_is_fused(gradients, monkeypatch):
+    """The reference's pieces raise; the fused path still answers."""
+    answer = torch.enable_grad() if gradients else torch.no_grad()
     model = timm.create_model("tnt_fast_ti_patch16_224", depth=2, img_size=32, backend="fused").eval().to(DEVICE)
     image = torch.randn(1, 3, 32, 32, device=DEVICE)
-    expected = model(image)
-    attention_weights, cat = reference.attention_weights, torch.cat
+    with answer:
+        expected = model(image)
+    cat = torch.cat
 
     def forbidden(*args, **kwargs):
         raise AssertionError("the reference was called")
 
     monkeypatch.setattr(reference, "cut_patches", forbidden)
     monkeypatch.setattr(reference, "as_pixels", forbidden)
-    monkeypatch.setattr(
-        reference, "attention_weights", lambda qk, heads: forbidden() if qk.shape[1] == 16 else attention_weights(qk, heads)
-    )
+    monkeypatch.setattr(reference, "attention_weights", forbidden)
     monkeypatch.setattr(torch, "cat", lambda tensors, dim=0: forbidden() if tensors[0].ndim == 3 else cat(tensors, dim))
-    assert torch.equal(model(image), expected)
+    with answer:
+        assert torch.equal(model(image), expected)
     model.backend = "reference"
     with pytest.raises(AssertionError, match="the reference was called"):
         model(image)
@@ -336,12 +342,13 @@ def test_the_references_float64_has_the_digits_of_a_saturated_softmaxs_gradient(
     assert torch.equal(found, torch.autograd.grad(half.softmax(-1), half, torch.tensor([[1.0, 2.0]]))[0])
 
 
-@pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
+@pytest.mark.parametrize("operation", kernels.OPERATIONS)
 def test_a_tensor_on_the_cpu_is_refused_outside_the_interpreter(operation, monkeypatch):
     monkeypatch.setattr("tnt_fast.kernels.operation.runner", Gpu())
     tensors, others = (
         embed_case(1, 3, 16, 16, 24, (16, 16), 4, (16, 16), False) if operation == "pixel_embed"
         else (inner_tensors(1, 16, 24, 96), dict(num_heads=4)) if operation == "inner"
+        else (outer_tensors(1, 2, 24, 96), dict(num_heads=4)) if operation == "outer"
         else (fold_tensors(1, 1, 16, 24, 48, False), {})
     )  # fmt: skip
     given = {k: None if v is None else v.float() for k, v in tensors.items()}

@@ -16,7 +16,7 @@ from helpers import HERE, call
 from tnt_fast import TNT, dispatch, kernels, reference, why_not_fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPERATIONS = pytest.mark.parametrize("operation", ["pixel_embed", "inner", "fold"])
+OPERATIONS = pytest.mark.parametrize("operation", kernels.OPERATIONS)
 
 
 def given(operation: str, dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
@@ -32,7 +32,7 @@ def run(operation: str, tensors: dict, others: dict) -> torch.Tensor:
 def test_the_description_is_of_the_references_arguments(operation):
     tensors, others = case(operation)
     described = [argument.name for argument in kernels.OPERATIONS[operation].arguments]
-    assert set(described) == set(tensors) | ({"attn_scale", "mlp_scale"} if operation == "inner" else set())
+    assert set(described) == set(tensors) | ({"attn_scale", "mlp_scale"} if operation in ("inner", "outer") else set())
 
 
 @OPERATIONS
@@ -49,7 +49,7 @@ def test_none_is_computed_as_the_reference_does_or_named(operation):
                 run(operation, {**tensors, name: [1.0, 2.0]}, others)
             continue
         if name in ("qk_bias", "v_bias"):
-            with pytest.raises(ValueError, match="inner: qk_bias and v_bias are given or left out together"):
+            with pytest.raises(ValueError, match=f"{operation}: qk_bias and v_bias are given or left out together"):
                 run(operation, tensors, others)
         else:
             torch.testing.assert_close(run(operation, tensors, others), expected, rtol=1e-4, atol=1e-5, msg=name)
@@ -125,6 +125,19 @@ def test_numbers_of_pixel_embed_that_do_not_fit_are_named(spoilt, message):
         run("pixel_embed", tensors | {"pixel_pos": None}, others | spoilt)
 
 
+@pytest.mark.parametrize("B", [2**29 + 1, 2**30])
+def test_tokens_that_the_kernels_cannot_count_are_named(B):
+    patch = torch.empty(1, device=DEVICE).expand(B, 2, 24)
+    with pytest.raises(ValueError, match=f"outer: {2 * B} tokens; accepted: up to {2**30}"):
+        run("outer", given("outer")[0] | {"patch": patch}, dict(num_heads=3))
+    tensors = given("fold")[0]
+    pixel = torch.empty(1, device=DEVICE).expand(B, 1, 12)  # fewer pixels than tokens
+    tensors |= {"patch": patch, "pixel": pixel, "proj_weight": tensors["proj_weight"][:, :12].contiguous()}
+    tensors |= {name: tensors[name][:12].contiguous() for name in ("norm1_weight", "norm1_bias")}
+    with pytest.raises(ValueError, match=f"fold: {2 * B} tokens; accepted: up to {2**30}"):
+        run("fold", tensors, {})
+
+
 def test_more_than_the_kernels_can_count_is_named():
     pixel = torch.empty(1, device=DEVICE).expand(2**27, 16, 24)
     tensors = given("inner")[0] | {k: v.float().to(DEVICE) for k, v in inner_tensors(1, 16, 24, 96, bias=True).items()}
@@ -192,7 +205,7 @@ def test_fake_and_real_agree_on_transposed_weights(operation):
     tensors, others = given(operation)
     tensors = {k: v if v.ndim != 2 else v.t().contiguous().t() for k, v in tensors.items()}
     numbers = [list(v) if isinstance(v, tuple) else v for v in others.values()]
-    numbers = {"inner": [2, 1e-5, None, None], "fold": [1e-5]}.get(operation, numbers)
+    numbers = {"fold": [1e-5], "pixel_embed": numbers}.get(operation, [*numbers, 1e-5, None, None])
     arguments = [v.requires_grad_() for v in tensors.values()]
     torch.library.opcheck(getattr(torch.ops.tnt_fast, operation).default, (*arguments, *numbers))
 
