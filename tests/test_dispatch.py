@@ -1,6 +1,7 @@
 """The one choice between the paths. Stand-in kernels (the reference's own functions) show that the fused path hands over
 every weight; the real kernels take their place without a change in the model."""
 
+import contextlib
 import copy
 import re
 import subprocess
@@ -60,13 +61,16 @@ def test_the_fused_path_hands_every_weight_to_the_kernels(stand_ins, options):
     for name, a, b in zip(("out", "image", *dict(model.named_parameters())), *found, strict=True):
         assert relative_error(b, a) <= 1e-13, name
     inner = 1 if "inner_blocks" in options else 2
-    outer = 0 if "se_ratio" in options else 2
-    assert stand_ins == {"pixel_embed": 1, "inner": inner, "fold": 1 + inner, "outer": outer}
+    assert stand_ins == {"pixel_embed": 1, "inner": inner, "fold": 1 + inner, "outer": 0}  # for gradients its submodules
+    with torch.no_grad():
+        assert relative_error(model(image), found[0][0]) <= 1e-13
+    assert stand_ins["outer"] == (0 if "se_ratio" in options else 2)
 
 
 def test_fused_is_fused_in_intermediates_and_with_checkpointing(stand_ins):
     model = tiny(backend="fused").train()
-    model.forward_intermediates(torch.randn(2, 3, 32, 32))
+    with torch.no_grad():
+        model.forward_intermediates(torch.randn(2, 3, 32, 32))
     assert stand_ins == {"pixel_embed": 1, "inner": 2, "fold": 3, "outer": 2}
     model.set_grad_checkpointing()
     model(torch.randn(2, 3, 32, 32)).sum().backward()
@@ -190,6 +194,105 @@ def attributes(module: nn.Module, run) -> list[str]:
         module.__class__ = cls
     own = {name for name in vars(module) if not name.startswith("_") and name != "training"}
     return sorted(own | {name for name in read if name in vars(module) and not callable(getattr(module, name))})
+
+
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": True, "drop_path_rate": 0.3}], ids=["", "biases"])
+def test_each_attribute_of_the_outer_submodules_changed_is_the_references_answer(stand_ins, options):
+    model, image = tiny(depth=1, **options).train(), torch.randn(2, 3, 32, 32)
+
+    @torch.no_grad()
+    def answer(backend):
+        model.backend = backend
+        torch.manual_seed(3)
+        try:
+            return model(image)
+        except Exception as error:
+            return error
+
+    fused = answers = 0
+    for path, *_ in dispatch._OUTER:
+        module = model.blocks[0].get_submodule(path)
+        for name in attributes(module, lambda: answer("reference")):
+            value = getattr(module, name)
+            for other in changed(name, value):
+                before = stand_ins["outer"]
+                try:
+                    setattr(module, name, other)
+                    expected, found = answer("reference"), answer("fused")
+                finally:
+                    setattr(module, name, value)
+                what = f"{path}.{name} = {other!r}: {found!r}, the reference: {expected!r}"
+                if isinstance(expected, Exception):
+                    assert isinstance(found, Exception), what
+                else:
+                    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True), what
+                    answers, fused = answers + 1, fused + stand_ins["outer"] - before
+    assert answers > fused > 20, (answers, fused)
+
+
+OUTER = {
+    "a Linear of another class": lambda b: setattr(b.attn_out, "qk", Replaced(24, 48)),
+    "a Linear with an adapter": lambda b: setattr(b.mlp, "fc2", nn.Sequential(b.mlp.fc2, nn.Linear(24, 24))),
+    "another norm": lambda b: setattr(b, "norm_out", nn.RMSNorm(24)),
+    "a norm without weights": lambda b: setattr(b, "norm_mlp", nn.LayerNorm(24, elementwise_affine=False)),
+    "another eps": lambda b: setattr(b.norm_out, "eps", 1e-2),
+    "another activation": lambda b: setattr(b.mlp, "act", nn.ReLU()),
+    "another GELU": lambda b: setattr(b.mlp, "act", nn.GELU("tanh")),
+    "an attention of another class": lambda b: setattr(b, "attn_out", nn.Sequential(b.attn_out)),
+    "an MLP of another class": lambda b: setattr(b, "mlp", nn.Sequential(b.mlp)),
+    "a forward hook": lambda b: b.mlp.fc1.register_forward_hook(lambda module, given, out: 2 * out),
+    "a pre-hook": lambda b: b.norm_mlp.register_forward_pre_hook(lambda module, given: (2 * given[0],)),
+    "a hook on the attention": lambda b: b.attn_out.register_forward_hook(lambda module, given, out: -out),
+    "a replaced forward": lambda b: setattr(b.mlp, "forward", torch.neg),
+    "weight norm": lambda b: nn.utils.parametrizations.weight_norm(b.mlp.fc1),
+    "a bias of queries and keys alone": lambda b: setattr(b.attn_out.qk, "bias", nn.Parameter(torch.randn(48))),
+    "eager attention": lambda b: setattr(b.attn_out, "attn_backend", "eager"),
+}
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "gradients"])
+@pytest.mark.parametrize("what", OUTER)
+def test_what_is_done_to_an_outer_submodule_is_done(stand_ins, what, gradients):
+    model, image = tiny(), torch.randn(2, 3, 32, 32)
+    OUTER[what](model.blocks[0])
+    assert why_not_fused(model) == []
+    found = []
+    for backend in ("reference", "fused"):
+        model.backend = backend
+        with torch.set_grad_enabled(gradients):
+            found.append(model(image).detach())
+    assert relative_error(found[1], found[0]) <= 1e-5
+    assert stand_ins == {"pixel_embed": 1, "inner": 2, "fold": 3, "outer": 0 if gradients else 1}  # the other block's
+
+
+def test_outer_is_fused_where_no_gradient_is_asked_for(stand_ins):
+    model, image = tiny(backend="fused"), torch.randn(2, 3, 32, 32)
+
+    def calls(*contexts):
+        before = stand_ins["outer"]
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            model(image)
+        return stand_ins["outer"] - before
+
+    assert calls() == 0
+    assert calls(torch.no_grad()) == calls(torch.inference_mode()) == 2
+    assert calls(torch.no_grad(), torch.autocast("cpu", torch.bfloat16)) == 2
+    model.requires_grad_(False)
+    assert calls() == 2
+    model.blocks[0].mlp.fc1.weight.requires_grad_(True)  # and what comes after it
+    assert calls() == 0
+    model.requires_grad_(False).blocks[1].mlp.fc1.weight.requires_grad_(True)
+    assert calls() == 1
+    image.requires_grad_(True)
+    assert calls() == 0
+    with torch.no_grad():
+        model.blocks[0].mlp.to(torch.bfloat16)
+        assert calls(torch.autocast("cpu", torch.bfloat16)) == 2  # cast anyway
+        assert calls(torch.autocast("cpu", torch.float16)) == 1  # by its submodules, which take any
+        with pytest.raises(RuntimeError, match="dtype"):
+            model(image)
 
 
 @pytest.mark.parametrize("options", [{}, {"legacy": True, "qkv_bias": True, "drop_path_rate": 0.3}], ids=["", "legacy"])

@@ -94,12 +94,14 @@ def outer_arguments(block: Any, patch: Tensor) -> dict[str, Any] | None:
     if reasons:
         return None
     given = block.outer_arguments()
-    weights = [weight for weight in given["weights"] if weight is not None]
+    record = given["weights"]
+    if (record.qk_bias is None) != (record.v_bias is None):  # the operation takes both or none
+        return None
+    weights = [weight for weight in record if weight is not None]
     if torch.is_grad_enabled() and (patch.requires_grad or any([weight.requires_grad for weight in weights])):
         return None
-    autocast = torch.is_autocast_enabled(patch.device.type)
-    plain = [type(x) in (nn.Parameter, Tensor) and (autocast or x.dtype == patch.dtype) for x in weights]
-    return given if all(plain) else None
+    taken = (_computed(patch), torch.float32) if torch.is_autocast_enabled(patch.device.type) else (patch.dtype,)
+    return given if all([type(x) in (nn.Parameter, Tensor) and x.dtype in taken for x in weights]) else None
 
 
 def is_looked_at(drop: nn.Module) -> bool:
