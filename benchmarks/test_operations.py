@@ -46,7 +46,7 @@ def operation_case(variant: str, operation: str, mode: str, provider: str, batch
         if provider == "fused" and operation not in kernels.OPERATIONS:
             raise Skipped("this version has no fused kernel for it")
         if (provider, operation, mode) == ("fused", "outer", "backward"):
-            raise Skipped("its gradients are the reference's, of everything computed again; a model that trains keeps it instead")
+            raise Skipped("its gradients are the reference's; a model that trains keeps what they read, in its submodules")
         if provider == "fused" and mode == "backward":
             sizes = timm.create_model(arguments.VARIANTS[variant], depth=1, device="meta").sizes()
             if reasons := kernels.OPERATIONS[operation].gradients_unsupported(sizes, DTYPES[dtype], torch.device(DEVICE)):

@@ -203,9 +203,7 @@ def test_fused_operations_count_as_many_flops_as_the_reference():
             model(torch.randn(2, 3, 32, 32, device=DEVICE))
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
-    assert {str(op) for op in counter.get_flop_counts()["Global"]} >= {
-        f"tnt_fast.{n}" for n in kernels.OPERATIONS
-    }
+    assert {str(op) for op in counter.get_flop_counts()["Global"]} >= {f"tnt_fast.{n}" for n in kernels.OPERATIONS}
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "gradients"])

@@ -213,9 +213,7 @@ def test_mutants_of_the_source(tmp_path):
 
 def test_a_broken_source_is_noticed(judge):
     edit = next(
-        e
-        for e in mutations.Source("norm.py").edits
-        if e.function == "_norm_bwd_kernel" and e.kind == "accumulation dropped"
+        e for e in mutations.Source("norm.py").edits if e.function == "_norm_bwd_kernel" and e.kind == "accumulation dropped"
     )
     mutant = mutations.Mutant(0, f"source: {edit.kind}", edit.function, f"norm.py:{edit.line}", "", None, edit)
     verdict, why = mutations.judge_source(judge, mutant)

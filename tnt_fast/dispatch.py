@@ -101,7 +101,7 @@ def outer_arguments(block: Any, patch: Tensor) -> dict[str, Any] | None:
     if torch.is_grad_enabled() and (patch.requires_grad or any([weight.requires_grad for weight in weights])):
         return None
     taken = (_computed(patch), torch.float32) if torch.is_autocast_enabled(patch.device.type) else (patch.dtype,)
-    return given if all([type(x) in (nn.Parameter, Tensor) and x.dtype in taken for x in weights]) else None
+    return given if all([_is_plain(x) and x.dtype in taken for x in weights]) else None
 
 
 def is_looked_at(drop: nn.Module) -> bool:
@@ -217,6 +217,10 @@ def _handed(owners: list[tuple[str, Any]]) -> list[tuple[str, Any, str, dict[str
     return found
 
 
+def _is_plain(weight: Any) -> bool:
+    return type(weight) in (nn.Parameter, Tensor) or type(weight).__name__ == "FakeTensor"  # torch.export's stand-in
+
+
 def _is_sharded(weight: Any) -> bool:
     """Whether it is FSDP's, which is a plain parameter by the time its block runs, perhaps of another dtype."""
     return type(weight).__name__ == "DTensor"
@@ -228,7 +232,7 @@ def _check_dtypes(model: nn.Module, handed: list[tuple], image: Tensor | None, r
     weights += [("", "fold", "cls_token", model.cls_token), ("", "fold", "patch_pos", model.patch_pos)]
     weights = [weight for weight in weights if isinstance(weight[-1], Tensor) and not _is_sharded(weight[-1])]
     for prefix, operation, name, weight in weights:
-        if type(weight) not in (nn.Parameter, Tensor) and type(weight).__name__ != "FakeTensor":  # torch.export's stand-in
+        if not _is_plain(weight):
             reasons.append(f"{prefix}{operation}: {name} is a {type(weight).__name__}; the kernels take plain parameters")
     dtypes = {weight[-1].dtype for weight in weights}
     names = ", ".join(sorted([str(dtype) for dtype in dtypes]))

@@ -559,8 +559,8 @@ class TNT(nn.Module):
     def set_attn_backend(self, backend: str) -> None:
         """What computes the outer attention of all blocks; see the constructor's ``attn_backend``."""
         attention.check_backend(backend)
-        block: Any
-        for block in self.blocks:
+        blocks: Any = self.blocks
+        for block in blocks:
             block.attn_out.attn_backend = backend
 
     @torch.jit.ignore

@@ -1,0 +1,314 @@
+"""What computes the outer attention: each backend against float64, who looks at the probabilities, and what it costs."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import HERE, TINY, perturb, relative_error
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tnt_fast import TNT, attention, kernels, reference, why_not_fused
+from tnt_fast.tnt import Attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_kernels = pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs triton")
+
+
+def tiny(**kwargs) -> TNT:
+    return perturb(TNT(**{**TINY, **kwargs})).eval().to(DEVICE)
+
+
+def images(count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, device=DEVICE)
+
+
+@pytest.fixture
+def sdpa(monkeypatch):
+    """Calls of PyTorch's fused attention through ours."""
+    calls = []
+    monkeypatch.setattr(attention, "sdpa", lambda *given, right=attention.sdpa: calls.append(given[0].shape) or right(*given))
+    return calls
+
+
+# ---- one attention ----
+
+
+def attended(attn: Attention, x: torch.Tensor, fused: bool) -> dict[str, torch.Tensor]:
+    x = x.detach().requires_grad_()
+    out = attn(x, fused)
+    gradients = torch.autograd.grad((out * out.detach()).sum(), [x, *attn.parameters()])
+    return {"output": out.detach(), **dict(zip(("x", *dict(attn.named_parameters())), gradients, strict=True))}
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+@pytest.mark.parametrize(("T", "E", "H"), [(5, 24, 3), (197, 64, 1), (1, 12, 4), (33, 90, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("backend", "fused"), [("auto", False), ("auto", True), ("sdpa", False), ("eager", True)], ids=str)
+def test_every_backend_keeps_the_rule(backend, fused, dtype, T, E, H, qkv_bias, sdpa):
+    attn = perturb(Attention(E, E, H, qkv_bias)).to(DEVICE, dtype)
+    x = torch.randn(2, T, E, device=DEVICE, dtype=dtype)
+    own, exact = attended(attn, x, False), attended(copy.deepcopy(attn).double().cpu(), x.double().cpu(), False)
+    assert attn.attn_backend == "eager"  # until a TNT says another
+    assert sdpa == []
+    attn.attn_backend = backend
+    found = attended(attn, x, fused)
+    takes_sdpa = backend == "sdpa" or (backend == "auto" and fused)
+    assert sdpa == [(2, T, H, E // H)] * takes_sdpa
+    for name, x in found.items():
+        HERE.rule(f"{backend}, {name}", x, own[name], exact[name], dtype)
+        assert takes_sdpa or torch.equal(x, own[name]), name
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_attend_is_the_references_attention(backend):
+    q, k, v = (torch.randn(2, 5, 3, 8, dtype=torch.float64) for _ in range(3))
+    qk = torch.cat((q.flatten(2), k.flatten(2)), -1)
+    expected = reference.attend(reference.attention_weights(qk, 3), v.flatten(2))
+    assert relative_error(attention.attend(q, k, v, backend).flatten(2), expected) <= 1e-14
+
+
+# ---- its name ----
+
+
+@pytest.mark.parametrize("backend", ["flash", "", None, "SDPA"])
+def test_an_unknown_backend_names_those_that_are_accepted(backend):
+    message = rf"attn_backend={backend!r} is unknown; accepted: 'auto', 'sdpa', 'xformers', 'eager'"
+    with pytest.raises(ValueError, match=message):
+        TNT(**TINY, attn_backend=backend)
+    model = tiny(attn_backend="sdpa")
+    with pytest.raises(ValueError, match=message):
+        model.set_attn_backend(backend)
+    assert [block.attn_out.attn_backend for block in model.blocks] == ["sdpa"] * 2
+
+
+@pytest.fixture
+def without_xformers(monkeypatch):
+    def absent(name):
+        raise ImportError("No module named 'xformers'\nand more")
+
+    monkeypatch.setattr(attention, "import_module", absent)
+    attention.xformers.cache_clear()
+    yield
+    attention.xformers.cache_clear()
+
+
+def test_xformers_that_does_not_load_is_refused_with_the_reason(without_xformers):
+    message = r"attn_backend='xformers' cannot run: xformers does not load here \(No module named 'xformers'\); take 'auto'"
+    with pytest.raises(ValueError, match=message):
+        TNT(**TINY, attn_backend="xformers")
+    with pytest.raises(ValueError, match=message):
+        tiny().set_attn_backend("xformers")
+
+
+def test_xformers_is_given_what_it_takes(monkeypatch):
+    """(B, T, H, D) each, by its name; it is not installed here."""
+    calls = []
+
+    def memory_efficient_attention(q, k, v):
+        calls.append(q.shape)
+        return attention.attend(q, k, v, "eager")
+
+    module = SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setattr(attention, "xformers", lambda: (module, None))
+    model, image = tiny(attn_backend="xformers", backend="reference"), images()
+    found = model(image)
+    assert calls == [(2, 5, 3, 8)] * 2
+    model.set_attn_backend("eager")
+    assert torch.equal(found, model(image))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
+def test_a_model_on_the_reference_path_takes_the_backend_that_is_named(backend, sdpa):
+    model, image = tiny(backend="reference", attn_backend=backend), images()
+    plain = tiny(backend="reference")
+    plain.load_state_dict(model.state_dict())
+    expected, found = plain(image), model(image)
+    assert len(sdpa) == (2 if backend == "sdpa" else 0)
+    assert torch.equal(found, expected) or backend == "sdpa"
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    model.set_attn_backend("auto")
+    assert torch.equal(model(image), expected)
+    assert {block.attn_in.attn_backend for block in model.blocks} == {"eager"}  # the inner one has no choice
+
+
+# ---- on the fused path ----
+
+
+@needs_kernels
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "gradients"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
+def test_a_fused_model_takes_the_backend_that_is_named(backend, gradients, sdpa):
+    model, image = tiny(backend="reference"), images()
+    exact, own = copy.deepcopy(model).double()(image.double()).detach().cpu(), model(image).detach()
+    model.backend = "fused"
+    model.set_attn_backend(backend)
+    with torch.set_grad_enabled(gradients):
+        found = model(image).detach()
+    assert len(sdpa) == (0 if backend == "eager" else 2)
+    HERE.rule(backend, found, own, exact, torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "gradients"])
+def test_a_hook_sees_the_probabilities_on_the_fused_path(gradients, sdpa):
+    model, image, seen = tiny(backend="fused"), images(), []
+    with torch.set_grad_enabled(gradients):
+        expected = model(image)
+        assert len(sdpa) == 2
+        handle = model.blocks[1].attn_out.attn_drop.register_forward_hook(lambda module, given, out: seen.append(out.detach()))
+        assert why_not_fused(model, image) == []
+        sdpa.clear()
+        torch.testing.assert_close(model(image), expected, rtol=1e-5, atol=1e-6)
+        assert len(sdpa) == 1  # the other block's
+        (weights,) = seen
+        assert weights.shape == (2, 3, 5, 5)
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+        handle.remove()
+        sdpa.clear()
+        assert torch.equal(model(image), expected)
+        assert len(sdpa) == 2
+
+
+@needs_kernels
+def test_a_hook_that_changes_the_probabilities_changes_the_result(sdpa):
+    model, image = tiny(), images()
+    for block in model.blocks:
+        block.attn_out.attn_drop.register_forward_hook(lambda module, given, out: torch.zeros_like(out))
+    found = []
+    for backend in ("reference", "fused"):
+        model.backend = backend
+        with torch.no_grad():
+            found.append(model(image))
+    assert relative_error(found[1], found[0]) <= 1e-5
+    assert sdpa == []
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [nn.Dropout(0.5).train(), nn.Identity(), nn.Dropout2d(0.0)],
+    ids=["active", "replaced", "of another class"],
+)
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_active_or_replaced_dropout_makes_the_attention_eager(backend, drop, sdpa):
+    attn = Attention(24, 24, 3)
+    attn.attn_backend = backend
+    attn.attn_drop = drop
+    torch.manual_seed(3)
+    found = attn(torch.ones(2, 5, 24), True)
+    assert sdpa == []
+    torch.manual_seed(3)
+    attn.attn_backend = "eager"
+    assert torch.equal(attn(torch.ones(2, 5, 24)), found)
+
+
+@needs_kernels
+def test_training_with_dropout_of_the_probabilities_is_fused_but_for_the_attention(sdpa):
+    model, image = tiny(), images()
+    model.blocks[0].attn_out.attn_drop.p = 0.5
+    model.train()
+    found = []
+    for backend in ("reference", "fused"):
+        model.backend = backend
+        torch.manual_seed(3)
+        found.append(model(image).detach())
+    assert why_not_fused(model, image) == []
+    assert relative_error(found[1], found[0]) <= 1e-5
+    assert len(sdpa) == 1  # the other block's
+    model.eval()
+    model(image)
+    assert len(sdpa) == 1 + 2  # inactive
+
+
+# ---- compiled, scripted, exported, counted ----
+
+
+@needs_kernels
+@pytest.mark.parametrize("mode", ["inference", "train"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
+def test_a_fused_model_compiles_as_one_graph(backend, mode):
+    model, image = tiny(backend="fused", attn_backend=backend).train(mode == "train"), images()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(mode == "train"):
+        expected, found = model(image), compiled(image)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    if mode == "train":
+        wanted = [torch.autograd.grad(out.square().sum(), list(model.parameters())) for out in (found, expected)]
+        for a, b in zip(*wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+def test_an_exported_model_has_the_operation_where_no_gradient_is_asked_for():
+    model, image = tiny(backend="fused"), images()
+    with torch.no_grad():
+        program = torch.export.export(model, (image,))
+        torch.testing.assert_close(program.module()(image), model(image))
+    assert sum("tnt_fast.outer" in str(node.target) for node in program.graph.nodes) == 2
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
+def test_a_scripted_model_runs_the_references_products(backend):
+    model, image = tiny(backend="reference", attn_backend=backend), images()
+    scripted = torch.jit.script(copy.deepcopy(model))
+    model.set_attn_backend("eager")
+    torch.testing.assert_close(scripted(image), model(image), rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "gradients",
+    [False, pytest.param(True, marks=pytest.mark.gpu)],  # PyTorch does not count its fused attention on the CPU
+    ids=["inference", "gradients"],
+)
+def test_fused_attention_counts_as_many_flops_as_the_references(gradients):
+    model, counts = tiny(), []
+    for backend in ("reference", "fused"):
+        model.backend = backend
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(gradients):
+            model(images())
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+FREE = {"aten::empty", "aten::empty_like", "aten::view", "aten::unbind", "aten::transpose", "aten::t"}  # launch nothing
+
+
+def _called(event) -> list[str]:
+    """What an operation that PyTorch's profiler has seen calls, without what launches nothing."""
+    calls = [child.name for child in event.cpu_children if child.name not in FREE]
+    copies = {child.name for x in event.cpu_children if x.name == "aten::reshape" for child in x.cpu_children}
+    return [name for name in calls if name != "aten::reshape" or copies != {"aten::view"}]
+
+
+@needs_kernels
+@pytest.mark.skipif(DEVICE == "cuda", reason="what is called does not depend on the device")
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 8), (torch.float32, 9)], ids=str)  # float32's GELU is a call
+def test_launches_of_a_block(dtype, most, monkeypatch):
+    from helpers import launchers
+
+    launched = []
+    for module in launchers():
+        monkeypatch.setattr(module, "launch", lambda spec, *given: launched.append(spec.kernel.__name__))
+    block = tiny(backend="fused").blocks[0].to(dtype)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiled:
+        block.outer(torch.randn(2, 5, 24, dtype=dtype), True)
+    (outer,) = (event for event in profiled.events() if event.name == "tnt_fast::outer")
+    assert launched == ["_norm_kernel"] * 2
+    called = _called(outer)
+    assert "aten::scaled_dot_product_attention" in called
+    assert len(called) + len(launched) <= most, called
+    others = {event.name for event in profiled.events() if event.cpu_parent is None} - {"tnt_fast::outer"}
+    assert others <= {"aten::randn", "aten::empty"}, others
+
+
+def test_the_fused_attention_of_a_gpu_is_called_with_heads_before_tokens(monkeypatch):
+    seen = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: seen.append((q.shape, k.shape, v.shape)) or v)
+    q, k, v = (torch.randn(2, 5, 3, 8) for _ in range(3))
+    assert torch.equal(attention.sdpa(q, k, v), v)
+    assert seen == [((2, 3, 5, 8),) * 3]
