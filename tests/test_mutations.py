@@ -4,13 +4,14 @@ import json
 import random
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 import mutations
 from mutations import IN_HALF, PTX_KINDS, Judge, Launches, apply, draw_ptx, judge_ptx, told
 from ptx.flow import depends_on_data, normal
-from ptx.machine import Kernel
+from ptx.machine import Fault, Kernel
 
 KINDS = {kind.name: kind for kind in (*PTX_KINDS, IN_HALF)}
 
@@ -143,6 +144,33 @@ PTX = """
 def test_programs_that_do_the_same_have_one_normal_form(old, new, same):
     assert old in PTX
     assert (normal(Kernel(PTX, 0)) == normal(Kernel(PTX.replace(old, new), 0))) == same
+
+
+COPY = """
+    shl.b32 %r4, %r2, 2;
+    cp.async.ca.shared.global [ %r4 + 0 ], [ %rd3 + 0 ], 4;
+    cp.async.commit_group;
+    cp.async.wait_group 0;
+    ld.shared.b32 %r5, [ %r4 + 0 ];
+    add.s32 %r3, %r5, 1;
+"""
+
+
+@pytest.mark.parametrize("operation", ["cp.async.commit_group", "cp.async.wait_group"])
+def test_a_weakened_wait_is_a_fault(operation):
+    """Of a kernel that copies ahead, of which none is shipped now."""
+    p, x = mutations.Program(Kernel(PTX.replace("add.s32 %r3, %r1, %r2;", COPY), 128)), torch.arange(32, dtype=torch.int32)
+    p.kernel.run(1, [x, 32])
+    assert torch.equal(x, torch.arange(1, 33, dtype=torch.int32))
+    at = next(i for i, ins in enumerate(p.instructions) if ".".join(ins.parts) == operation)
+    kind, texts = KINDS["wait weakened"], set()
+    assert kind.fits(p.instructions[at])
+    for seed in range(20):
+        changes = kind.change(p, at, random.Random(seed))
+        texts.add(told(p, changes))
+        with pytest.raises(Fault, match="has not delivered"):
+            apply(p, changes).run(1, [x, 32])
+    assert len(texts) > 1
 
 
 def test_a_known_predicate_is_no_predicate():
