@@ -35,6 +35,12 @@ from tnt_fast.kernels.operation import Launch, Operation
 VARIANTS = {"ti": (12, 192, False), "s": (24, 384, False), "s_legacy": (24, 384, True), "b": (40, 640, False)}  # C, E, legacy
 
 
+def product(pixel: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """W · LN(pixel), a row a patch."""
+    h = norm.forward(pixel.contiguous().view(-1, norm_weight.shape[0]), norm_weight, norm_bias, eps)
+    return torch.mm(h.view(pixel.shape[0], -1), weight.to(h.dtype).t())
+
+
 class Fold(Operation):
     """The blocks' projection of pixels onto patches, and the stem's."""
 
@@ -96,13 +102,11 @@ class Fold(Operation):
         return torch.empty(a.patch.shape, dtype=torch.promote_types(a.pixel.dtype, a.patch.dtype), device=a.pixel.device)
 
     def forward(self, a: SimpleNamespace) -> Tensor:
-        P, S, C = a.pixel.shape
         out = self.empty(a)
-        if P == 0:
+        if a.pixel.shape[0] == 0:
             return out.copy_(a.patch)
-        h = norm.forward(a.pixel.contiguous().view(-1, a.norm1_weight.shape[0]), a.norm1_weight, a.norm1_bias, a.eps)
-        z = torch.mm(h.view(P, S * C), a.proj_weight.to(h.dtype).t())
-        norm.add(z, a.patch, out, a.proj_bias, a.norm2_weight, a.norm2_bias, a.eps)
+        z = product(a.pixel, a.norm1_weight, a.norm1_bias, a.proj_weight, a.eps)
+        norm.add(z, a.patch, out, norm.AddWeights(a.proj_bias, a.norm2_weight, a.norm2_bias), a.eps)
         return out
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:

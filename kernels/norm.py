@@ -1,7 +1,8 @@
 """norm: LayerNorm over the rows of a matrix with what lies around it; what fold and outer have between the library's products.
 
     y = LN(x), rest = x + later                                forward: the next product's input, and what it is added to
-    y[b, 0] = patch[b, 0], y[b, 1 + n] = patch[b, 1 + n] + LN(z[b·N + n] + shift)          add: of fold, with or without LN
+    y[b, 0] = patch[b, 0], y[b, 1 + n] = patch[b, 1 + n] + LN(z[b·N + n] + shift)          add: of fold, with or without LN,
+                                                          and then, for outer, LN(y) and y + later
     dx = rstd · (γg − mean(γg) − x̂ · mean(γg · x̂)), dγ = Σ g · x̂, dβ = Σ g, dshift = Σ dx             backward of LN(x + shift)
 
 with x̂ a normalised row, g the gradient of y. Statistics are float32. Bytes moved: each tensor once. Sums over rows are kept in
@@ -9,7 +10,7 @@ float32 by a program over all its tiles and reduced in one launch: no atomics, t
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,6 +24,17 @@ from tnt_fast.kernels.tile import centred, load
 # values a tile, values a thread; of the backward also programs a multiprocessor
 VALUES, EACH, PER_SM = 1024, 32, 8
 WIDEST = 16384  # row of which a program holds several copies in registers
+
+
+class AddWeights(NamedTuple):
+    """An argument of ``add`` and its kernel: of LN(z + shift), of LN(y), and what y is stored with; any may be None."""
+
+    shift: Any = None
+    weight: Any = None
+    bias: Any = None
+    next_weight: Any = None
+    next_bias: Any = None
+    later: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,22 +73,28 @@ def _norm_kernel(x_ptr, y_ptr, weight_ptr, bias_ptr, rest_ptr, later_ptr, n_rows
 
 @triton.jit
 def _norm_add_kernel(
-    z_ptr, shift_ptr, weight_ptr, bias_ptr, patch_ptr, y_ptr, n_rows, n_tokens, stride_image, stride_token, eps, Z: tl.constexpr
+    z_ptr, w, patch_ptr, y_ptr, h_ptr, n_rows, n_tokens, stride_image, stride_token, eps, Z: tl.constexpr
 ):  # fmt: skip
-    """Rows are those of y; without ``weight_ptr`` z is added as it is."""
+    """Rows are those of y; without ``w.weight`` z is added as it is; ``h_ptr``: for LN(y), where y is stored with ``later``."""
     row = tl.program_id(0).to(tl.int64) * Z.BLOCK + tl.arange(0, Z.BLOCK)
     col = tl.arange(0, Z.W_PAD)
     real = col < Z.W
     mask = (row < n_rows)[:, None] & real[None, :]
     image, token = (row.to(tl.int32) // n_tokens).to(tl.int64), row.to(tl.int32) % n_tokens
     folded = mask & (token > 0)[:, None]  # the class token has no pixels
-    z = load(z_ptr + (row - image - 1)[:, None] * Z.W, col[None, :], folded) + load(shift_ptr, col, real)[None, :]
-    if weight_ptr is not None:
+    z = load(z_ptr + (row - image - 1)[:, None] * Z.W, col[None, :], folded) + load(w.shift, col, real)[None, :]
+    if w.weight is not None:
         z, _ = _standardised(z, eps, Z)  # [BLOCK, W_PAD]
-        z = z * load(weight_ptr, col, real)[None, :] + load(bias_ptr, col, real)[None, :]
+        z = z * load(w.weight, col, real)[None, :] + load(w.bias, col, real)[None, :]
     patch = load(patch_ptr + (image * stride_image + token.to(tl.int64) * stride_token)[:, None], col[None, :], mask)
     y = patch + tl.where((token > 0)[:, None], z, 0.0)
-    tl.store(y_ptr + row[:, None] * Z.W + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    at = row[:, None] * Z.W + col[None, :]
+    if h_ptr is not None:
+        h, _ = _standardised(tl.where(real[None, :], y, 0.0), eps, Z)  # known zeros
+        h = h * load(w.next_weight, col, real)[None, :] + load(w.next_bias, col, real)[None, :]
+        tl.store(h_ptr + at, h.to(Z.DTYPE), mask=mask)
+        y += load(w.later, col, real)[None, :]
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -136,11 +154,16 @@ def specialise(kernel: Any, dtype: torch.dtype, W: int, grouped: bool = False) -
 
 
 def launch_of(what: str, dtype: torch.dtype, W: int, rows: int = 1, grouped: bool = False, plain: bool = False) -> Launch:
-    """With types: "forward", "add" (``plain``: without LN) or "backward"; ``rows`` of it are a patch."""
-    kernel = {"forward": _norm_kernel, "add": _norm_add_kernel, "backward": _norm_bwd_kernel}[what]
+    """With types: "forward", "add", "add and norm" (``plain``: without LN) or "backward"; ``rows`` of it are a patch."""
+    pointer = f"*{operation.DTYPES[dtype]}"
+    if what.startswith("add"):
+        types = AddWeights(*[pointer] * 6)._replace(shift=pointer if plain else None)
+        types = types._replace(weight=None, bias=None) if plain else types
+        absent = () if what == "add and norm" else ("h_ptr",)
+        types = types._replace(next_weight=None, next_bias=None, later=None) if absent else types
+        return specialise(_norm_add_kernel, dtype, W).shipped(dtype, w=types, **dict.fromkeys(absent))
+    kernel, absent = (_norm_kernel, ("rest_ptr", "later_ptr")) if what == "forward" else (_norm_bwd_kernel, ("shift_ptr",))
     spec = specialise(kernel, dtype, W, grouped)
-    absent = {"forward": ("rest_ptr", "later_ptr"), "add": ("shift_ptr",), "backward": ("shift_ptr",)}[what]
-    absent += ("weight_ptr", "bias_ptr") if plain else ()
     return spec._replace(patches=spec.patches / rows).shipped(dtype, **{"sums_ptr": "*fp32"} | dict.fromkeys(absent))
 
 
@@ -154,14 +177,16 @@ def forward(
     return y
 
 
-def add(
-    z: Tensor, patch: Tensor, out: Tensor, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> None:
-    """Into ``out`` (B, T, W), contiguous: ``patch``, of any strides, with the LayerNorm of ``z`` (B·(T − 1), W)."""
+def add(z: Tensor, patch: Tensor, out: Tensor, weights: AddWeights, eps: float) -> Tensor | None:
+    """Into ``out`` (B, T, W), contiguous: ``patch``, of any strides, with the LayerNorm of ``z`` (B·(T − 1), W).
+
+    With weights of a next LayerNorm: that of it (B·T, W) comes back, and ``later`` is added to ``out``.
+    """
     (B, T, W), patch = patch.shape, patch if patch.stride(-1) == 1 else patch.contiguous()
-    spec = specialise(_norm_add_kernel, z.dtype, W)
-    weights = map(contiguous, (shift, weight, bias))
-    launch(spec, -(-B * T // spec.config.rows), z, *weights, patch, out, B * T, T, *patch.stride()[:2], eps)
+    spec, h = specialise(_norm_add_kernel, z.dtype, W), None if weights.next_weight is None else z.new_empty(B * T, W)
+    tiles = -(-B * T // spec.config.rows)
+    launch(spec, tiles, z, contiguous(weights), patch, out, h, B * T, T, *patch.stride()[:2], eps)
+    return h
 
 
 def backward(

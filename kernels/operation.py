@@ -286,18 +286,19 @@ class Operation:
             raise ValueError(f"{self.name}: {'; '.join(reasons)}")
         return self._operation(*self.prepare(given).values())
 
-    def trusted(self, *activations: Tensor, **others: Any) -> Tensor:
+    def trusted(self, **given: Any) -> Tensor:
         """As a call with weights and numbers that ``dispatch.choose`` has accepted: only the activations are looked at."""
-        given = by_name(self.defaults | dict(zip(self.activations, activations, strict=True)) | others)
-        first = activations[0]
+        given = by_name(self.defaults | given)
         if torch.compiler.is_compiling():
             self.check(given := self.prepare(given))  # what is traced is guarded by Dynamo
         else:
-            if torch.is_autocast_enabled(first.device.type):
-                dtype = torch.get_autocast_dtype(first.device.type)
-                given |= {name: x.to(dtype) for name, x in zip(self.activations, activations, strict=True)}
+            device = given[self.activations[0]].device.type
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+                given |= {name: given[name].to(dtype) for name in self.activations if given[name] is not None}
             like = next(given[argument.name] for argument in self.arguments if not argument.activation)
-            seen = [(x.shape, x.dtype, x.device, type(x)) for x in (*(given[name] for name in self.activations), like)]
+            looked = (*[given[name] for name in self.activations], like)
+            seen = [None if x is None else (x.shape, x.dtype, x.device, type(x)) for x in looked]
             if (seen := tuple(seen)) not in self._accepted:
                 self.check(given := self.prepare(given))
                 self._accepted.add(seen)
@@ -330,7 +331,8 @@ class Operation:
         if torch.is_autocast_enabled(first.device.type):
             dtype = torch.get_autocast_dtype(first.device.type)  # autocast leaves float64 as it is
             for name in self.activations:
-                given[name] = given[name].to(dtype) if given[name].dtype in DTYPES else given[name]
+                if given[name] is not None and given[name].dtype in DTYPES:
+                    given[name] = given[name].to(dtype)
         elif found := self.wrong_types(given, first.dtype, False):
             raise TypeError(f"{self.name}: {'; '.join(found)}")
         return given

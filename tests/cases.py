@@ -70,6 +70,13 @@ def outer_tensors(B, T, E, M, bias=False, mean=0.5, scale=1.0):
     return {"patch": normal(B, T, E, scale=scale, mean=mean)} | {k: v for k, v in tensors.items() if k != "pixel"}
 
 
+def with_fold(B, N, S, C, E, M, legacy, **more):
+    """``outer_tensors`` of a fold."""
+    folded = fold_tensors(B, N, S, C, E, legacy)
+    tensors = outer_tensors(B, 1 + N, E, M, **more) | {"pixel": folded.pop("pixel"), "patch": folded.pop("patch")}
+    return tensors | {f"fold_{name}": x for name, x in folded.items()}
+
+
 def embed_case(B, channels, H, W, C, patch, stride, step, legacy):
     tensors = dict(
         image=normal(B, channels, H, W, mean=0.3), weight=normal(C, channels, 7, 7, scale=(49 * channels) ** -0.5),
@@ -115,5 +122,5 @@ def case(operation: str):
     if operation == "inner":
         return inner_tensors(3, 16, 12, 48, bias=True), dict(num_heads=2)
     if operation == "outer":
-        return outer_tensors(2, 5, 24, 48, bias=True), dict(num_heads=3)
+        return with_fold(2, 4, 16, 12, 24, 48, False, bias=True), dict(num_heads=3)
     return fold_tensors(2, 3, 16, 12, 24, False) | {"proj_bias": normal(24)}, {}

@@ -57,7 +57,7 @@ def test_none_is_computed_as_the_reference_does_or_named(operation):
 
 @OPERATIONS
 def test_shapes_that_do_not_fit_are_named(operation):
-    others_of = {"pixel": "norm1_weight", "patch": "proj_weight"}  # activations set the sizes that weights are held to
+    others_of = {"pixel": "(?:fold_)?norm1_weight", "patch": "proj_weight"}  # activations set the sizes that weights are held to
     for name in given(operation)[0]:
         tensors, others = given(operation)
         for spoil in (lambda x: x.new_ones(()), lambda x: x[None], lambda x: x.repeat(*[1] * (x.ndim - 1), 2)):
@@ -86,7 +86,7 @@ def test_dtypes_that_differ_without_autocast_are_named_and_taken_with_it(operati
         torch.autocast(DEVICE, torch.bfloat16),
         pytest.raises(TypeError, match=rf"{operation}: \w+ is torch\.float16, {first} is torch\.bfloat16; accepted"),
     ):
-        run(operation, {k: v.half() for k, v in tensors.items()}, others)
+        run(operation, {k: None if v is None else v.half() for k, v in tensors.items()}, others)
 
 
 @pytest.mark.parametrize(
@@ -203,11 +203,11 @@ def test_forward_mode_is_a_reason_against_the_fused_model():
 @OPERATIONS
 def test_fake_and_real_agree_on_transposed_weights(operation):
     tensors, others = given(operation)
-    tensors = {k: v if v.ndim != 2 else v.t().contiguous().t() for k, v in tensors.items()}
-    numbers = [list(v) if isinstance(v, tuple) else v for v in others.values()]
-    numbers = {"fold": [1e-5], "pixel_embed": numbers}.get(operation, [*numbers, 1e-5, None, None])
-    arguments = [v.requires_grad_() for v in tensors.values()]
-    torch.library.opcheck(getattr(torch.ops.tnt_fast, operation).default, (*arguments, *numbers))
+    tensors = {k: v if v is None or v.ndim != 2 else v.t().contiguous().t() for k, v in tensors.items()}
+    known = {"eps": 1e-5} | {k: list(v) if isinstance(v, tuple) else v for k, v in others.items()}
+    known |= {k: None if v is None else v.requires_grad_() for k, v in tensors.items()}
+    function = getattr(torch.ops.tnt_fast, operation).default
+    torch.library.opcheck(function, tuple(known.get(a.name) for a in function._schema.arguments if a.name != "checked"))
 
 
 def test_a_model_of_transposed_weights_compiles_with_its_gradients():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import check, normal, outer_tensors
+from cases import check, normal, outer_tensors, with_fold
 from helpers import paths
 
 pytest.importorskip("triton")
@@ -48,3 +48,26 @@ def test_a_large_bias_of_a_branch_is_added_where_it_belongs(name, path, dtype):
     """fc2's lies in the rest while the MLP runs, but not in what the MLP reads."""
     tensors = outer_tensors(2, 9, 64, 128)
     check(path, "outer", tensors | {name: 300 * normal(64)}, dict(num_heads=2), dtype)
+
+
+@paths()
+@pytest.mark.parametrize("legacy", [False, True], ids=["norms", "legacy"])
+@pytest.mark.parametrize(
+    ("B", "N", "S", "C", "E", "H"),
+    [
+        pytest.param(2, 5, 16, 24, 384, 6, marks=everywhere),
+        (1, 33, 4, 10, 48, 3),
+        pytest.param(3, 1, 16, 40, 640, 10, marks=wide),
+        pytest.param(2, 9, 5, 6, 200, 2, marks=wide),
+    ],
+)
+def test_outer_of_a_fold(B, N, S, C, E, H, legacy, path, dtype):
+    check(path, "outer", with_fold(B, N, S, C, E, 64, legacy), dict(num_heads=H), dtype)
+
+
+@paths("float32", "bfloat16 float32")
+def test_outer_of_a_fold_with_drop_path_and_without_biases(path, dtype):
+    tensors = with_fold(2, 5, 16, 12, 24, 48, False) | dict.fromkeys(("proj_bias", "norm1_bias", "fold_norm1_bias"))
+    check(path, "outer", tensors, dict(num_heads=3), dtype)
+    scales = dict(attn_scale=torch.tensor([0.0, 2.0]).double(), mlp_scale=torch.tensor([1.25, 0.0]).double())
+    check(path, "outer", with_fold(2, 5, 16, 12, 24, 48, False) | scales, dict(num_heads=3), dtype)

@@ -38,11 +38,25 @@ class TransformerWeights(NamedTuple):
     fc2_bias: Tensor | None
 
 
+class FoldWeights(NamedTuple):
+    """What ``fold`` adds pixels to patches by, as ``outer`` is given it; all None: nothing."""
+
+    fold_norm1_weight: Tensor | None = None
+    fold_norm1_bias: Tensor | None = None
+    fold_proj_weight: Tensor | None = None
+    fold_proj_bias: Tensor | None = None
+    fold_norm2_weight: Tensor | None = None
+    fold_norm2_bias: Tensor | None = None
+
+
+NO_FOLD = FoldWeights()
+
+
 def by_name(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of an operation with each of its TransformerWeights under the weight's own name, in order."""
+    """Arguments of an operation with the weights of its records under their own names, in order."""
     found: dict[str, Any] = {}
     for name, value in given.items():
-        if isinstance(value, TransformerWeights):
+        if isinstance(value, TransformerWeights | FoldWeights):
             found.update(zip(value._fields, value, strict=True))
         else:
             found[name] = value
@@ -51,11 +65,11 @@ def by_name(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def in_records(given: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of ``by_name``: arguments as the operation takes them."""
-    names = TransformerWeights._fields
-    if "qk_weight" not in given:
-        return dict(given)
-    weights = TransformerWeights(*(given[name] for name in names))
-    return {name: value for name, value in given.items() if name not in names} | {"weights": weights}
+    found = dict(given)
+    for name, record in (("weights", TransformerWeights), ("fold_weights", FoldWeights)):
+        if given.keys() >= set(record._fields):
+            found[name] = record(*(found.pop(field) for field in record._fields))
+    return found
 
 
 def cut_patches(x: Tensor, size: tuple[int, int], stride: tuple[int, int]) -> Tensor:
@@ -208,9 +222,14 @@ def outer(
     eps: float = 1e-5,
     attn_scale: Tensor | None = None,
     mlp_scale: Tensor | None = None,
+    pixel: Tensor | None = None,
+    fold_weights: FoldWeights = NO_FOLD,
 ) -> Tensor:
     """Outer transformer: an ordinary ViT block over class token and patches (paper, Eq. 9 and 10).
 
-    As ``inner``, with ``patch`` ``(B, 1 + N, E)``, E channels, and drop-path factors ``(B,)``, one an image.
+    As ``inner``, with ``patch`` ``(B, 1 + N, E)``, E channels, and drop-path factors ``(B,)``, one an image. Of ``pixel``,
+    where there is one, and ``patch`` it is ``fold``, with the same eps, that the transformer is given.
     """
+    if pixel is not None:
+        patch = fold(pixel, patch, *fold_weights, eps)  # type: ignore[arg-type]
     return _transformer(patch, weights, num_heads, eps, attn_scale, mlp_scale)

@@ -165,14 +165,27 @@ class Block(nn.Module):
     def forward(self, pixel: Tensor, patch: Tensor, fused: bool = False) -> tuple[Tensor, Tensor]:
         if self.has_inner:
             pixel = self.inner(pixel, fused)
+            if fused and not torch.jit.is_scripting():
+                return pixel, self._fused_rest(pixel, patch)
             patch = self.fold(pixel, patch, fused)
         return pixel, self.outer(patch, fused)
+
+    @torch.jit.unused
+    def _fused_rest(self, pixel: Tensor, patch: Tensor) -> Tensor:
+        """fold and outer, as one operation where that can be."""
+        given = dispatch.outer_arguments(self, patch)
+        if given is None or given["eps"] != self.norm1_proj.eps:
+            return self.outer(self.fold(pixel, patch, True), True)
+        folded = _fold_arguments(self)
+        del folded["eps"]
+        weights = reference.FoldWeights(*folded.values())
+        return self._fused_transformer("outer", given | dict(fold_weights=weights, pixel=pixel), patch=patch)
 
     def inner(self, pixel: Tensor, fused: bool = False) -> Tensor:
         """``reference.inner`` over the pixels ``(B·N, S, C)`` of every patch."""
         if fused and not torch.jit.is_scripting():
             weights = transformer_arguments(self.norm_in, self.attn_in, self.norm_mlp_in, self.mlp_in)
-            return self._fused_transformer("inner", pixel, weights)
+            return self._fused_transformer("inner", weights, pixel=pixel)
         pixel = pixel + self.drop_path(self.attn_in(self.norm_in(pixel)))
         return pixel + self.drop_path(self.mlp_in(self.norm_mlp_in(pixel)))
 
@@ -192,7 +205,7 @@ class Block(nn.Module):
         if fused and not torch.jit.is_scripting():
             given = dispatch.outer_arguments(self, patch)
             if given is not None:
-                return self._fused_transformer("outer", patch, given)
+                return self._fused_transformer("outer", given, patch=patch)
             patch = patch + self.drop_path(self._attn_out(self.norm_out(patch)))
         else:
             patch = patch + self.drop_path(self.attn_out(self.norm_out(patch)))
@@ -206,9 +219,10 @@ class Block(nn.Module):
         return self.attn_out(x, True) if isinstance(self.attn_out, Attention) else self.attn_out(x)
 
     @torch.jit.unused
-    def _fused_transformer(self, operation: str, x: Tensor, weights: dict[str, Any]) -> Tensor:
+    def _fused_transformer(self, operation: str, given: dict[str, Any], **activation: Tensor) -> Tensor:
+        x = next(iter(activation.values()))
         scales = dict(attn_scale=_drop_path_scale(self.drop_path, x), mlp_scale=_drop_path_scale(self.drop_path, x))
-        return dispatch.kernel(operation).trusted(x, **weights, **scales)
+        return dispatch.kernel(operation).trusted(**activation, **given, **scales)
 
     @torch.jit.ignore
     def outer_arguments(self) -> dict[str, Any]:
@@ -251,7 +265,7 @@ def _drop_path_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _fused_fold(owner: nn.Module, pixel: Tensor, patch: Tensor) -> Tensor:
-    return dispatch.kernel("fold").trusted(pixel, patch, **_fold_arguments(owner))
+    return dispatch.kernel("fold").trusted(pixel=pixel, patch=patch, **_fold_arguments(owner))
 
 
 class PixelEmbed(nn.Module):
@@ -336,7 +350,7 @@ class PixelEmbed(nn.Module):
 
     @torch.jit.unused
     def _fused(self, x: Tensor, pixel_pos: Tensor | None) -> Tensor:
-        return dispatch.kernel("pixel_embed").trusted(x, **self.fused_arguments(pixel_pos))
+        return dispatch.kernel("pixel_embed").trusted(image=x, **self.fused_arguments(pixel_pos))
 
     @torch.jit.ignore
     def fused_arguments(self, pixel_pos: Tensor | None) -> dict[str, Any]:
