@@ -34,7 +34,7 @@ def stand_ins(monkeypatch):
             self.name = name
             self.wrong_types = self.wrong_values = self.gradients_unsupported = lambda *given: []
 
-        def __call__(self, *args, **kwargs):
+        def trusted(self, *args, **kwargs):
             calls[self.name] += 1
             return getattr(reference, self.name)(*args, **kwargs)
 
@@ -247,6 +247,7 @@ OUTER = {
     "a hook on the attention": lambda b: b.attn_out.register_forward_hook(lambda module, given, out: -out),
     "a replaced forward": lambda b: setattr(b.mlp, "forward", torch.neg),
     "weight norm": lambda b: nn.utils.parametrizations.weight_norm(b.mlp.fc1),
+    "a bias that is broadcast": lambda b: setattr(b.mlp.fc2, "bias", nn.Parameter(torch.randn(1))),
     "a bias of queries and keys alone": lambda b: setattr(b.attn_out.qk, "bias", nn.Parameter(torch.randn(48))),
     "eager attention": lambda b: setattr(b.attn_out, "attn_backend", "eager"),
 }
@@ -266,6 +267,21 @@ def test_what_is_done_to_an_outer_submodule_is_done(stand_ins, what, gradients):
     assert relative_error(found[1], found[0]) <= 1e-5
     outer = 0 if gradients else 1  # the other block's, which folds, too
     assert stand_ins == {"pixel_embed": 1, "inner": 2, "fold": 3 - outer, "outer": outer}
+
+
+@pytest.mark.parametrize("norm", ["norm_out", "norm_mlp"])
+def test_an_outer_norm_of_another_width_is_the_references_error(norm):
+    """Not what lies behind its weights, which the kernel would read."""
+    pytest.importorskip("triton")
+    if not (kernels.on_cpu() or torch.cuda.is_available()):
+        pytest.skip("needs the kernels")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, image = tiny(backend="fused").to(device), torch.randn(2, 3, 32, 32, device=device)
+    with torch.no_grad():
+        model(image)  # so that the sizes are known
+        setattr(model.blocks[1], norm, nn.LayerNorm(12).to(device))
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            model(image)
 
 
 def test_outer_is_fused_where_no_gradient_is_asked_for(stand_ins):

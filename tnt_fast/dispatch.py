@@ -97,6 +97,10 @@ def outer_arguments(block: Any, patch: Tensor) -> dict[str, Any] | None:
     record = given["weights"]
     if (record.qk_bias is None) != (record.v_bias is None):  # the operation takes both or none
         return None
+    # what the LayerNorm kernels read; the library looks at the other shapes, as for the submodules
+    read = (record.norm1_weight, record.norm1_bias, record.proj_bias, record.norm2_weight, record.norm2_bias, record.fc2_bias)
+    if any([x is not None and x.shape != patch.shape[-1:] for x in read]):
+        return None
     weights = [weight for weight in record if weight is not None]
     if torch.is_grad_enabled() and (patch.requires_grad or any([weight.requires_grad for weight in weights])):
         return None
