@@ -3,9 +3,9 @@
     python -m tests.fuzz --count 10000 --processes 4 --json fuzz.json
     python -m tests.fuzz --seed 0 --case inner:123              (one of them again, told in full)
 
-Seed, kind and index determine a case: ``pixel_embed``, ``inner``, ``fold`` are calls of an operation, ``model`` whole models,
-``surgery`` models that somebody did something to. Every tensor, and whatever the operations allocate, lies inside of NaN that
-has to be the same bits afterwards. Without a GPU Triton's interpreter runs the kernels; there, bfloat16 is never drawn.
+Seed, kind and index determine a case: ``pixel_embed``, ``inner``, ``fold``, ``outer`` are calls of an operation, ``model``
+whole models, ``surgery`` models that somebody did something to. Every tensor, and whatever the operations allocate, lies inside
+of NaN that has to be the same bits afterwards. Without a GPU Triton's interpreter runs the kernels, and never in bfloat16.
 
 A case is *right*; or a *named error* of an operation for one of ``RESTRICTIONS``; or a *reason* of dispatch; or the *reference
 raises too*. Anything else is wrong: another answer, a NaN of its own, an answer where the reference has none, a bare exception,
@@ -53,7 +53,7 @@ from tnt_fast import TNT, kernels, reference, why_not_fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = [torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
-KINDS = {"pixel_embed": 4, "inner": 7, "fold": 5, "model": 1, "surgery": 4}
+KINDS = {"pixel_embed": 4, "inner": 7, "fold": 5, "outer": 3, "model": 1, "surgery": 4}
 LIMIT_S = 120.0  # seconds for a case; the slowest takes a tenth of that on a busy machine
 VERDICTS = ("right", "named error", "reason", "reference raises too", "wrong")
 
@@ -265,7 +265,7 @@ class Call:
             return torch.autocast(DEVICE, self.half) if on else nullcontext()
 
         given, largest = {}, 0.0
-        if draw and self.operation == "inner":  # whose biases are added onto the pixels with all else
+        if draw and self.operation in ("inner", "outer"):  # whose biases are added onto the pixels or patches with all else
             finite = self.activation.detach().double().nan_to_num(0.0, 0.0, 0.0).abs()
             largest = finite.max().item() if finite.numel() else 0.0
         for i, (name, x) in enumerate(self.tensors.items()):
@@ -427,8 +427,19 @@ def inner_values(dice: Dice) -> tuple[dict, dict, set, dict]:
     M, P = dice.pick(4 * C, dice.upto(2 * C), C), dice.pick(0, 1, 2, 3, 5, 9)
     if S * C > 800:
         P = min(P, 3)
-    tensors = dict(
-        pixel=dice.normal(P, S, C, mean=0.5),
+    return transformer_values(dice, dict(pixel=dice.normal(P, S, C, mean=0.5)), M, heads, dict(C=C, H=heads, S=S, M=M))
+
+
+def outer_values(dice: Dice) -> tuple[dict, dict, set, dict]:
+    heads = dice.pick(1, 2, 3, 4, 6)
+    E = heads * dice.random.randint(1, 32 if dice.chance(0.2) else 12)
+    M, B, T = dice.pick(4 * E, dice.upto(2 * E), E), dice.pick(0, 1, 2, 3), dice.pick(1, 2, 5, 17, dice.upto(200))
+    return transformer_values(dice, dict(patch=dice.normal(B, T, E, mean=0.5)), M, heads, dict(C=E, E=E, H=heads))
+
+
+def transformer_values(dice: Dice, activation: dict, M: int, heads: int, sizes: dict) -> tuple[dict, dict, set, dict]:
+    C, P = sizes["C"], len(next(iter(activation.values())))
+    tensors = activation | dict(
         norm1_weight=dice.normal(C, scale=0.3, mean=1), norm1_bias=dice.normal(C, scale=0.3),
         qk_weight=dice.normal(2 * C, C, scale=1.5 * C**-0.5), qk_bias=dice.normal(2 * C, scale=0.3),
         v_weight=dice.normal(C, C, scale=C**-0.5), v_bias=dice.normal(C, scale=0.3),
@@ -443,7 +454,7 @@ def inner_values(dice: Dice) -> tuple[dict, dict, set, dict]:
         if dice.chance(0.25):
             keep = dice.pick(0.25, 0.5, 0.9)
             tensors[name] = torch.tensor([dice.pick(0.0, 1 / keep, 1 / keep) for _ in range(P)], dtype=torch.float64)
-    return tensors, dict(num_heads=heads), set(), dict(C=C, H=heads, S=S, M=M)
+    return tensors, dict(num_heads=heads), set(), sizes
 
 
 def fold_values(dice: Dice) -> tuple[dict, dict, set, dict]:
@@ -498,7 +509,7 @@ def spoil(dice: Dice, tensors: dict, others: dict, operation: str) -> tuple[str,
                         ("patch_stride", (0, 0))],
         "inner": [("num_heads", 0), ("num_heads", -2), ("num_heads", 5), ("num_heads", 7), ("eps", -1.0)],
         "fold": [("eps", -1.0)],
-    }[operation]  # fmt: skip
+    }["inner" if operation == "outer" else operation]  # fmt: skip
     what = dice.pick("number", "longer", "shorter", "0-d", "more dimensions", "fewer dimensions", "list")
     if what == "number":
         key, value = dice.pick(*numbers)
@@ -518,7 +529,7 @@ def spoil(dice: Dice, tensors: dict, others: dict, operation: str) -> tuple[str,
 
 
 def draw_call(operation: str, dice: Dice) -> Call:
-    values = {"pixel_embed": pixel_embed_values, "inner": inner_values, "fold": fold_values}[operation]
+    values = globals()[f"{operation}_values"]
     tensors, others, restrictions, sizes = values(dice)
     dtype, about, autocast = dice.pick(torch.float32, torch.float32, *HALVES), [], (False, False)
     half, weights = dice.pick(*HALVES), dtype
@@ -538,7 +549,7 @@ def draw_call(operation: str, dice: Dice) -> Call:
             if name != next(iter(tensors)):
                 tensors[name] = None
                 about.append(f"{name}=None")
-        if operation == "inner":
+        if operation in ("inner", "outer"):
             restrictions.add("absent")
     if dice.chance(0.05):
         what, more = spoil(dice, tensors, others, operation)
