@@ -116,8 +116,8 @@ def _norm_bwd_kernel(
         row = tl.cast(tile, tl.int64) * Z.BLOCK + tl.arange(0, Z.BLOCK)
         mask = (row < n_rows)[:, None] & (col < Z.W)[None, :]
         x = load(x_ptr + row[:, None] * Z.W, col[None, :], mask) + shift[None, :]
-        x, rstd = _standardised(x, eps, Z)  # [BLOCK, W_PAD], [BLOCK]
-        rstd = tl.where(row < n_rows, rstd, 0.0)  # of rows past the last all that is made of g is 0, and this is finite
+        # of rows past the last all is 0: their 1/σ has to be finite, without an eps, too
+        x, rstd = _standardised(x, tl.where(row < n_rows, eps, 1.0), Z)  # [BLOCK, W_PAD], [BLOCK]
         if Z.GROUPED:
             patch = row.to(tl.int32)
             source = (patch // n_group).to(tl.int64) * stride_group + (patch % n_group).to(tl.int64) * stride_row

@@ -55,6 +55,13 @@ def test_fold_of_small_values(S, C, E, eps, path, dtype):
     check(path, "fold", shrunk(fold_tensors(2, 9, S, C, E, False)), dict(eps=eps), dtype)
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["norms", "legacy"])
+@paths()
+def test_fold_without_eps(legacy, path, dtype):
+    """Of rows that are not there nothing is divided by 0."""
+    check(path, "fold", fold_tensors(1, 5, 4, 6, 48, legacy), dict(eps=0.0), dtype)
+
+
 @everywhere
 @pytest.mark.parametrize("legacy", [False, True], ids=["norms", "legacy"])
 @paths("float32", "float32")
