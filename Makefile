@@ -13,7 +13,7 @@ SEED ?= 0
 PROCESSES ?= $(shell nproc)
 
 COMPILED := sm_80,sm_89,sm_90,sm_100,sm_120
-KERNELS := $(foreach name,pixel_embed fold inner kernels approximations backward,tests/test_$(name).py)
+KERNELS := $(foreach name,backward pixel_embed fold inner outer kernels approximations,tests/test_$(name).py)
 
 .PHONY: demo quick test test-newest test-oldest fuzz check check-compiled docs bench gpu sanitize clean
 .DELETE_ON_ERROR:
