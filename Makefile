@@ -85,10 +85,10 @@ gpu:
 	$(PY) -m tnt_fast.cli info | tee $(OUT)/machine.txt
 	failed=; \
 	$(PY) -m benchmarks.precompile --seconds 235 > $(OUT)/precompile.txt 2>&1 & \
-	timeout -k 10 -s INT 230 $(PY) -m pytest $(KERNELS) -q -n 8 \
-	    --paths gpu -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml; \
+	timeout -k 10 -s INT 230 $(PY) -m pytest $(KERNELS) -n 12 \
+	    -v --paths gpu -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml > $(OUT)/gpu-tests.txt; \
 	case $$? in 0) ;; 124|137) failed="$$failed kernel-tests-unfinished-after-230-s" ;; *) failed="$$failed kernel-tests" ;; esac; \
-	wait; sed -i 's/ hostname="[^"]*"//' $(OUT)/gpu-tests.xml; \
+	grep -E "^(FAILED|ERROR)|[0-9]+ (passed|failed)" $(OUT)/gpu-tests.txt; wait; sed -i 's/ hostname="[^"]*"//' $(OUT)/gpu-tests.xml; \
 	$(PY) -m pytest benchmarks --benchmark-only -q -p no:cacheprovider --minutes $(MINUTES) \
 	    $(foreach file,$(SKIP),--skip-measured $(file)) --benchmark-json $(OUT)/benchmarks.json || failed="$$failed benchmarks"; \
 	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tnt_fast import reference
 from tnt_fast.kernels import norm, operation
-from tnt_fast.kernels.operation import Launch, Operation
+from tnt_fast.kernels.operation import Launch, Operation, contiguous
 
 VARIANTS = {"ti": (12, 192, False), "s": (24, 384, False), "s_legacy": (24, 384, True), "b": (40, 640, False)}  # C, E, legacy
 
@@ -38,7 +38,7 @@ VARIANTS = {"ti": (12, 192, False), "s": (24, 384, False), "s_legacy": (24, 384,
 def product(pixel: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """W · LN(pixel), a row a patch."""
     h = norm.forward(pixel.contiguous().view(-1, norm_weight.shape[0]), norm_weight, norm_bias, eps)
-    return torch.mm(h.view(pixel.shape[0], -1), weight.to(h.dtype).t())
+    return torch.mm(h.view(pixel.shape[0], -1), contiguous(weight).to(h.dtype).t())
 
 
 class Fold(Operation):
@@ -122,7 +122,8 @@ class Fold(Operation):
 
     def _matrix_gradients(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         """Of all but the patch; ``gradient``: (B, N, E) of any strides, only read."""
-        pixel, weight, eps = a.pixel.contiguous(), a.proj_weight.to(a.pixel.dtype), a.eps
+        # in one layout, whatever the caller's: for another one the library may take another product, with other bits
+        pixel, weight, eps = a.pixel.contiguous(), contiguous(a.proj_weight).to(a.pixel.dtype), a.eps
         rows, E = pixel.shape[0], weight.shape[0]
         width = a.norm1_weight.shape[0]  # S·C, or legacy C: then a matrix of more, shorter rows
         of_first, of_second = {"norm1_weight", "norm1_bias"}, {"proj_bias", "norm2_weight", "norm2_bias"}
@@ -131,7 +132,7 @@ class Fold(Operation):
         if "proj_weight" in needed or a.norm2_weight is not None:
             h = norm.forward(pixel.view(-1, width), a.norm1_weight, a.norm1_bias, eps).view(rows, -1)
         if a.norm2_weight is None:
-            dz = gradient.reshape(rows, E).to(pixel.dtype)
+            dz = gradient.reshape(rows, E).to(pixel.dtype).contiguous()
             if "proj_bias" in needed:
                 found["proj_bias"] = dz.sum(0, dtype=torch.float32)
         else:

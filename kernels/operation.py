@@ -572,8 +572,9 @@ def _size(axis: str, sizes: Mapping[str, int]) -> int | str:
     return axis if None in factors else prod(factors)
 
 
-def cast(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]
+def cast(record: Any, dtype: torch.dtype) -> Any:
+    """A record of tensors, or None, in this dtype."""
+    return type(record)(*[x if x is None or x.dtype == dtype else x.to(dtype) for x in record])
 
 
 def contiguous(x: Any) -> Any:

@@ -28,7 +28,7 @@ from torch import Tensor
 from tnt_fast import attention, reference
 from tnt_fast.kernels import norm, operation
 from tnt_fast.kernels.fold import fold, product
-from tnt_fast.kernels.operation import Launch, Operation
+from tnt_fast.kernels.operation import Launch, Operation, contiguous
 
 VARIANTS = {"ti": 192, "s": 384, "b": 640}  # E
 
@@ -86,7 +86,7 @@ class Outer(Operation):
         return torch.empty_like(a.patch, memory_format=torch.contiguous_format)
 
     def forward(self, a: SimpleNamespace) -> Tensor:
-        (B, T, E), H, w = a.patch.shape, a.num_heads, reference.TransformerWeights(*operation.cast(a.weights, a.patch.dtype))
+        (B, T, E), H, w = a.patch.shape, a.num_heads, operation.cast(contiguous(a.weights), a.patch.dtype)
         out = self.empty(a)
         if out.numel() == 0:
             return out
