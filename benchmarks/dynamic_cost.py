@@ -26,7 +26,6 @@ from torch import Tensor
 from benchmarks.measure import DTYPES
 from tnt_fast import kernels as shipped
 from tnt_fast import reference
-from tnt_fast.tnt import transformer_arguments
 
 VARIANTS = ("ti", "s", "s_legacy", "b")
 IMAGE, PATCHES = 128, 64
@@ -64,13 +63,14 @@ def _launched(kernel: str, variant: str, dtype: str, target: str, images: int) -
 
     model = timm.create_model(f"tnt_fast_{variant}_patch16_224", depth=1, img_size=IMAGE, dtype=DTYPES[dtype])
     block = model.blocks[0]
-    outer = {"outer": transformer_arguments(block.norm_out, block.attn_out, block.norm_mlp, block.mlp)}
+    folded = dict(zip(reference.FoldWeights._fields, block.fused_arguments()["fold"].values(), strict=False))
+    outer = {"outer": block.outer_arguments() | {"fold_weights": reference.FoldWeights(**folded)}}
     given = (model.fused_arguments() | block.fused_arguments() | outer)[kernel]
     shapes = {
         "pixel_embed": {"image": (images, 3, IMAGE, IMAGE)},
         "inner": {"pixel": (images * PATCHES, 16, model.sizes()["C"])},
         "fold": {"pixel": (images * PATCHES, 16, model.sizes()["C"]), "patch": (images, 1 + PATCHES, model.embed_dim)},
-        "outer": {"patch": (images, 1 + PATCHES, model.embed_dim)},
+        "outer": {"patch": (images, 1 + PATCHES, model.embed_dim), "pixel": (images * PATCHES, 16, model.sizes()["C"])},
     }[kernel]
     given = reference.by_name(given)
     inputs = {name: torch.randn(shape, dtype=DTYPES[dtype], requires_grad=True) for name, shape in shapes.items()}

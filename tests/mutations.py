@@ -59,7 +59,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does
 
-from cases import embed_case, fold_tensors, growing, inner_tensors, one_by_one, outer_tensors, shrunk, spiked
+from cases import embed_case, fold_tensors, growing, inner_tensors, one_by_one, outer_tensors, shrunk, spiked, with_fold
 from helpers import KernelPath, results, write_json
 from ptx import machine
 from ptx.compiler import TARGETS, Compiler, flat
@@ -169,6 +169,10 @@ def cases() -> list[Case]:
     add("bfloat16 float32", "fold E200", "fold", fold_of(2, 37, 5, 6, 200, False))
     add(most, "fold stem", "fold", fold_of(2, 35, 16, 12, 24, False) | stem)
     add("float32", "fold stem, level", "fold", level)
+    for N in (5, 6, 7):  # as many rows more than whole tiles, less 4; of one row there is other code
+        add(most, f"fold stem, {N} patches", "fold", fold_of(1, N, 16, 12, 24, False) | stem)
+        add(most, f"fold S, {N} patches", "fold", fold_of(1, N, 16, 24, 384, False))
+    add("bfloat16 float32", "fold E200, no eps", "fold", fold_of(1, 3, 5, 6, 200, False), dict(eps=0.0))
     add("bfloat16", "fold B", "fold", fold_of(2, 17, 16, 40, 640, False))
     for name, precisions, size, bias in (
         ("S", every, (2, 37, 16, 24, 384), {}), ("E200", "bfloat16 float32", (2, 37, 5, 6, 200), {}),
@@ -194,7 +198,7 @@ def cases() -> list[Case]:
     )
 
     for names in (("pixel",), ("norm1_weight", "proj_weight"), ("norm2_weight", "norm2_bias", "patch")):
-        tensors = fold_of(2, 5, 16, 24, 384, False) | dict(proj_bias=torch.randn(384, dtype=torch.float64))
+        tensors = fold_of(1, 5, 16, 24, 384, False) | dict(proj_bias=20 + torch.randn(384, dtype=torch.float64))
         add("bfloat16", f"fold S, gradients of {names[0]}", "fold", tensors, gradients=names)
     add(
         "bfloat16",
@@ -202,7 +206,7 @@ def cases() -> list[Case]:
         "fold",
         fold_of(2, 5, 16, 24, 384, False) | dict(norm2_weight=None, norm2_bias=None),
     )
-    # its kernels are the LayerNorm of the forward alone
+    # its kernels are LayerNorms of the forward alone
     outer = dict(num_heads=6)
     drops = dict(attn_scale=torch.tensor([0, 2, 1.25]), mlp_scale=torch.tensor([2, 0, 1]))
     lifted = outer_tensors(3, 7, 384, 48, True)
@@ -211,6 +215,20 @@ def cases() -> list[Case]:
     add("bfloat16 float32", "outer S, drop path", "outer", outer_tensors(3, 7, 384, 48), outer | drops, gradients=False)
     add("float32", "outer S, far from 0", "outer", outer_tensors(2, 5, 384, 48, mean=1000.0), outer, gradients=False)
     add("bfloat16 float32", "outer E90", "outer", outer_tensors(2, 33, 90, 50, True), outer | dict(eps=0.5), gradients=False)
+    one = torch.eye(384, dtype=torch.float64)
+    for legacy, precisions in ((False, most), (True, "bfloat16")):
+        name = f"outer S of a fold{' legacy' * legacy}"
+        folded = with_fold(3, 7, 16, 24, 384, 48, legacy, bias=True)
+        add(precisions, name, "outer", folded | {"proj_bias": 300 * folded["proj_bias"]}, outer, gradients=False)
+        folded = with_fold(3, 1, 16, 24, 384, 48, legacy, bias=True)  # whose result is what the first norm gives, or nearly so
+        folded |= {x: 0.02 * folded[x] for x in ("patch", "proj_bias", "fc2_weight", "fc2_bias")}
+        add(precisions, f"{name}, of one", "outer", folded | dict(v_weight=one, proj_weight=one), outer, gradients=False)
+    small = outer_tensors(3, 1, 384, 384, True, mean=0.0, scale=0.02)
+    small |= {x: 0.02 * small[x] for x in ("proj_bias", "fc2_bias")}
+    add(most, "outer S, of one", "outer", small | dict(v_weight=one, proj_weight=one, fc2_weight=0.02 * one), outer,
+        gradients=False)  # fmt: skip
+    folded = with_fold(3, 5, 5, 6, 90, 50, False)
+    add("bfloat16 float32", "outer E90 of a fold", "outer", folded, outer | drops | dict(eps=0.5), gradients=False)
     without = dict.fromkeys(("proj_bias", "fc2_bias", "norm1_bias", "norm2_bias"))
     add("bfloat16", "outer S, no biases", "outer", outer_tensors(2, 5, 384, 48) | without, outer, gradients=False)
 
@@ -604,7 +622,7 @@ def _constant(p: Program, at: int, dice: random.Random) -> Changes | None:
     ins = p.instructions[at]
     places = [i for i, x in enumerate(ins.operands) if i and re.fullmatch(NUMBER, x)]
     if ins.parts[0] == "shfl":
-        places = [2]
+        places = [2] if 2 in places else []
     if not places:
         return None
     which = dice.choice(places)

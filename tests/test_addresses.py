@@ -128,6 +128,7 @@ def widest():
             yield "fold", norm.launch_of("add", BF16, min(W, 1024), plain=grouped)
         yield "fold", norm.launch_of("forward", BF16, W)
         yield "outer", norm.specialise(norm._norm_kernel, BF16, W).shipped(BF16)
+        yield "outer", norm.launch_of("add and norm", BF16, min(W, 1024))
 
 
 results = []
