@@ -379,13 +379,14 @@ def device_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout, with "-dirty" where files differ from it; without git what BENCHMARK_COMMIT says."""
+    """What BENCHMARK_COMMIT says; else the commit of the checkout, with "-dirty" where files differ from it."""
+    if named := os.environ.get("BENCHMARK_COMMIT"):
+        return named
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
     except OSError:
-        found = ""
-    return found or os.environ.get("BENCHMARK_COMMIT")
+        return None
 
 
 def machine() -> dict[str, Any]:
