@@ -173,11 +173,11 @@ class Block(nn.Module):
     @torch.jit.unused
     def _fused_rest(self, pixel: Tensor, patch: Tensor) -> Tensor:
         """fold and outer, as one operation where that can be."""
-        given = dispatch.outer_arguments(self, patch)
-        if given is None or given["eps"] != self.norm1_proj.eps:
+        given, folded = dispatch.outer_arguments(self, patch), _fold_arguments(self)
+        eps = folded.pop("eps")
+        needed = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in (pixel, *folded.values())])
+        if given is None or needed or given["eps"] != eps:
             return self.outer(self.fold(pixel, patch, True), True)
-        folded = _fold_arguments(self)
-        del folded["eps"]
         weights = reference.FoldWeights(*folded.values())
         return self._fused_transformer("outer", given | dict(fold_weights=weights, pixel=pixel), patch=patch)
 
