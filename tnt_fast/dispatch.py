@@ -89,6 +89,8 @@ def outer_arguments(block: Any, patch: Tensor) -> dict[str, Any] | None:
     """
     if "outer" not in kernels.OPERATIONS or block.has_se or getattr(block.attn_out, "attn_backend", "") not in ("auto", "sdpa"):
         return None
+    if torch.is_grad_enabled() and patch.requires_grad:
+        return None
     reasons: list[str] = []
     _check_modules("", block, _OUTER, reasons)
     if reasons:
@@ -102,7 +104,7 @@ def outer_arguments(block: Any, patch: Tensor) -> dict[str, Any] | None:
     if any([x is not None and x.shape != patch.shape[-1:] for x in read]):
         return None
     weights = [weight for weight in record if weight is not None]
-    if torch.is_grad_enabled() and (patch.requires_grad or any([weight.requires_grad for weight in weights])):
+    if torch.is_grad_enabled() and any([weight.requires_grad for weight in weights]):
         return None
     taken = (_computed(patch), torch.float32) if torch.is_autocast_enabled(patch.device.type) else (patch.dtype,)
     return given if all([_is_plain(x) and x.dtype in taken for x in weights]) else None
