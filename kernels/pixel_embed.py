@@ -47,8 +47,8 @@ CONFIGS = {
         torch.float32: Config(16, warps=4, per_sm=4),
     },
     "_pixel_embed_weight_bwd_kernel": {
-        torch.bfloat16: Config(32, warps=2, per_sm=4),
-        torch.float16: Config(32, warps=2, per_sm=4),
+        torch.bfloat16: Config(32, warps=4, per_sm=2, mma_arch="sm80"),
+        torch.float16: Config(32, warps=4, per_sm=2, mma_arch="sm80"),
         torch.float32: Config(16, warps=4, per_sm=4, mma_arch="sm80"),
     },
     "_pixel_embed_image_bwd_kernel": dict.fromkeys(operation.DTYPES, Config(32, warps=2)),  # rows: pixels of the image
