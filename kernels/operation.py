@@ -527,7 +527,8 @@ class Operation:
         flat = by_name(vars(a))
         dtypes = {x.dtype for x in flat.values() if isinstance(x, Tensor)}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # mixed under autocast
-        flat = {name: x.to(dtype) if isinstance(x, Tensor) else x for name, x in flat.items()}
+        # in one layout, as the kernels read them: for another the library may take another product, with other bits
+        flat = {name: x.to(dtype).contiguous() if isinstance(x, Tensor) else x for name, x in flat.items()}
         wanted = [name for name in flat if name in needed]
 
         def of_wanted(*given: Tensor) -> Tensor:

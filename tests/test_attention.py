@@ -231,8 +231,9 @@ def test_training_with_dropout_of_the_probabilities_is_fused_but_for_the_attenti
 
 
 @needs_kernels
-@pytest.mark.parametrize("mode", ["inference", "train"])
-@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("backend", "mode"), [("auto", "inference"), ("auto", "train"), ("sdpa", "inference"), ("eager", "inference")], ids=str
+)
 def test_a_fused_model_compiles_as_one_graph(backend, mode):
     model, image = tiny(backend="fused", attn_backend=backend).train(mode == "train"), images()
     torch._dynamo.reset()

@@ -320,7 +320,7 @@ def test_fully_sharded_data_parallel(process_group):
 
 
 def test_training_fused_converges_as_the_reference_does():
-    start, data, target = tiny(drop_path_rate=0.2).train(), torch.randn(5, 8, 3, 32, 32), torch.randint(5, (5, 8))
+    start, data, target = tiny(drop_path_rate=0.2).train(), torch.randn(3, 8, 3, 32, 32), torch.randint(5, (3, 8))
     losses = []
     for backend in ("reference", "fused"):
         model = copy.deepcopy(start)

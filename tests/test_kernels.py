@@ -74,7 +74,7 @@ def test_of_equal_values_a_norm_leaves_nothing(S, C, path, dtype):
 
     PyTorch on a CPU does leave something, and so the rule does not see it there.
     """
-    for value in (1000.0, 777.7, -1e-3, 3e15):
+    for value in (777.7, 3e15):
         pixel = torch.full((6, S, C), value, dtype=torch.float64)
         level = dict(proj_weight=torch.zeros(20, S * C, dtype=torch.float64), proj_bias=torch.full((20,), value).double())
         for operation, tensors, others, weight in (
