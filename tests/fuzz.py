@@ -436,7 +436,18 @@ def outer_values(dice: Dice) -> tuple[dict, dict, set, dict]:
     heads = dice.pick(1, 2, 3, 4, 6)
     E = heads * dice.random.randint(1, 32 if dice.chance(0.2) else 12)
     M, B, T = dice.pick(4 * E, dice.upto(2 * E), E), dice.pick(0, 1, 2, 3), dice.pick(1, 2, 5, 17, dice.upto(200))
-    return transformer_values(dice, dict(patch=dice.normal(B, T, E, mean=0.5)), M, heads, dict(C=E, E=E, H=heads))
+    values = transformer_values(dice, dict(patch=dice.normal(B, T, E, mean=0.5)), M, heads, dict(C=E, E=E, H=heads))
+    if T > 1 and dice.chance(0.5):
+        S, C, legacy = dice.pick(1, 3, 4, 9, 16), dice.random.randint(3, 24), dice.chance(0.4)
+        width = C if legacy else S * C
+        values[0].update(
+            pixel=dice.normal(B * (T - 1), S, C, mean=0.5), fold_norm1_weight=dice.normal(width, scale=0.3, mean=1),
+            fold_norm1_bias=dice.normal(width, scale=0.3), fold_proj_weight=dice.normal(E, S * C, scale=(S * C) ** -0.5),
+            fold_proj_bias=dice.normal(E) if dice.chance(0.5) else None,
+            fold_norm2_weight=None if legacy else dice.normal(E, scale=0.3, mean=1),
+            fold_norm2_bias=None if legacy else dice.normal(E, scale=0.3),
+        )  # fmt: skip
+    return values
 
 
 def transformer_values(dice: Dice, activation: dict, M: int, heads: int, sizes: dict) -> tuple[dict, dict, set, dict]:
@@ -560,7 +571,8 @@ def draw_call(operation: str, dice: Dice) -> Call:
     if kernels.OPERATIONS[operation].unsupported(sizes):
         restrictions.add("size")
     dtypes = {
-        name: dtype if i == 0 or name in ("patch", "attn_scale", "mlp_scale") else weights for i, name in enumerate(tensors)
+        name: dtype if i == 0 or name in ("patch", "pixel", "attn_scale", "mlp_scale") else weights
+        for i, name in enumerate(tensors)
     }
     if dice.chance(0.06):
         name = dice.pick(*tensors, *[n for n in ("patch", "pixel_pos", "attn_scale", "mlp_scale") if n in tensors])
