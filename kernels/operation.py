@@ -580,4 +580,6 @@ def cast(record: Any, dtype: torch.dtype) -> Any:
 
 def contiguous(x: Any) -> Any:
     """A tensor, those of a tuple, or None, as kernels read them."""
-    return None if x is None else x.contiguous() if isinstance(x, Tensor) else type(x)(*map(contiguous, x))
+    if isinstance(x, tuple):
+        return type(x)(*[each if each is None else each.contiguous() for each in x])
+    return None if x is None else x.contiguous()

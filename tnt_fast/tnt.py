@@ -239,20 +239,25 @@ class Block(nn.Module):
 
 
 def transformer_arguments(norm1: Any, attn: Any, norm2: Any, mlp: Any) -> dict[str, Any]:
-    weights = reference.TransformerWeights(
-        norm1.weight, norm1.bias, attn.qk.weight, attn.qk.bias, attn.v.weight, attn.v.bias, attn.proj.weight, attn.proj.bias,
-        norm2.weight, norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-    )  # fmt: skip
+    a, m = attn._modules, mlp._modules
+    layers = (norm1, a["qk"], a["v"], a["proj"], norm2, m["fc1"], m["fc2"])
+    weights = reference.TransformerWeights(*[x for layer in layers for x in _weight_and_bias(layer)])
     return dict(weights=weights, num_heads=attn.num_heads, eps=norm1.eps)
+
+
+def _weight_and_bias(layer: Any) -> tuple[Any, Any]:
+    """Past ``Module.__getattr__``, which is slow: a forward asks hundreds of times."""
+    own = layer._parameters
+    return (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (layer.weight, layer.bias)
 
 
 def _fold_arguments(owner: Any) -> dict[str, Any]:
     """Of a block, or of the model for its stem."""
-    norm1, proj, norm2 = owner.norm1_proj, owner.proj, owner.norm2_proj
-    return dict(
-        norm1_weight=norm1.weight, norm1_bias=norm1.bias, proj_weight=proj.weight, proj_bias=proj.bias,
-        norm2_weight=None if norm2 is None else norm2.weight, norm2_bias=None if norm2 is None else norm2.bias, eps=norm1.eps,
-    )  # fmt: skip
+    norm1, norm2 = owner.norm1_proj, owner.norm2_proj
+    names = ("norm1_weight", "norm1_bias", "proj_weight", "proj_bias", "norm2_weight", "norm2_bias")
+    second = (None, None) if norm2 is None else _weight_and_bias(norm2)
+    found = (*_weight_and_bias(norm1), *_weight_and_bias(owner.proj), *second)
+    return {**dict(zip(names, found, strict=True)), "eps": norm1.eps}
 
 
 def _drop_path_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
