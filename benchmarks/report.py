@@ -464,8 +464,8 @@ def _waterfall(figure, device: Device) -> None:
         axis.bar(len(costs), costs[-1], color="C0")
         for x, cost in ((0, costs[0]), (len(costs), costs[-1])):
             axis.annotate(number(cost), (x, cost), ha="center", va="bottom", fontsize=8)
-        names = ["eager", *("fuse\n" + path.split("+")[-1] for path, _ in steps[1:]), "fused"]
-        axis.set_xticks(range(len(names)), names, fontsize=7)
+        names = ["eager", *("+ " + path.split("+")[-1] for path, _ in steps[1:]), "fused"]
+        axis.set_xticks(range(len(names)), names, fontsize=7, rotation=30, ha="right", rotation_mode="anchor")
         axis.set(title=TITLES[model], ylabel=what)
         axis.margins(y=0.1)
 
