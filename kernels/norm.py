@@ -50,7 +50,12 @@ class Sizes(operation.Sizes):
 @triton.jit
 def _standardised(x, eps, Z: tl.constexpr):
     """Rows that are zero past W, x̂ [BLOCK, W_PAD], zero there, too, and 1/σ [BLOCK]."""
-    x = centred(x, tl.arange(0, Z.W_PAD) < Z.W, Z.W, Z.EXACT)
+    real = tl.arange(0, Z.W_PAD) < Z.W
+    if Z.EXACT:
+        x = centred(x, real, Z.W, Z.EXACT)
+    else:  # of equal values in half precision 0 is left, to the bit: their sum is exact, and so is its rounded division
+        mean = tl.div_rn(tl.sum(x, 1), tl.full((Z.BLOCK,), Z.W, tl.float32))
+        x = tl.where(real[None, :], x - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(x * x, 1) * (1.0 / Z.W) + eps)
     return x * rstd[:, None], rstd
 

@@ -66,6 +66,16 @@ def test_rows_that_are_nearly_constant_far_from_zero(S, C, legacy, spread, path,
     check(path, "fold", fold_tensors(2, 3, S, C, 20, legacy) | {"pixel": pixel}, {}, dtype)
 
 
+@paths("float16", "bfloat16 float16")
+def test_of_equal_values_folds_norms_leave_nothing_in_half_precision(path, dtype):
+    for S, C, value in ((1, 7, 0.873), (16, 24, 777.7), (9, 5, -1e-3)):
+        pixel = torch.full((6, S, C), value, dtype=torch.float64)
+        for legacy in (False, True):
+            tensors = fold_tensors(2, 3, S, C, 20, legacy) | {"pixel": pixel}
+            found = results(kernels.OPERATIONS["fold"], tensors, {}, dtype, dtype, path.device, gradients=["norm1_weight"])
+            assert not found["gradient of norm1_weight"].any(), (S, C, legacy)
+
+
 @pytest.mark.everywhere
 @pytest.mark.parametrize(("S", "C"), [(16, 24), (9, 5)], ids=str)
 @paths("float32", "float32")

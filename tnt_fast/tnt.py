@@ -82,9 +82,10 @@ class Attention(nn.Module):
 
     @torch.jit.unused
     def _attend(self, x: Tensor, backend: str) -> Tensor:
-        B, T, _ = x.shape
-        q, k = self.qk(x).view(B, T, 2, self.num_heads, self.head_dim).unbind(2)
-        v = self.v(x).view(B, T, self.num_heads, self.head_dim)
+        (B, T, _), H = x.shape, self.num_heads
+        qk, v = self.qk(x), self.v(x)  # whatever these are: widths as the reference finds them
+        q, k = qk.reshape(B, T, 2, H, qk.shape[-1] // 2 // H).unbind(2)
+        v = v.reshape(B, T, H, v.shape[-1] // H)
         return self.proj_drop(self.proj(attention.attend(q, k, v, backend).flatten(2)))
 
 
