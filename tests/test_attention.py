@@ -191,10 +191,15 @@ def test_a_hook_that_changes_the_probabilities_changes_the_result(sdpa):
     assert sdpa == []
 
 
+def with_forward(module: nn.Module, forward) -> nn.Module:
+    module.forward = forward
+    return module
+
+
 @pytest.mark.parametrize(
     "drop",
-    [nn.Dropout(0.5).train(), nn.Identity(), nn.Dropout2d(0.0)],
-    ids=["active", "replaced", "of another class"],
+    [nn.Dropout(0.5).train(), nn.Identity(), nn.Dropout2d(0.0), with_forward(nn.Dropout(0.0), torch.neg)],
+    ids=["active", "replaced", "of another class", "with another forward"],
 )
 @pytest.mark.parametrize("backend", ["auto", "sdpa"])
 def test_active_or_replaced_dropout_makes_the_attention_eager(backend, drop, sdpa):

@@ -487,3 +487,24 @@ print('ran')
 """
     done = subprocess.run([sys.executable, "-c", NO_TRITON + code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "ran", done.stderr
+
+
+@pytest.mark.parametrize("name", ["fold", "outer"])
+@pytest.mark.parametrize("of", ["instance", "class"])
+def test_a_replaced_fold_or_outer_of_a_block_is_called(stand_ins, monkeypatch, name, of):
+    model, image = tiny(), torch.randn(2, 3, 32, 32)
+    right = getattr(type(model.blocks[0]), name)
+
+    def twice(self, *given):
+        return 2 * right(self, *given)
+
+    if of == "instance":
+        setattr(model.blocks[0], name, lambda *given: twice(model.blocks[0], *given))
+    else:
+        model.blocks[0].__class__ = type("Block", (type(model.blocks[0]),), {name: twice})
+    found = []
+    for backend in ("reference", "fused"):
+        model.backend = backend
+        with torch.no_grad():
+            found.append(model(image))
+    assert relative_error(found[1], found[0]) <= 1e-5

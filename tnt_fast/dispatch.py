@@ -113,7 +113,7 @@ def outer_arguments(block: Any, patch: Tensor) -> dict[str, Any] | None:
 def is_looked_at(drop: nn.Module) -> bool:
     """Whether a module that hands on attention's probabilities is active, hooked or replaced."""
     plain = type(drop) is nn.Dropout and (drop.p == 0 or not drop.training)
-    return not plain or bool(_global_hook_reasons()) or _is_hooked(drop)
+    return not plain or bool(_global_hook_reasons()) or _is_hooked(drop) or "forward" in drop.__dict__
 
 
 def why_not_fused(model: Any, image: Tensor | None = None, gradients: bool = False) -> list[str]:
