@@ -45,8 +45,9 @@ from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
 from tnt_fast.kernels.tile import accumulators, centred, dot, dot_onto, exp2, gelu_gradient, gelu_pairs, load, reciprocal, zeros
 
-# (C_PAD, half precision): of a tile, and hidden channels at once. Chosen by static cost for sm_90 on 2026-11-22, not yet timed
-# on a GPU. TNT-Ti, S and B have C_PAD 16, 32 and 64; at 128, which none of them has, PyTorch computes the gradients.
+# (C_PAD, half precision): of a tile, and hidden channels at once. The forward of TNT-S is the fastest of 18 on an H200, all
+# others chosen by static cost for sm_90 and not swept there (benchmarks/results/2026-11-26-0640/tune.txt). TNT-Ti, S and B have
+# C_PAD 16, 32 and 64; at 128, which none of them has, PyTorch computes the gradients.
 CONFIGS = {
     "_inner_fwd_kernel": {
         (16, True): Config(64, warps=2, per_sm=7, chunk=16),

@@ -21,7 +21,7 @@ from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, contiguous, launch, programs, remembered
 from tnt_fast.kernels.tile import centred, load
 
-# values a tile, values a thread; of the backward also programs a multiprocessor
+# values a tile, values a thread; of the backward also programs a multiprocessor. The best of 36 on an H200 for TNT-S and TNT-B
 VALUES, EACH, PER_SM = 1024, 32, 8
 WIDEST = 16384  # row of which a program holds several copies in registers
 

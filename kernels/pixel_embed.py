@@ -38,7 +38,8 @@ from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
 from tnt_fast.kernels.tile import accumulators, dot, dot_onto, load, zeros
 
-# Chosen by static cost for sm_90 on 2026-11-22, not yet timed on a GPU. In float32 the weight's products are no matrix
+# Chosen by static cost for sm_90; swept on an H200 (benchmarks/results/2026-11-26-0640/tune.txt): the forward's is as fast as any,
+# the weight's gradient is faster on two warps, 213 for 329 µs, but spills. In float32 the weight's products are no matrix
 # instructions; 32 rows on 4 warps: Hopper would take the asynchronous one with its left operand in registers.
 CONFIGS = {
     "_pixel_embed_fwd_kernel": {
