@@ -38,7 +38,7 @@ from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
 from tnt_fast.kernels.tile import accumulators, dot, dot_onto, load, zeros
 
-# Chosen by static cost for sm_90; swept on an H200 (benchmarks/results/2026-11-26-0640/tune.txt): the forward's is as fast as any,
+# Chosen by static cost for sm_90. Swept on an H200 (benchmarks/results/2026-11-26-0640/tune.txt) the forward is as fast as any,
 # the weight's gradient is faster on two warps, 213 for 329 µs, but spills. In float32 the weight's products are no matrix
 # instructions; 32 rows on 4 warps: Hopper would take the asynchronous one with its left operand in registers.
 CONFIGS = {
