@@ -177,7 +177,7 @@ class Block(nn.Module):
         given, folded = dispatch.outer_arguments(self, patch), _fold_arguments(self)
         eps = folded.pop("eps")
         needed = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in (pixel, *folded.values())])
-        replaced = {"fold", "outer"} & self.__dict__.keys() or (type(self).fold, type(self).outer) != (Block.fold, Block.outer)
+        replaced = type(self) is not Block or "fold" in self.__dict__ or "outer" in self.__dict__
         if given is None or needed or replaced or given["eps"] != eps:
             return self.outer(self.fold(pixel, patch, True), True)
         weights = reference.FoldWeights(*folded.values())
