@@ -508,3 +508,9 @@ def test_a_replaced_fold_or_outer_of_a_block_is_called(stand_ins, monkeypatch, n
         with torch.no_grad():
             found.append(model(image))
     assert relative_error(found[1], found[0]) <= 1e-5
+
+
+def test_a_stem_without_a_weight_is_a_reason():
+    model = tiny()
+    model.pixel_embed.proj.weight = None
+    assert any("pixel_embed.proj.weight is None" in reason for reason in why_not_fused(model))

@@ -193,6 +193,9 @@ def _check_embed(model: Any, reasons: list[str]) -> None:
     """The stem's convolution has a module of its own, whose attributes the reference reads, and the kernel does not."""
     embed = model.pixel_embed
     conv, stride = embed.proj, embed.stride
+    if conv.weight is None:
+        reasons.append("pixel_embed.proj.weight is None; the kernels compute a convolution with one")
+        return
     if not isinstance(stride, int) or stride < 1:
         reasons.append(f"pixel_embed.stride={stride!r}; the kernels take a positive integer")
         return
