@@ -75,9 +75,9 @@ $(VENV)/docs: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-# On a machine with a GPU, in about 9 minutes: its name, the kernels' tests while what is timed compiles, times (MINUTES=0: every row; SKIP="FILE ...": not those
-# that these files have); fails at the end if one of them did. Without .venv it uses $(PYTHON) with what is installed there. Then,
-# anywhere: python -m benchmarks.report
+# On a machine with a GPU, in about 9 minutes: its name, the kernels' tests while what is timed compiles, times (MINUTES=0: every
+# row; SKIP="FILE ...": not those that these files have); fails at the end if one of them did. Without .venv it uses $(PYTHON) with
+# what is installed there. Then, anywhere: python -m benchmarks.report
 gpu sanitize: PY = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 gpu:
 	mkdir -p $(OUT)
@@ -88,7 +88,8 @@ gpu:
 	timeout -k 10 -s INT 230 $(PY) -m pytest $(KERNELS) -n 12 \
 	    -v --paths gpu -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml > $(OUT)/gpu-tests.txt; \
 	case $$? in 0) ;; 124|137) failed="$$failed kernel-tests-unfinished-after-230-s" ;; *) failed="$$failed kernel-tests" ;; esac; \
-	grep -E "^(FAILED|ERROR)|[0-9]+ (passed|failed)" $(OUT)/gpu-tests.txt; wait; sed -i 's/ hostname="[^"]*"//' $(OUT)/gpu-tests.xml; \
+	grep -E "^(FAILED|ERROR)|[0-9]+ (passed|failed)" $(OUT)/gpu-tests.txt; wait; \
+	sed -i -E 's/ hostname="[^"]*"//; s#/[^ "]*/site-packages/##g' $(OUT)/gpu-tests.*; \
 	$(PY) -m pytest benchmarks --benchmark-only -q -p no:cacheprovider --minutes $(MINUTES) \
 	    $(foreach file,$(SKIP),--skip-measured $(file)) --benchmark-json $(OUT)/benchmarks.json || failed="$$failed benchmarks"; \
 	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi

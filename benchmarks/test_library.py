@@ -114,20 +114,11 @@ def attention_case(size: str, mode: str, way: str, batch: int, dtype: str) -> Ca
                     return {"result": attend(*qkv.unbind(2))}
             leaf = qkv.detach().requires_grad_()
             out = attend(*leaf.unbind(2))
-            return {"result": out.detach(), "gradient": torch.autograd.grad(out, leaf, upstream.to(out))[0]}
+            return {"result": out.detach(), "gradient": torch.autograd.grad(out, leaf, upstream[: len(qkv)].to(out))[0]}
 
         def check():
             few = sets[0][:2]
-
-            def of(qkv, attend):
-                nonlocal upstream
-                kept, upstream = upstream, upstream[: len(qkv)]
-                try:
-                    return run(attend, qkv)
-                finally:
-                    upstream = kept
-
-            exact, own, found = of(few.double(), _reference), of(few, _reference), of(few, ATTENTIONS[way])
+            exact, own, found = run(_reference, few.double()), run(_reference, few), run(ATTENTIONS[way], few)
             return {name: measure.by_rule(found[name], exact[name], own[name]) for name in exact}
 
         return Provider(lambda i: run(ATTENTIONS[way], sets[i % SETS]), check, slack=measure.FOREIGN, ahead=True)

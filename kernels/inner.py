@@ -774,7 +774,7 @@ class Inner(Operation):
         return out
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
-        """Two launches: the MLP's half with the attention computed again, then the attention's half.
+        """Three launches: the MLP's half with the attention computed again, the attention's half, and the weights' gradients.
 
         PyTorch does it for the sizes of ``gradients_unsupported``, and where the gradient of a scale is asked for.
         """

@@ -491,7 +491,7 @@ print('ran')
 
 @pytest.mark.parametrize("name", ["fold", "outer"])
 @pytest.mark.parametrize("of", ["instance", "class"])
-def test_a_replaced_fold_or_outer_of_a_block_is_called(stand_ins, monkeypatch, name, of):
+def test_a_replaced_fold_or_outer_of_a_block_is_called(stand_ins, name, of):
     model, image = tiny(), torch.randn(2, 3, 32, 32)
     right = getattr(type(model.blocks[0]), name)
 

@@ -148,25 +148,18 @@ def test_bits(bits):
 
 
 def test_fields_and_bytes():
-    a = np.random.default_rng(0).integers(0, 2**32, 64, np.uint32)
-    b = a[::-1].copy()
-    for at, length in ((0, 1), (0, 32), (5, 7), (31, 1), (12, 20)):
-        field = [x >> at & (1 << length) - 1 for x in a.tolist()]
-        same(compute(f"bfe.u32 %r0, %r1, {at}, {length};", np.uint32, a), wrap(field, np.uint32))
-        signed = [x - (x >> length - 1 << length) for x in field]
-        same(compute(f"bfe.s32 %r0, %r1, {at}, {length};", np.int32, a), wrap(signed, np.int32))
-        mask = (1 << length) - 1 << at
-        want = [(y & ~mask) | (x << at & mask) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
-        same(compute(f"bfi.b32 %r0, %r1, %r2, {at}, {length};", np.uint32, a, b), wrap(want, np.uint32))
-    a, b = (np.random.default_rng(seed).integers(0, 2**64, 64, np.uint64) for seed in (1, 2))
-    for at, length in ((0, 1), (16, 16), (31, 2), (63, 1), (0, 64)):
-        field = [x >> at & (1 << length) - 1 for x in a.tolist()]
-        same(compute(f"bfe.u64 %rd0, %rd1, {at}, {length};", np.uint64, a), wrap(field, np.uint64))
-        signed = [x - (x >> length - 1 << length) for x in field]
-        same(compute(f"bfe.s64 %rd0, %rd1, {at}, {length};", np.int64, a), wrap(signed, np.int64))
-        mask = (1 << length) - 1 << at
-        want = [(y & ~mask) | (x << at & mask) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
-        same(compute(f"bfi.b64 %rd0, %rd1, %rd2, {at}, {length};", np.uint64, a, b), wrap(want, np.uint64))
+    narrow, wide = ((0, 1), (0, 32), (5, 7), (31, 1), (12, 20)), ((0, 1), (16, 16), (31, 2), (63, 1), (0, 64))
+    for bits, r, fields in ((32, "%r", narrow), (64, "%rd", wide)):
+        unsigned, signed = np.dtype(f"uint{bits}").type, np.dtype(f"int{bits}").type
+        a, b = (np.random.default_rng(seed).integers(0, 2**bits, 64, unsigned) for seed in (1, 2))
+        for at, length in fields:
+            field = [x >> at & (1 << length) - 1 for x in a.tolist()]
+            same(compute(f"bfe.u{bits} {r}0, {r}1, {at}, {length};", unsigned, a), wrap(field, unsigned))
+            extended = [x - (x >> length - 1 << length) for x in field]
+            same(compute(f"bfe.s{bits} {r}0, {r}1, {at}, {length};", signed, a), wrap(extended, signed))
+            mask = (1 << length) - 1 << at
+            want = [(y & ~mask) | (x << at & mask) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+            same(compute(f"bfi.b{bits} {r}0, {r}1, {r}2, {at}, {length};", unsigned, a, b), wrap(want, unsigned))
     a = np.random.default_rng(0).integers(0, 2**32, 64, np.uint32)
     b = a[::-1].copy()
     for selector in (0x3210, 0x7654, 0x5410, 0x7632, 0x0123, 0x7777, 0xBA98, 0xF0C3):

@@ -174,14 +174,16 @@ class Block(nn.Module):
     @torch.jit.unused
     def _fused_rest(self, pixel: Tensor, patch: Tensor) -> Tensor:
         """fold and outer, as one operation where that can be."""
-        given, folded = dispatch.outer_arguments(self, patch), _fold_arguments(self)
-        eps = folded.pop("eps")
-        needed = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in (pixel, *folded.values())])
         replaced = type(self) is not Block or "fold" in self.__dict__ or "outer" in self.__dict__
-        if given is None or needed or replaced or given["eps"] != eps:
-            return self.outer(self.fold(pixel, patch, True), True)
-        weights = reference.FoldWeights(*folded.values())
-        return self._fused_transformer("outer", given | dict(fold_weights=weights, pixel=pixel), patch=patch)
+        given = None if replaced else dispatch.outer_arguments(self, patch)
+        if given is not None:
+            folded = _fold_arguments(self)
+            same_eps = folded.pop("eps") == given["eps"]
+            needed = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in (pixel, *folded.values())])
+            if same_eps and not needed:
+                given |= dict(fold_weights=reference.FoldWeights(*folded.values()), pixel=pixel)
+                return self._fused_transformer("outer", given, patch=patch)
+        return self.outer(self.fold(pixel, patch, True), True)
 
     def inner(self, pixel: Tensor, fused: bool = False) -> Tensor:
         """``reference.inner`` over the pixels ``(B·N, S, C)`` of every patch."""
