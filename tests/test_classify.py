@@ -16,7 +16,7 @@ import timm
 import torch
 from PIL import Image
 
-from tnt_fast import classify, kernels, train
+from tnt_fast import classify, kernels, variants
 from tnt_fast.checkpoints import load_checkpoint, read_checkpoint
 from tnt_fast.cli import main
 
@@ -80,7 +80,7 @@ def run(*argv) -> int:
 def by_hand(file: Path, checkpoint: str) -> torch.Tensor:
     """Probabilities from timm's transform and the model, without tnt_fast.classify."""
     saved = read_checkpoint(checkpoint)
-    model = train.create_tnt(saved["model"], **saved["model_kwargs"], backend="reference").eval()
+    model = variants.create_tnt(saved["model"], **saved["model_kwargs"], backend="reference").eval()
     load_checkpoint(model, checkpoint)
     config = saved["data_config"]
     transform = timm.data.create_transform(

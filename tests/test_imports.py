@@ -27,17 +27,22 @@ ALLOWED = {
     "tnt_fast/flops.py": ("", "torch"),
     "tnt_fast/visualize.py": ("", "matplotlib PIL"),
     "tnt_fast/bench.py": ("tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py", "torch timm tqdm"),
+    "tnt_fast/data.py": ("", "torch timm numpy torchvision sklearn PIL"),
+    "tnt_fast/recipe.py": (
+        "tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py",
+        "torch",
+    ),
     "tnt_fast/train.py": (
-        "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/checkpoints.py",
-        "torch timm numpy torchvision sklearn PIL tqdm",
+        "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/checkpoints.py tnt_fast/data.py tnt_fast/recipe.py",
+        "torch timm numpy tqdm",
     ),
     "tnt_fast/classify.py": (
-        "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/train.py",
+        "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py",
         "torch timm PIL",
     ),
     "tnt_fast/cli.py": (
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py "
-        "tnt_fast/bench.py tnt_fast/train.py tnt_fast/classify.py tnt_fast/visualize.py",
+        "tnt_fast/bench.py tnt_fast/recipe.py tnt_fast/train.py tnt_fast/classify.py tnt_fast/visualize.py",
         "torch timm tqdm",
     ),
 }

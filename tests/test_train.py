@@ -18,7 +18,8 @@ pytest.importorskip("torchvision")
 import torch
 from PIL import Image
 
-from tnt_fast import kernels, train
+from tnt_fast import data as images_of
+from tnt_fast import kernels, recipe, train, variants
 from tnt_fast.checkpoints import read_checkpoint
 from tnt_fast.cli import main
 
@@ -236,9 +237,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(data, whol
 
 def test_the_augmentation_of_an_image_follows_from_seed_epoch_and_image_alone(data):
     def images(seed, epoch):
-        config = train.Config(str(data))
+        config = recipe.Config(str(data))
         mean_std = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "input_size": (3, 32, 32)}
-        dataset = train.Images(data / "train", train._training_transform(config, mean_std), seed)
+        dataset = images_of.Images(data / "train", images_of.training_transform(config, mean_std), seed)
         dataset.epoch = epoch
         return dataset
 
@@ -260,7 +261,7 @@ def test_bfloat16_trains_and_its_checkpoint_continues_to_the_same_end(data, tmp_
     trained = weights(tmp_path / "whole" / "last.pt")
     assert all(value.dtype == torch.float32 for value in trained.values())
     torch.manual_seed(0)
-    fresh = train.create_tnt("tnt_ti_patch16_224", **train_kwargs(depth=2), num_classes=2, drop_path_rate=0.5).state_dict()
+    fresh = variants.create_tnt("tnt_ti_patch16_224", **train_kwargs(depth=2), num_classes=2, drop_path_rate=0.5).state_dict()
     assert not any(torch.equal(trained[name], fresh[name]) for name in trained if name.endswith("weight"))
     with monkeypatch.context() as patch:
         AtStep(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -286,7 +287,7 @@ def test_the_averaged_weights_are_the_ones_evaluated(data, whole):
     ema, plain = saved["state_dict_ema"], saved["state_dict"]
     assert ema.keys() == plain.keys()
     assert not torch.equal(ema["head.weight"], plain["head.weight"])
-    run = train.Run(train.Config(str(data), device="cpu", workers=0), whole.parent, resume=True, log=lambda _: None)
+    run = train.Run(recipe.Config(str(data), device="cpu", workers=0), whole.parent, resume=True, log=lambda _: None)
     loss, accuracy = run.evaluate()
     assert loss == saved["history"][-1]["val_loss"]
     assert accuracy == saved["history"][-1]["val_accuracy"]
@@ -592,8 +593,8 @@ def test_any_kind_of_corrupt_image_is_named(tmp_path, damage):
     bad = tmp_path / "cat" / "0.png"
     bad.parent.mkdir()
     bad.write_bytes(damage)
-    with pytest.raises(train.DataError, match="0.png"):
-        train.Images(tmp_path, None, 0)[0]
+    with pytest.raises(images_of.DataError, match="0.png"):
+        images_of.Images(tmp_path, None, 0)[0]
 
 
 def test_a_broken_checksum_in_an_image_is_named(tmp_path):
@@ -601,8 +602,8 @@ def test_a_broken_checksum_in_an_image_is_named(tmp_path):
     content = bytearray(bad.read_bytes())
     content[20] ^= 1  # a byte of the header, which its checksum no longer fits
     bad.write_bytes(content)
-    with pytest.raises(train.DataError, match="0.png"):
-        train.Images(tmp_path / "data" / "train", None, 0)[0]
+    with pytest.raises(images_of.DataError, match="0.png"):
+        images_of.Images(tmp_path / "data" / "train", None, 0)[0]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays_the_last_good_one(
@@ -684,7 +685,7 @@ def test_the_training_curve_is_a_png(tmp_path):
 
 
 def test_write_digits_writes_a_stratified_split_once(tmp_path):
-    train.write_digits(tmp_path)
+    images_of.write_digits(tmp_path)
     counts = {
         part: [len(list((tmp_path / part / str(digit)).glob("*.png"))) for digit in range(10)] for part in ("train", "val")
     }
@@ -706,17 +707,17 @@ def test_write_digits_writes_a_stratified_split_once(tmp_path):
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
     before = times()
-    train.write_digits(tmp_path)
+    images_of.write_digits(tmp_path)
     assert times() == before
 
 
 def test_write_digits_completes_a_folder_that_was_left_half_written(tmp_path):
-    train.write_digits(tmp_path)
+    images_of.write_digits(tmp_path)
     (tmp_path / "complete").unlink()
     file = next((tmp_path / "train" / "3").iterdir())
     content = file.read_bytes()
     file.write_bytes(content[:10])
-    train.write_digits(tmp_path)
+    images_of.write_digits(tmp_path)
     assert file.read_bytes() == content
     assert (tmp_path / "complete").exists()
 
@@ -725,7 +726,7 @@ def test_write_digits_completes_a_folder_that_was_left_half_written(tmp_path):
 
 
 def begin(data, out, initial) -> torch.nn.Module:
-    config = train.Config(
+    config = recipe.Config(
         str(data), "tnt_ti_patch16_224", train_kwargs(), initial=str(initial), batch_size=4, device="cpu", workers=0, threads=1
     )
     return train.Run(config, out, log=lambda _: None).model

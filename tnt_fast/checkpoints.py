@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from tnt_fast.tnt import TNT
 
+FORMAT = 1  # of the checkpoints of tnt-fast train
+
 
 class CheckpointError(ValueError):
     """A file that cannot be read as a checkpoint, or whose contents do not fit the model."""
@@ -117,6 +119,16 @@ def load_checkpoint(
         raise CheckpointError(f"{str(path)!r} does not fit this model: {error}") from error
     model.load_state_dict(state)
     return model
+
+
+def head_classes(checkpoint: Any) -> int | None:
+    """How many classes the head in a checkpoint of any origin has; None: it has no head."""
+    for key, value in checkpoint.items():
+        if isinstance(value, dict) and (found := head_classes(value)) is not None:
+            return found
+        if isinstance(value, Tensor) and str(key).endswith(("head.weight", "head.fc.weight")):
+            return value.shape[0]
+    return None
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: TNT) -> dict[str, Tensor]:

@@ -10,10 +10,11 @@ import torch
 from timm.data import ImageNetInfo, resolve_data_config
 from torch import Tensor
 
-from tnt_fast.checkpoints import CheckpointError, from_timm, load_checkpoint, read_checkpoint
+from tnt_fast.checkpoints import FORMAT, CheckpointError, from_timm, head_classes, load_checkpoint, read_checkpoint
+from tnt_fast.data import DataError, evaluation_transform
 from tnt_fast.dispatch import choose, why_not_fused
 from tnt_fast.tnt import TNT
-from tnt_fast.train import FORMAT, DataError, create_tnt, evaluation_transform, head_classes
+from tnt_fast.variants import create_tnt
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 

@@ -91,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    """An option for each field of train.Config; what is not given comes from the data's recipe, then from the defaults."""
-    from tnt_fast.train import Config
+    """An option for each field of recipe.Config; what is not given comes from the data's recipe, then from the defaults."""
+    from tnt_fast.recipe import Config
 
     for field in dataclasses.fields(Config):
         text = field.metadata["help"]
@@ -125,21 +125,21 @@ def _key_values(items: list[str]) -> dict[str, Any]:
 
 def _train(args: argparse.Namespace) -> int:
     try:
-        from tnt_fast import train
+        from tnt_fast import recipe, train
     except ImportError as error:
         raise ImportError(f'training needs more packages ({error}): pip install "tnt_fast[train]"') from error
 
-    names = [f.name for f in dataclasses.fields(train.Config)]
+    names = [f.name for f in dataclasses.fields(recipe.Config)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in ("scale", "ratio"):
         if name in given:
             given[name] = tuple(given[name])
-    recipe = train.DIGITS_RECIPE if args.data == train.DIGITS else {}
+    defaults = recipe.DIGITS_RECIPE if args.data == recipe.DIGITS else {}
     if "model_kwargs" in given:
-        given["model_kwargs"] = {**recipe.get("model_kwargs", {}), **_key_values(given["model_kwargs"])}
-    config = train.Config(**{**recipe, **given})
+        given["model_kwargs"] = {**defaults.get("model_kwargs", {}), **_key_values(given["model_kwargs"])}
+    config = recipe.Config(**{**defaults, **given})
     run = train.Run(config, args.out, resume=args.resume)
-    changed = [n for n in given if n not in train.MAY_CHANGE and getattr(run.config, n) != getattr(config, n)]
+    changed = [n for n in given if n not in recipe.MAY_CHANGE and getattr(run.config, n) != getattr(config, n)]
     if changed:
         was = ", ".join(f"{n}={getattr(run.config, n)!r} (now {getattr(config, n)!r})" for n in changed)
         raise ValueError(

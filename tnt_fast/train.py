@@ -12,194 +12,25 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import timm
 import torch
-from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data import Mixup, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 import tnt_fast
-from tnt_fast.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from tnt_fast.checkpoints import FORMAT, CheckpointError, read_checkpoint, save_checkpoint
+from tnt_fast.data import DIGITS, DataError, Images, Order, batches, evaluation_transform, training_transform, write_digits
 from tnt_fast.dispatch import choose
-
-FORMAT = 1  # of the checkpoint
-DIGITS = "digits"
-MAY_CHANGE = ("data", "device", "workers")  # settings that a resumed run takes anew
-AMP = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class DataError(ValueError):
-    """Images that cannot be trained on or classified."""
-
-
-@dataclass
-class Config:
-    """Everything that a run depends on; kept in its checkpoint. The defaults follow DeiT's recipe, as the TNT paper does."""
-
-    data: str = field(metadata={"help": f"a directory with train/CLASS/*.png and val/CLASS/*.png, or '{DIGITS}'"})
-    model: str = field(default="tnt_fast_s_patch16_224", metadata={"help": "a timm model name"})
-    model_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"help": "its arguments, as key=value …"})
-    backend: str = field(default="auto", metadata={"help": "auto, fused or reference"})
-    initial: str = field(
-        default="", metadata={"help": "checkpoint to start from (its head is kept if the classes agree in number)"}
-    )
-    epochs: int = field(default=300, metadata={"help": "passes over the training images"})
-    batch_size: int = field(default=256, metadata={"help": "images a step"})
-    opt: str = field(default="adamw", metadata={"help": "a timm optimizer"})
-    lr: float = field(default=0.0, metadata={"help": "peak learning rate; 0: 1e-3 · batch / 1024"})
-    weight_decay: float = field(default=0.05, metadata={"help": "not applied to biases, norms and positions"})
-    sched: str = field(default="cosine", metadata={"help": "a timm schedule"})
-    warmup_epochs: float = field(default=5, metadata={"help": "linear warm-up"})
-    min_lr: float = field(default=1e-5, metadata={"help": "learning rate at the end"})
-    clip_grad: float = field(default=0.0, metadata={"help": "largest gradient norm; 0: off"})
-    smoothing: float = field(default=0.1, metadata={"help": "label smoothing"})
-    mixup: float = field(default=0.8, metadata={"help": "mixup alpha; 0: off"})
-    cutmix: float = field(default=1.0, metadata={"help": "cutmix alpha; 0: off"})
-    ema: float = field(default=0.0, metadata={"help": "decay of averaged weights, which are then what is evaluated; 0: off"})
-    drop_path: float = field(default=0.1, metadata={"help": "stochastic depth"})
-    scale: tuple[float, float] = field(default=(0.08, 1.0), metadata={"help": "area of random crops"})
-    ratio: tuple[float, float] = field(default=(3 / 4, 4 / 3), metadata={"help": "aspect ratio of random crops"})
-    hflip: float = field(default=0.5, metadata={"help": "probability of a horizontal flip"})
-    color_jitter: float = field(default=0.3, metadata={"help": "colour jitter, where auto-augment is off"})
-    auto_augment: str = field(default="rand-m9-mstd0.5-inc1", metadata={"help": "timm's name of a policy; '' : off"})
-    reprob: float = field(default=0.25, metadata={"help": "probability of random erasing"})
-    crop_pct: float = field(default=0.0, metadata={"help": "evaluation crop; 0: the model's"})
-    seed: int = field(default=0, metadata={"help": "of weights, order, augmentation, dropout"})
-    amp: str = field(default="off", metadata={"help": "off, bfloat16 or float16 (with loss scaling)"})
-    device: str = field(default="", metadata={"help": "such as cpu, cuda:0; default: a GPU if there is one"})
-    workers: int = field(default=2, metadata={"help": "processes that read images; 0: none"})
-    threads: int = field(default=0, metadata={"help": "CPU threads of PyTorch; 0: its default. Tiny models are fastest with 1"})
-
-    def check(self) -> None:
-        """Raise ValueError for values out of range, before anything is read or written."""
-        for name, low in (("epochs", 1), ("batch_size", 1), ("workers", 0), ("threads", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
-        for name in ("lr", "weight_decay", "warmup_epochs", "min_lr", "clip_grad", "mixup", "cutmix", "color_jitter"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be a number from 0 up")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must be from 0 to 2**32 - 1")
-        for name in ("smoothing", "ema", "drop_path", "hflip", "reprob", "crop_pct"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
-        if self.sched in ("none", "plateau"):  # timm's schedules that have no value for a single step
-            raise ValueError(f"sched={self.sched!r} does not go by steps; accepted: cosine, tanh, step, poly, constant, …")
-        if self.amp not in AMP:
-            raise ValueError(f"amp={self.amp!r} is unknown; accepted: {', '.join(AMP)}")
-        if not 0 < self.scale[0] <= self.scale[1] or not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"scale={self.scale} and ratio={self.ratio} must each be two positive numbers, the smaller first")
-        if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
-            raise ValueError(f"batch_size={self.batch_size} must be even for mixup and cutmix (set both to 0 to turn them off)")
-
-
-DIGITS_RECIPE: dict[str, Any] = {
-    "model": "tnt_fast_ti_patch16_224",
-    "model_kwargs": {"img_size": 32, "embed_dim": 96, "inner_dim": 12, "depth": 3},
-    "epochs": 40, "batch_size": 32, "lr": 2e-3, "warmup_epochs": 3, "clip_grad": 1.0, "mixup": 0.0, "cutmix": 0.0, "ema": 0.99,
-    "scale": (0.7, 1.0), "ratio": (0.85, 1.18), "hflip": 0.0, "color_jitter": 0.0, "reprob": 0.0,
-    "auto_augment": "rand-m3-n1-mstd0.5-tweights", "crop_pct": 1.0, "drop_path": 0.0, "workers": 0, "threads": 1,
-}  # fmt: skip
-
-
-# ---- data ----
-
-
-def write_digits(root: Path) -> None:
-    """Write scikit-learn's 1,797 handwritten digits (8×8, UCI) as PNG files: ``root/{train,val}/0…9``, a fifth held out.
-
-    The split is stratified and fixed. A folder that is complete already is left as it is.
-    """
-    done = root / "complete"
-    if done.exists():
-        return
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ImportError('the digits come with scikit-learn: pip install "tnt_fast[train]"') from error
-    from PIL import Image
-
-    digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    parts = train_test_split(np.arange(len(pixels)), test_size=0.2, random_state=0, stratify=digits.target)
-    for part, indices in zip(("train", "val"), parts, strict=True):
-        for i in sorted(indices.tolist()):
-            folder = root / part / str(digits.target[i])
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels[i]).save(folder / f"{i:04d}.png")
-    done.touch()
-
-
-@contextlib.contextmanager
-def _seeded(*numbers: int) -> Iterator[None]:
-    """Run a block with all CPU generators seeded from ``numbers``, then put them back."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU as well
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch_state)
-
-
-class Images(Dataset):
-    """An ImageFolder whose augmentation of an image depends on (seed, epoch, image) alone, whoever loads it and when."""
-
-    def __init__(self, root: Path, transform: Callable[[Any], Tensor], seed: int):
-        from torchvision.datasets import ImageFolder
-
-        if not root.is_dir():
-            raise DataError(f"no directory {str(root)!r}; expected one folder a class, with images in it")
-        try:
-            self.folder = ImageFolder(root, transform)
-        except FileNotFoundError as error:
-            raise DataError(f"{str(root)!r} holds no images in class folders: {error}") from error
-        self.seed, self.epoch = seed, 0
-        self.classes = self.folder.classes
-
-    def __len__(self) -> int:
-        return len(self.folder)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        with _seeded(self.seed, self.epoch, index):
-            try:
-                return self.folder[index]
-            except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for some broken PNG files
-                raise DataError(
-                    f"cannot read the image {self.folder.samples[index][0]!r}: {error}; repair or remove it"
-                ) from error
-
-
-class _Order(Sampler):
-    """A permutation from (seed, epoch), from batch ``start`` on."""
-
-    def __init__(self, size: int, batch_size: int, seed: int):
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.epoch, self.start = 0, 0
-
-    def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        return iter(order[self.start * self.batch_size :].tolist())
-
-    def __len__(self) -> int:
-        return self.size - self.start * self.batch_size
-
-
-# ---- one run ----
+from tnt_fast.recipe import AMP, MAY_CHANGE, Config, build_model
 
 
 def _random_state() -> dict[str, Any]:
@@ -294,7 +125,7 @@ class Run:
         self.data_config["input_size"] = (self.model.in_chans, *size)
         if config.data == DIGITS:
             write_digits(data)
-        transforms = [_training_transform(config, self.data_config), evaluation_transform(self.data_config)]
+        transforms = [training_transform(config, self.data_config), evaluation_transform(self.data_config)]
         self.train_set, self.val_set = (
             Images(data / part, transform, config.seed) for part, transform in zip(("train", "val"), transforms, strict=True)
         )
@@ -440,12 +271,12 @@ class Run:
 
     def _train_epoch(self, caught: list[int]) -> None:
         config = self.config
-        order = _Order(len(self.train_set), config.batch_size, config.seed)
+        order = Order(len(self.train_set), config.batch_size, config.seed)
         self.train_set.epoch = order.epoch = self.epoch
         order.start = self.step
         loader = self._loader(self.train_set, sampler=order, drop_last=True)
         self.model.train()
-        bar = _bar(_batches(loader), self.steps, self.step, f"epoch {self.epoch + 1}", self.progress)
+        bar = _bar(batches(loader), self.steps, self.step, f"epoch {self.epoch + 1}", self.progress)
         for image, target in bar:
             image, target = image.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
             if self.mixup:
@@ -477,7 +308,7 @@ class Run:
         model = self.ema.module if self.ema else self.model
         model.eval()
         loss, right = 0.0, 0
-        for image, target in _batches(self._loader(self.val_set, shuffle=False)):
+        for image, target in batches(self._loader(self.val_set, shuffle=False)):
             image, target = image.to(self.device), target.to(self.device)
             with torch.autocast(self.device.type, AMP[self.config.amp], enabled=self.config.amp != "off"):
                 logits = model(image)
@@ -491,66 +322,6 @@ class Run:
             dataset, batch_size=self.config.batch_size, num_workers=self.config.workers, generator=generator,
             pin_memory=self.device.type == "cuda", **kwargs,
         )  # fmt: skip
-
-
-def build_model(config: Config, num_classes: int) -> tnt_fast.TNT:
-    """The TNT that a config names, with a head for ``num_classes``, from its initial checkpoint where it has one."""
-    given = config.model_kwargs.get("num_classes", num_classes)
-    if given != num_classes:
-        raise DataError(f"model_kwargs says num_classes={given}, the data has {num_classes} classes; leave it out")
-    kwargs = {"drop_path_rate": config.drop_path, **config.model_kwargs, "num_classes": num_classes, "backend": config.backend}
-    model = create_tnt(config.model, **kwargs)
-    if config.initial:
-        classes = head_classes(read_checkpoint(config.initial))
-        load_checkpoint(model, config.initial, reset_head=classes != num_classes)
-    return model
-
-
-def head_classes(checkpoint: Any) -> int | None:
-    """How many classes the head in a checkpoint of any origin has; None: it has no head."""
-    for key, value in checkpoint.items():
-        if isinstance(value, dict) and (found := head_classes(value)) is not None:
-            return found
-        if isinstance(value, Tensor) and str(key).endswith(("head.weight", "head.fc.weight")):
-            return value.shape[0]
-    return None
-
-
-def create_tnt(name: str, **kwargs: Any) -> tnt_fast.TNT:
-    """``timm.create_model``, for this project's TNT only: timm's names (``tnt_s_patch16_224``) mean ours."""
-    if name.startswith("tnt_") and not name.startswith("tnt_fast_"):
-        name = name.replace("tnt_", "tnt_fast_", 1)
-    known = timm.list_models("tnt_fast_*")
-    if name.split(".")[0] not in known:
-        raise ValueError(f"model {name!r} is unknown; accepted: {', '.join(known)}")
-    try:
-        return cast(tnt_fast.TNT, timm.create_model(name, **kwargs))
-    except RuntimeError as error:
-        if "Invalid pretrained tag" not in str(error):
-            raise
-        raise ValueError(
-            f"model {name!r} is unknown; accepted tags: {', '.join(timm.list_pretrained('tnt_fast_*'))}"
-        ) from error
-
-
-def _training_transform(config: Config, data_config: dict[str, Any]) -> Any:
-    jitter: Any = config.color_jitter or None  # timm takes None for none, which its annotation forgets
-    try:
-        return create_transform(
-            data_config["input_size"], is_training=True, scale=config.scale, ratio=config.ratio, hflip=config.hflip,
-            color_jitter=jitter, auto_augment=config.auto_augment or None, re_prob=config.reprob,
-            interpolation=data_config["interpolation"], mean=data_config["mean"], std=data_config["std"],
-        )  # fmt: skip
-    except AssertionError as error:  # timm's way to refuse a policy
-        raise ValueError(f"auto_augment={config.auto_augment!r} is no policy of timm ({error}); '' turns it off") from error
-
-
-def evaluation_transform(data_config: dict[str, Any]) -> Any:
-    """timm's transform for evaluation from a data config (input_size, interpolation, mean, std, crop_pct)."""
-    return create_transform(
-        tuple(data_config["input_size"]), is_training=False, interpolation=data_config["interpolation"],
-        mean=tuple(data_config["mean"]), std=tuple(data_config["std"]), crop_pct=data_config["crop_pct"],
-    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -579,15 +350,6 @@ def _caught_signals() -> Iterator[list[int]]:
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)
-
-
-def _batches(loader: DataLoader) -> Iterator[list[Tensor]]:
-    """The batches; a DataError of a worker process without the traceback that PyTorch puts before its message."""
-    try:
-        yield from loader
-    except DataError as error:
-        text = str(error).rstrip().rpartition("DataError: ")[2]
-        raise DataError(text) from error.with_traceback(None)  # which holds the workers, in a cycle
 
 
 def _bar(batches: Iterator[list[Tensor]], steps: int, start: int, text: str, progress: bool | None) -> Any:

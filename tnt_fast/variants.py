@@ -3,8 +3,9 @@
 The model knows neither the registry nor files of weights; this file joins the three.
 """
 
-from typing import Any
+from typing import Any, cast
 
+import timm
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
@@ -67,3 +68,20 @@ def tnt_fast_b_patch16_224(pretrained: bool = False, **kwargs: Any) -> TNT:
     """TNT-B: 12 × (40 | 640) channels, 65.4 M parameters, 14.0 GMACs."""
     return _create("tnt_fast_b_patch16_224", pretrained, dict(
         embed_dim=640, inner_dim=40, depth=12, num_heads_inner=4, num_heads_outer=10), kwargs)  # fmt: skip
+
+
+def create_tnt(name: str, **kwargs: Any) -> TNT:
+    """``timm.create_model``, for this project's TNT only: timm's names (``tnt_s_patch16_224``) mean ours."""
+    if name.startswith("tnt_") and not name.startswith("tnt_fast_"):
+        name = name.replace("tnt_", "tnt_fast_", 1)
+    known = timm.list_models("tnt_fast_*")
+    if name.split(".")[0] not in known:
+        raise ValueError(f"model {name!r} is unknown; accepted: {', '.join(known)}")
+    try:
+        return cast(TNT, timm.create_model(name, **kwargs))
+    except RuntimeError as error:
+        if "Invalid pretrained tag" not in str(error):
+            raise
+        raise ValueError(
+            f"model {name!r} is unknown; accepted tags: {', '.join(timm.list_pretrained('tnt_fast_*'))}"
+        ) from error
