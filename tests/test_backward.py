@@ -340,11 +340,11 @@ def test_training_fused_converges_as_the_reference_does():
 
 @pytest.mark.gpu
 def test_a_full_run_on_the_digits_ends_as_accurate(tmp_path):
-    train = pytest.importorskip("tnt_fast.train")
+    recipe, train = pytest.importorskip("tnt_fast.recipe"), pytest.importorskip("tnt_fast.train")
     accuracy = []
     for backend in ("reference", "fused"):
-        config = train.Config(
-            data=train.DIGITS, **{**train.DIGITS_RECIPE, "backend": backend, "device": "cuda", "amp": "bfloat16"}
+        config = recipe.Config(
+            data=recipe.DIGITS, **{**recipe.DIGITS_RECIPE, "backend": backend, "device": "cuda", "amp": "bfloat16"}
         )
         accuracy.append(
             train.Run(config, tmp_path / backend, log=lambda line: None, progress=False).train()[-1]["val_accuracy"]
