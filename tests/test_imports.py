@@ -30,7 +30,7 @@ ALLOWED = {
     "tnt_fast/data.py": ("", "torch timm numpy torchvision sklearn PIL"),
     "tnt_fast/recipe.py": (
         "tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py",
-        "torch",
+        "torch timm",
     ),
     "tnt_fast/train.py": (
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/checkpoints.py tnt_fast/data.py tnt_fast/recipe.py",

@@ -89,7 +89,7 @@ def differing(first: Path, second: Path) -> list[str]:
 class AtStep:
     """Wraps a criterion's forward: at the nth call from now on, ``act`` is called first."""
 
-    def __init__(self, monkeypatch, n: int, act, criterion=train.SoftTargetCrossEntropy):
+    def __init__(self, monkeypatch, n: int, act, criterion=recipe.SoftTargetCrossEntropy):
         self.calls, forward = 0, criterion.forward
 
         def wrapped(module, x, target):
@@ -160,14 +160,14 @@ def in_a_process(step: int, signum: int, argv: list[str]) -> subprocess.Complete
     """``main(argv)`` in a process of its own that gets a signal at a step."""
     code = (
         "import os, sys\n"
-        "from tnt_fast import cli, train\n"
-        "forward, calls = train.SoftTargetCrossEntropy.forward, []\n"
+        "from tnt_fast import cli, recipe\n"
+        "forward, calls = recipe.SoftTargetCrossEntropy.forward, []\n"
         "def wrapped(module, x, target):\n"
         "    calls.append(1)\n"
         f"    if len(calls) == {step}:\n"
         f"        os.kill(os.getpid(), {int(signum)})\n"
         "    return forward(module, x, target)\n"
-        "train.SoftTargetCrossEntropy.forward = wrapped\n"
+        "recipe.SoftTargetCrossEntropy.forward = wrapped\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     return subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -1,9 +1,16 @@
-"""What a training run depends on: its settings, and the model that they name."""
+"""What a training run depends on: its settings, and the model, optimizer, schedule and loss that they name."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
 
 from tnt_fast.checkpoints import head_classes, load_checkpoint, read_checkpoint
 from tnt_fast.data import DIGITS, DataError
@@ -14,43 +21,52 @@ MAY_CHANGE = ("data", "device", "workers")  # settings that a resumed run takes 
 AMP = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def _field(group: str, text: str, default: Any = MISSING, **more: Any) -> Any:
+    """A setting, in its group of ``tnt-fast train --help``."""
+    return field(metadata={"group": group, "help": text}, **({} if default is MISSING else {"default": default}), **more)
+
+
 @dataclass
 class Config:
     """Everything that a run depends on; kept in its checkpoint. The defaults follow DeiT's recipe, as the TNT paper does."""
 
-    data: str = field(metadata={"help": f"a directory with train/CLASS/*.png and val/CLASS/*.png, or '{DIGITS}'"})
-    model: str = field(default="tnt_fast_s_patch16_224", metadata={"help": "a timm model name"})
-    model_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"help": "its arguments, as key=value …"})
-    backend: str = field(default="auto", metadata={"help": "auto, fused or reference"})
-    initial: str = field(
-        default="", metadata={"help": "checkpoint to start from (its head is kept if the classes agree in number)"}
-    )
-    epochs: int = field(default=300, metadata={"help": "passes over the training images"})
-    batch_size: int = field(default=256, metadata={"help": "images a step"})
-    opt: str = field(default="adamw", metadata={"help": "a timm optimizer"})
-    lr: float = field(default=0.0, metadata={"help": "peak learning rate; 0: 1e-3 · batch / 1024"})
-    weight_decay: float = field(default=0.05, metadata={"help": "not applied to biases, norms and positions"})
-    sched: str = field(default="cosine", metadata={"help": "a timm schedule"})
-    warmup_epochs: float = field(default=5, metadata={"help": "linear warm-up"})
-    min_lr: float = field(default=1e-5, metadata={"help": "learning rate at the end"})
-    clip_grad: float = field(default=0.0, metadata={"help": "largest gradient norm; 0: off"})
-    smoothing: float = field(default=0.1, metadata={"help": "label smoothing"})
-    mixup: float = field(default=0.8, metadata={"help": "mixup alpha; 0: off"})
-    cutmix: float = field(default=1.0, metadata={"help": "cutmix alpha; 0: off"})
-    ema: float = field(default=0.0, metadata={"help": "decay of averaged weights, which are then what is evaluated; 0: off"})
-    drop_path: float = field(default=0.1, metadata={"help": "stochastic depth"})
-    scale: tuple[float, float] = field(default=(0.08, 1.0), metadata={"help": "area of random crops"})
-    ratio: tuple[float, float] = field(default=(3 / 4, 4 / 3), metadata={"help": "aspect ratio of random crops"})
-    hflip: float = field(default=0.5, metadata={"help": "probability of a horizontal flip"})
-    color_jitter: float = field(default=0.3, metadata={"help": "colour jitter, where auto-augment is off"})
-    auto_augment: str = field(default="rand-m9-mstd0.5-inc1", metadata={"help": "timm's name of a policy; '' : off"})
-    reprob: float = field(default=0.25, metadata={"help": "probability of random erasing"})
-    crop_pct: float = field(default=0.0, metadata={"help": "evaluation crop; 0: the model's"})
-    seed: int = field(default=0, metadata={"help": "of weights, order, augmentation, dropout"})
-    amp: str = field(default="off", metadata={"help": "off, bfloat16 or float16 (with loss scaling)"})
-    device: str = field(default="", metadata={"help": "such as cpu, cuda:0; default: a GPU if there is one"})
-    workers: int = field(default=2, metadata={"help": "processes that read images; 0: none"})
-    threads: int = field(default=0, metadata={"help": "CPU threads of PyTorch; 0: its default. Tiny models are fastest with 1"})
+    data: str = _field("data", f"a directory with train/CLASS/*.png and val/CLASS/*.png, or '{DIGITS}'")
+
+    model: str = _field("model", "a timm model name", "tnt_fast_s_patch16_224")
+    model_kwargs: dict[str, Any] = _field("model", "its arguments, as key=value …", default_factory=dict)
+    backend: str = _field("model", "auto, fused or reference", "auto")
+    initial: str = _field("model", "checkpoint to start from (its head is kept if the classes agree in number)", "")
+
+    epochs: int = _field("optimization", "passes over the training images", 300)
+    batch_size: int = _field("optimization", "images a step", 256)
+    opt: str = _field("optimization", "a timm optimizer", "adamw")
+    weight_decay: float = _field("optimization", "not applied to biases, norms and positions", 0.05)
+    clip_grad: float = _field("optimization", "largest gradient norm; 0: off", 0.0)
+    ema: float = _field("optimization", "decay of averaged weights, which are then what is evaluated; 0: off", 0.0)
+
+    lr: float = _field("learning rate", "peak learning rate; 0: 1e-3 · batch / 1024", 0.0)
+    sched: str = _field("learning rate", "a timm schedule", "cosine")
+    warmup_epochs: float = _field("learning rate", "linear warm-up", 5)
+    min_lr: float = _field("learning rate", "learning rate at the end", 1e-5)
+
+    smoothing: float = _field("regularization", "label smoothing", 0.1)
+    mixup: float = _field("regularization", "mixup alpha; 0: off", 0.8)
+    cutmix: float = _field("regularization", "cutmix alpha; 0: off", 1.0)
+    drop_path: float = _field("regularization", "stochastic depth", 0.1)
+
+    scale: tuple[float, float] = _field("augmentation", "area of random crops", (0.08, 1.0))
+    ratio: tuple[float, float] = _field("augmentation", "aspect ratio of random crops", (3 / 4, 4 / 3))
+    hflip: float = _field("augmentation", "probability of a horizontal flip", 0.5)
+    color_jitter: float = _field("augmentation", "colour jitter, where auto-augment is off", 0.3)
+    auto_augment: str = _field("augmentation", "timm's name of a policy; '' : off", "rand-m9-mstd0.5-inc1")
+    reprob: float = _field("augmentation", "probability of random erasing", 0.25)
+    crop_pct: float = _field("augmentation", "evaluation crop; 0: the model's", 0.0)
+
+    seed: int = _field("machine", "of weights, order, augmentation, dropout", 0)
+    amp: str = _field("machine", "off, bfloat16 or float16 (with loss scaling)", "off")
+    device: str = _field("machine", "such as cpu, cuda:0; default: a GPU if there is one", "")
+    workers: int = _field("machine", "processes that read images; 0: none", 2)
+    threads: int = _field("machine", "CPU threads of PyTorch; 0: its default. Tiny models are fastest with 1", 0)
 
     def check(self) -> None:
         """Raise ValueError for values out of range, before anything is read or written."""
@@ -95,3 +111,28 @@ def build_model(config: Config, num_classes: int) -> TNT:
         classes = head_classes(read_checkpoint(config.initial))
         load_checkpoint(model, config.initial, reset_head=classes != num_classes)
     return model
+
+
+def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
+    lr = config.lr or 1e-3 * config.batch_size / 1024
+    return create_optimizer_v2(model, opt=config.opt, lr=lr, weight_decay=config.weight_decay)
+
+
+def build_schedule(config: Config, optimizer: Optimizer, steps: int) -> Scheduler:
+    """timm's schedule, by steps, of which an epoch has ``steps``."""
+    warmup: Any = config.warmup_epochs  # timm takes fractions of an epoch, which its annotation forgets
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=warmup,
+        warmup_lr=1e-6, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=steps, warmup_prefix=False,
+    )  # fmt: skip
+    if scheduler is None:
+        raise ValueError(f"sched={config.sched!r} is no schedule of timm; accepted: cosine, tanh, step, poly, constant, …")
+    return scheduler
+
+
+def build_loss(config: Config, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+    """What mixes a batch, if anything does, and the loss of ``(logits, targets)``."""
+    if config.mixup > 0 or config.cutmix > 0:
+        mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes)
+        return mixup, SoftTargetCrossEntropy()
+    return None, LabelSmoothingCrossEntropy(config.smoothing)

@@ -18,10 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from timm.data import Mixup, resolve_data_config
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.data import resolve_data_config
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -30,7 +27,7 @@ import tnt_fast
 from tnt_fast.checkpoints import FORMAT, CheckpointError, read_checkpoint, save_checkpoint
 from tnt_fast.data import DIGITS, DataError, Images, Order, batches, evaluation_transform, training_transform, write_digits
 from tnt_fast.dispatch import choose
-from tnt_fast.recipe import AMP, MAY_CHANGE, Config, build_model
+from tnt_fast.recipe import AMP, MAY_CHANGE, Config, build_loss, build_model, build_optimizer, build_schedule
 
 
 def _random_state() -> dict[str, Any]:
@@ -140,25 +137,11 @@ class Run:
         if self.steps == 0:
             raise DataError(f"batch_size={config.batch_size} is more than the {len(self.train_set)} training images; lower it")
 
-        self.optimizer = create_optimizer_v2(
-            self.model, opt=config.opt, lr=config.lr or 1e-3 * config.batch_size / 1024, weight_decay=config.weight_decay
-        )
-        warmup: Any = config.warmup_epochs  # timm takes fractions of an epoch, which its annotation forgets
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=warmup,
-            warmup_lr=1e-6, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=self.steps, warmup_prefix=False,
-        )  # fmt: skip
-        if self.scheduler is None:
-            raise ValueError(f"sched={config.sched!r} is no schedule of timm; accepted: cosine, tanh, step, poly, constant, …")
+        self.optimizer = build_optimizer(config, self.model)
+        self.scheduler = build_schedule(config, self.optimizer, self.steps)
         self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "float16")
-        mixing = config.mixup > 0 or config.cutmix > 0
-        self.mixup = (
-            Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=len(self.classes))
-            if mixing
-            else None
-        )
-        self.criterion = SoftTargetCrossEntropy() if mixing else LabelSmoothingCrossEntropy(config.smoothing)
+        self.mixup, self.criterion = build_loss(config, len(self.classes))
         # where the run stands: the next step is `step` of `epoch`
         self.epoch, self.step, self.loss_sum = 0, 0, 0.0
         self.history: list[dict[str, Any]] = []
