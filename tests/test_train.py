@@ -17,6 +17,7 @@ pytest.importorskip("torchvision")
 
 import torch
 from PIL import Image
+from timm.loss import SoftTargetCrossEntropy
 
 from tnt_fast import data as images_of
 from tnt_fast import kernels, recipe, train, variants
@@ -89,7 +90,7 @@ def differing(first: Path, second: Path) -> list[str]:
 class AtStep:
     """Wraps a criterion's forward: at the nth call from now on, ``act`` is called first."""
 
-    def __init__(self, monkeypatch, n: int, act, criterion=recipe.SoftTargetCrossEntropy):
+    def __init__(self, monkeypatch, n: int, act, criterion=SoftTargetCrossEntropy):
         self.calls, forward = 0, criterion.forward
 
         def wrapped(module, x, target):
@@ -160,14 +161,14 @@ def in_a_process(step: int, signum: int, argv: list[str]) -> subprocess.Complete
     """``main(argv)`` in a process of its own that gets a signal at a step."""
     code = (
         "import os, sys\n"
-        "from tnt_fast import cli, recipe\n"
-        "forward, calls = recipe.SoftTargetCrossEntropy.forward, []\n"
+        "from timm.loss import SoftTargetCrossEntropy\nfrom tnt_fast import cli\n"
+        "forward, calls = SoftTargetCrossEntropy.forward, []\n"
         "def wrapped(module, x, target):\n"
         "    calls.append(1)\n"
         f"    if len(calls) == {step}:\n"
         f"        os.kill(os.getpid(), {int(signum)})\n"
         "    return forward(module, x, target)\n"
-        "recipe.SoftTargetCrossEntropy.forward = wrapped\n"
+        "SoftTargetCrossEntropy.forward = wrapped\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     return subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)

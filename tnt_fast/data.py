@@ -15,8 +15,6 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-DIGITS = "digits"
-
 
 class DataError(ValueError):
     """Images that cannot be trained on or classified."""

@@ -1,24 +1,22 @@
-"""What a training run depends on: its settings, and the model, optimizer, schedule and loss that they name."""
+"""What a training run depends on: its settings, and the model, optimizer, schedule and loss that they name.
+
+The settings are the options of ``tnt-fast train``, whose --help does not wait for torch: only functions import it here.
+"""
 
 from dataclasses import MISSING, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
-from torch import nn
-from torch.optim import Optimizer
+if TYPE_CHECKING:
+    from timm.data import Mixup
+    from timm.scheduler.scheduler import Scheduler
+    from torch import nn
+    from torch.optim import Optimizer
 
-from tnt_fast.checkpoints import head_classes, load_checkpoint, read_checkpoint
-from tnt_fast.data import DIGITS, DataError
-from tnt_fast.tnt import TNT
-from tnt_fast.variants import create_tnt
+    from tnt_fast.tnt import TNT
 
+DIGITS = "digits"  # the name of scikit-learn's handwritten digits, in place of a directory
 MAY_CHANGE = ("data", "device", "workers")  # settings that a resumed run takes anew
-AMP = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AMP = ("off", "bfloat16", "float16")
 
 
 def _field(group: str, text: str, default: Any = MISSING, **more: Any) -> Any:
@@ -100,8 +98,12 @@ DIGITS_RECIPE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def build_model(config: Config, num_classes: int) -> TNT:
+def build_model(config: Config, num_classes: int) -> "TNT":
     """The TNT that a config names, with a head for ``num_classes``, from its initial checkpoint where it has one."""
+    from tnt_fast.checkpoints import head_classes, load_checkpoint, read_checkpoint
+    from tnt_fast.data import DataError
+    from tnt_fast.variants import create_tnt
+
     given = config.model_kwargs.get("num_classes", num_classes)
     if given != num_classes:
         raise DataError(f"model_kwargs says num_classes={given}, the data has {num_classes} classes; leave it out")
@@ -113,13 +115,17 @@ def build_model(config: Config, num_classes: int) -> TNT:
     return model
 
 
-def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
+def build_optimizer(config: Config, model: "nn.Module") -> "Optimizer":
+    from timm.optim import create_optimizer_v2
+
     lr = config.lr or 1e-3 * config.batch_size / 1024
     return create_optimizer_v2(model, opt=config.opt, lr=lr, weight_decay=config.weight_decay)
 
 
-def build_schedule(config: Config, optimizer: Optimizer, steps: int) -> Scheduler:
+def build_schedule(config: Config, optimizer: "Optimizer", steps: int) -> "Scheduler":
     """timm's schedule, by steps, of which an epoch has ``steps``."""
+    from timm.scheduler import create_scheduler_v2
+
     warmup: Any = config.warmup_epochs  # timm takes fractions of an epoch, which its annotation forgets
     scheduler, _ = create_scheduler_v2(
         optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=warmup,
@@ -130,8 +136,11 @@ def build_schedule(config: Config, optimizer: Optimizer, steps: int) -> Schedule
     return scheduler
 
 
-def build_loss(config: Config, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+def build_loss(config: Config, num_classes: int) -> "tuple[Mixup | None, nn.Module]":
     """What mixes a batch, if anything does, and the loss of ``(logits, targets)``."""
+    from timm.data import Mixup
+    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
     if config.mixup > 0 or config.cutmix > 0:
         mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes)
         return mixup, SoftTargetCrossEntropy()

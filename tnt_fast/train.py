@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import tnt_fast
 from tnt_fast.checkpoints import FORMAT, CheckpointError, read_checkpoint, save_checkpoint
-from tnt_fast.data import DIGITS, DataError, Images, Order, batches, evaluation_transform, training_transform, write_digits
+from tnt_fast.data import DataError, Images, Order, batches, evaluation_transform, training_transform, write_digits
 from tnt_fast.dispatch import choose
-from tnt_fast.recipe import AMP, MAY_CHANGE, Config, build_loss, build_model, build_optimizer, build_schedule
+from tnt_fast.recipe import DIGITS, MAY_CHANGE, Config, build_loss, build_model, build_optimizer, build_schedule
 
 
 def _random_state() -> dict[str, Any]:
@@ -209,6 +209,10 @@ class Run:
                 f"cannot save {str(path)!r}: {error}. What was there before is whole; make room on the disk, then --resume"
             ) from error
 
+    def _autocast(self) -> torch.autocast:
+        amp = self.config.amp
+        return torch.autocast(self.device.type, None if amp == "off" else getattr(torch, amp), enabled=amp != "off")
+
     def _check_finite(self, what: str, value: float) -> None:
         if not np.isfinite(value):
             good = f"{str(self.last)!r} holds the last good state" if self.last.exists() else "nothing was saved yet"
@@ -265,7 +269,7 @@ class Run:
             if self.mixup:
                 image, target = self.mixup(image, target)
             self.scheduler.step_update(self.epoch * self.steps + self.step)
-            with torch.autocast(self.device.type, AMP[config.amp], enabled=config.amp != "off"):
+            with self._autocast():
                 loss = self.criterion(self.model(image), target)
             value = loss.item()
             self._check_finite("loss", value)
@@ -293,7 +297,7 @@ class Run:
         loss, right = 0.0, 0
         for image, target in batches(self._loader(self.val_set, shuffle=False)):
             image, target = image.to(self.device), target.to(self.device)
-            with torch.autocast(self.device.type, AMP[self.config.amp], enabled=self.config.amp != "off"):
+            with self._autocast():
                 logits = model(image)
             loss += nn.functional.cross_entropy(logits.float(), target, reduction="sum").item()
             right += int((logits.argmax(1) == target).sum())
