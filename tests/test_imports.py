@@ -27,7 +27,8 @@ ALLOWED = {
     "tnt_fast/flops.py": ("", "torch"),
     "tnt_fast/visualize.py": ("", "matplotlib PIL"),
     "tnt_fast/bench.py": ("tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py", "torch timm tqdm"),
-    "tnt_fast/data.py": ("", "torch timm numpy torchvision sklearn PIL"),
+    "tnt_fast/images.py": ("", "numpy PIL"),
+    "tnt_fast/data.py": ("tnt_fast/images.py", "torch timm numpy torchvision sklearn PIL"),
     "tnt_fast/recipe.py": (
         "tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py",
         "torch timm",

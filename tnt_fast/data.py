@@ -15,9 +15,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-
-class DataError(ValueError):
-    """Images that cannot be trained on or classified."""
+from tnt_fast.images import DataError
 
 
 def write_digits(root: Path) -> None:
