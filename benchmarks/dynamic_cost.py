@@ -19,10 +19,10 @@ import sys
 from collections import Counter
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
+from benchmarks.launched import arguments
 from benchmarks.measure import DTYPES
 from tnt_fast import kernels as shipped
 from tnt_fast import reference
@@ -61,23 +61,11 @@ def _launched(kernel: str, variant: str, dtype: str, target: str, images: int) -
     """The launches of an operation, forward and backward, counted."""
     from tests.ptx.executor import Executor, running  # a checkout's, not a part of the package
 
-    model = timm.create_model(f"tnt_fast_{variant}_patch16_224", depth=1, img_size=IMAGE, dtype=DTYPES[dtype])
-    block = model.blocks[0]
-    folded = dict(zip(reference.FoldWeights._fields, block.fused_arguments()["fold"].values(), strict=False))
-    outer = {"outer": block.outer_arguments() | {"fold_weights": reference.FoldWeights(**folded)}}
-    given = (model.fused_arguments() | block.fused_arguments() | outer)[kernel]
-    shapes = {
-        "pixel_embed": {"image": (images, 3, IMAGE, IMAGE)},
-        "inner": {"pixel": (images * PATCHES, 16, model.sizes()["C"])},
-        "fold": {"pixel": (images * PATCHES, 16, model.sizes()["C"]), "patch": (images, 1 + PATCHES, model.embed_dim)},
-        "outer": {"patch": (images, 1 + PATCHES, model.embed_dim), "pixel": (images * PATCHES, 16, model.sizes()["C"])},
-    }[kernel]
-    given = reference.by_name(given)
-    inputs = {name: torch.randn(shape, dtype=DTYPES[dtype], requires_grad=True) for name, shape in shapes.items()}
+    given = arguments(kernel, variant, DTYPES[dtype], images, IMAGE, "cpu")
     executor = Executor(target, count=True)
     with running(executor):
-        out = shipped.OPERATIONS[kernel](**reference.in_records(inputs | given))
-        leaves = [x for x in (*inputs.values(), *given.values()) if isinstance(x, Tensor) and x.requires_grad]
+        out = shipped.OPERATIONS[kernel](**reference.in_records(given))
+        leaves = [x for x in given.values() if isinstance(x, Tensor) and x.requires_grad]
         torch.autograd.grad(out, leaves, torch.randn_like(out))
     return executor.launched
 

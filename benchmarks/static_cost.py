@@ -19,7 +19,8 @@ What the numbers mean, and what they do not:
 - The time is a bound: 12 calls at batch 256 with 196 patches an image, if every issue slot of an H200 (132 SMs, 4 slots a
   clock each, 1.98 GHz boost) issued an instruction of the loop. 45 to 70% of that rate is realistic; memory, tensor cores
   and latency may bind first.
-- Pointers are taken as divisible by 16, integers as nothing in particular, as Triton does at a launch with such arguments.
+- Compiled is what is launched at batch 256 (launched.py), by Triton's own launcher: pointers and integers that are divisible by
+  16, and integers equal to 1, make other code than those that are not.
 - ``--dynamic`` runs the PTX, too (sm_90's, or of the targets asked for), and shows beside what was counted what is executed
   for a patch and how memory is accessed (dynamic_cost.py): instructions, turns of shared memory and those of them that bank
   conflicts cost, sectors of global memory against those that the bytes asked for would fill.
@@ -28,6 +29,7 @@ What the numbers mean, and what they do not:
 """
 
 import argparse
+import hashlib
 import json
 import math
 import multiprocessing
@@ -40,6 +42,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,14 +51,16 @@ import torch
 import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from benchmarks import dynamic_cost
 from benchmarks.dynamic_cost import VARIANTS, aligned
+from benchmarks.launched import BATCH, Launched, launched
+from benchmarks.measure import DTYPES
 from tnt_fast import kernels as shipped
+from tnt_fast.kernels.operation import Operation
 
-DTYPES = ("bf16", "fp16", "fp32")
-
+CACHE = Path(__file__).parents[1] / ".cache" / "static_cost"
+READERS = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (Path(__file__),)]
 PATCHES = 256 * 196 * 12
 SLOTS_PER_US = 132 * 4 * 1980
 TIMED_TARGET = "sm_90"
@@ -79,15 +84,18 @@ class Target(NamedTuple):
     shared: int
     shared_unit: int
     shared_reserved: int
+    multiprocessors: int
     tensor_columns: int = 0
 
 
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 64, 32, 65536, 256, 164 << 10, 128, 1024),
-    "sm_89": Target("cuda", 89, 32, 48, 24, 65536, 256, 100 << 10, 128, 1024),
-    "sm_90": Target("cuda", 90, 32, 64, 32, 65536, 256, 228 << 10, 128, 1024),
-    "sm_100": Target("cuda", 100, 32, 64, 32, 65536, 256, 228 << 10, 128, 1024, tensor_columns=512),
-    "gfx942": Target("hip", "gfx942", 64, 32, 16, 131072, 512, 64 << 10, 512, 0),
+    "sm_80": Target("cuda", 80, 32, 64, 32, 65536, 256, 164 << 10, 128, 1024, 108),
+    "sm_86": Target("cuda", 86, 32, 48, 16, 65536, 256, 100 << 10, 128, 1024, 84),
+    "sm_89": Target("cuda", 89, 32, 48, 24, 65536, 256, 100 << 10, 128, 1024, 128),
+    "sm_90": Target("cuda", 90, 32, 64, 32, 65536, 256, 228 << 10, 128, 1024, 132),
+    "sm_100": Target("cuda", 100, 32, 64, 32, 65536, 256, 228 << 10, 128, 1024, 148, tensor_columns=512),
+    "sm_120": Target("cuda", 120, 32, 48, 24, 65536, 256, 100 << 10, 128, 1024, 170),
+    "gfx942": Target("hip", "gfx942", 64, 32, 16, 131072, 512, 64 << 10, 512, 0, 304),
 }
 
 # Kind of an instruction: the first pattern that matches its whole name (NVIDIA: up to the first dot); else "other".
@@ -189,36 +197,74 @@ def read_code(disassembly: str, backend: str) -> Code:
     return Code(count(body), count(reachable - body), real(loops(body - entries)), real(outer))
 
 
-def described(types: Any, place: tuple[int, ...] = ()) -> tuple[Any, dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """A kernel's signature from its arguments' types, tuples among them; what is constant in it; what is divisible by 16."""
-    if isinstance(types, tuple):
-        parts = [described(each, (*place, i)) for i, each in enumerate(types)]
-        signature = [part[0] for part in parts]
-        constants, aligned = ({k: v for part in parts for k, v in part[i].items()} for i in (1, 2))
-        return type(types)(*signature) if hasattr(types, "_fields") else tuple(signature), constants, aligned
-    if types is None or isinstance(types, int):
-        return "constexpr", {place: types}, {}
-    return types, {}, {place: [["tt.divisibility", 16]]} if types.startswith("*") else {}
+class _Device:
+    """What Triton's launcher asks of a driver, for a GPU that is described and not there."""
+
+    def __init__(self, target: Target):
+        self.target = GPUTarget(target.backend, target.arch, target.warp_size)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
 
 
-def _compile(launch: Any, target: Target) -> Any:
-    """Triton's compiled kernel of one launch."""
-    constants = dict(launch.constants)
-    if target.backend == "hip":  # the fast forms are PTX
-        constants |= {name: replace(Z, FAST=False) for name, Z in constants.items() if hasattr(Z, "FAST")}
+def _example(kind: Any) -> Any:
+    """An argument of a type in Triton's spelling: a tensor at an address divisible by 16, an integer that is not."""
+    if isinstance(kind, tuple):
+        return type(kind)(*map(_example, kind)) if hasattr(kind, "_fields") else tuple(map(_example, kind))
+    if not isinstance(kind, str):
+        return kind
+    if kind.startswith("*"):
+        return torch.empty(16, dtype=DTYPES[kind[1:]], device="meta")
+    return 7 if kind.startswith("i") else 0.5
+
+
+def _absent(arguments: Iterable[Any]) -> list[bool]:
+    """Which arguments are None, those of tuples one by one."""
+    return [x for each in arguments for x in (_absent(each) if isinstance(each, tuple) else [each is None])]
+
+
+@lru_cache
+def _recorded(kernel: str, variant: str, dtype: str, target: str) -> list[Launched]:
+    """What an operation launches on a GPU of that target, at batch 256."""
+    limits = TARGETS[target]
+    capability = divmod(limits.arch, 10) if isinstance(limits.arch, int) else None
+    return launched(kernel, variant, DTYPES[dtype], limits.multiprocessors, capability)
+
+
+def _as_launched(kernel: str, variant: str, dtype: str, launch: Any, target: str) -> Launched:
+    """The arguments, grid and options with which the operation starts one of its launches.
+
+    Raises:
+        ValueError: types and kernel disagree, or the operation does not launch it.
+    """
     names = launch.kernel.arg_names
-    if wrong := (set(launch.types) | set(constants)) ^ set(names):
+    if wrong := (set(launch.types) | set(launch.constants)) ^ set(names):
         raise ValueError(f"the launch and {launch.kernel.__name__} disagree about the arguments {sorted(wrong)}")
-    signature, fixed, aligned = described(tuple(launch.types.get(name, "constexpr") for name in names))
-    fixed |= {(names.index(name),): value for name, value in constants.items()}
-    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
-    if launch.config.mma_arch and target.backend == "cuda" and target.arch >= 90:
-        options["arch"] = launch.config.mma_arch  # as the launcher does there
-    return triton.compile(
-        ASTSource(launch.kernel, dict(zip(names, signature, strict=True)), fixed, aligned),
-        target=GPUTarget(target.backend, target.arch, target.warp_size),
-        options=options,
-    )
+    given = [launch.types[name] for name in names if name in launch.types]
+    if not isinstance(shipped.OPERATIONS[kernel], Operation):  # a launch alone
+        options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+        return Launched(launch.kernel, 1, tuple(map(_example, given)), launch.constants, options)
+    wanted = (launch.kernel, launch.constants, _absent(given))
+    for found in _recorded(kernel, variant, dtype, target):
+        if (found.kernel, found.constants, _absent(found.arguments)) == wanted:
+            return found
+    raise ValueError(f"{kernel} does not launch {launch.kernel.__name__} with {launch.constants} at batch {BATCH}")
+
+
+def _compile(found: Launched, target: Target) -> Any:
+    """Triton's compiled kernel, through its launcher, which specialises: what is divisible by 16 or equal to 1 is known."""
+    constants = found.constants
+    if target.backend == "hip":  # the fast forms are PTX
+        constants = {name: replace(Z, FAST=False) if hasattr(Z, "FAST") else Z for name, Z in constants.items()}
+    triton.runtime.driver.set_active(_Device(target))
+    found.kernel.device_caches.clear()  # of the memory only, and for another target; files stay
+    return found.kernel.run(*found.arguments, grid=(1,), warmup=True, **constants, **found.options)
 
 
 def _read_nvidia(compiled: Any, arch: int) -> tuple[str, dict[str, Any]]:
@@ -259,7 +305,12 @@ def _row(kernel: str, number: int, target: str, sass: Path | None) -> dict[str, 
     """Compile one launch, the ``number``-th of its module, and read its cost. Runs in a worker."""
     variant, dtype, launch = list(shipped.OPERATIONS[kernel].launches())[number]
     limits = TARGETS[target]
-    compiled = _compile(launch, limits)
+    started = _as_launched(kernel, variant, dtype, launch, target)
+    compiled = _compile(started, limits)
+    code = compiled.asm["cubin" if limits.backend == "cuda" else "amdgcn"]
+    known = _known(code, target, launch.config, launch.patches, launch.turns, started.grid)
+    if sass is None and known.exists():
+        return json.loads(known.read_text())
     text, found = _read_nvidia(compiled, limits.arch) if limits.backend == "cuda" else _read_amd(compiled)
     if sass is not None:
         name = f"{kernel}-{variant}-{dtype}-{launch.kernel.__name__}-{number}-{target}"
@@ -267,16 +318,16 @@ def _row(kernel: str, number: int, target: str, sass: Path | None) -> dict[str, 
 
     shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0)
     programs, warps = occupancy(target, launch.config.warps, found["registers"], shared, columns)
-    code = read_code(text, limits.backend)
+    counted = read_code(text, limits.backend)
     whole = launch.turns > 1  # else the main loop goes over patches, and the rest is shared by all its turns
-    ops = Counter({op: n * launch.turns for op, n in code.loop.items()}) + (code.rest if whole else Counter())
+    ops = Counter({op: n * launch.turns for op, n in counted.loop.items()}) + (counted.rest if whole else Counter())
     kinds = dict.fromkeys(KIND_NAMES, 0)
     for op, count in ops.items():
         name = op.split(".")[0]
         kinds[next((kind for kind, form in KINDS[limits.backend].items() if re.fullmatch(form, name)), "other")] += count
     each = launch.config.warps / launch.patches
     per_patch = sum(kinds.values()) * each
-    return found | {
+    found |= {
         "shared_bytes": shared,
         "tensor_columns": columns,
         "occupancy_programs": programs,
@@ -284,9 +335,19 @@ def _row(kernel: str, number: int, target: str, sass: Path | None) -> dict[str, 
         "warp_instructions_per_patch": round(per_patch, 1),
         "instructions_by_kind": {kind: round(count * each, 1) for kind, count in kinds.items()},
         "matrix_instructions": kinds["matrix"],
-        "other_loops": code.loops_in_loop + (code.loops_in_rest if whole else 0),
+        "other_loops": counted.loops_in_loop + (counted.loops_in_rest if whole else 0),
         "us_12_layers_batch_256": round(PATCHES * per_patch / SLOTS_PER_US, 1) if target == TIMED_TARGET else None,
     }
+    _write_json(known, found)
+    return found
+
+
+def _known(code: str | bytes, *about: Any) -> Path:
+    """Where what was read from machine code is kept, by its digest and that of what reads it."""
+    digest = hashlib.sha256(code if isinstance(code, bytes) else code.encode())
+    digest.update(repr((READERS, triton.__version__, about)).encode())
+    CACHE.mkdir(parents=True, exist_ok=True)
+    return CACHE / f"{digest.hexdigest()}.json"
 
 
 def _dynamic(kernel: str, variant: str, dtype: str, target: str) -> list[dict[str, Any]]:
@@ -429,7 +490,7 @@ def comparison(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
     return "\n".join([*([aligned(lines, len(lines[0]))] if len(lines) > 1 else []), f"{same} launches did not change"])
 
 
-def _write_json(path: Path, table: list[dict[str, Any]]) -> None:
+def _write_json(path: Path, table: Any) -> None:
     """Written beside and renamed: a reader never sees half a file."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     beside.write_text(json.dumps(table, indent=1) + "\n")

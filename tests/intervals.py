@@ -310,6 +310,17 @@ def integers(launch: Any) -> list[str]:
     return [name for name, kind in named(launch.types).items() if kind == "i32"]
 
 
+def described(types: Any, place: tuple[int, ...] = ()) -> tuple[Any, dict[tuple[int, ...], Any]]:
+    """A kernel's signature from its arguments' types, tuples among them; what is constant in it."""
+    if isinstance(types, tuple):
+        parts = [described(each, (*place, i)) for i, each in enumerate(types)]
+        signature, constants = [part[0] for part in parts], {k: v for part in parts for k, v in part[1].items()}
+        return type(types)(*signature) if hasattr(types, "_fields") else tuple(signature), constants
+    if types is None or isinstance(types, int):
+        return "constexpr", {place: types}
+    return types, {}
+
+
 def compiled(launch: Any, kinds: dict[str, Any]) -> Kernel:
     """The IR of a launch after Triton's first stage, with each integer as "i32", as "i64" or as the constant 1.
 
@@ -320,10 +331,8 @@ def compiled(launch: Any, kinds: dict[str, Any]) -> Kernel:
     from triton.compiler import ASTSource
     from triton.compiler.compiler import make_backend
 
-    from benchmarks.static_cost import described
-
     types, names = changed(launch.types, kinds), launch.kernel.arg_names
-    signature, constants, _ = described(tuple(types.get(name, "constexpr") for name in names))
+    signature, constants = described(tuple(types.get(name, "constexpr") for name in names))
     constants |= {(names.index(name),): value for name, value in launch.constants.items()}
     source = ASTSource(launch.kernel, dict(zip(names, signature, strict=True)), constants, {})
     target = GPUTarget("cuda", 90, 32)

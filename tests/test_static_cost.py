@@ -83,6 +83,12 @@ def straight(x_ptr, y_ptr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def strided(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):
+    at = tl.arange(0, 2)[:, None] * stride + tl.arange(0, BLOCK)[None, :]
+    tl.store(y_ptr + at, tl.load(x_ptr + at))
+
+
+@triton.jit
 def greedy(x_ptr, y_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     x = tl.load(x_ptr + at)
@@ -130,6 +136,8 @@ kernels.OPERATIONS.clear()
 ship("chain", chained(64), chained(128))
 ship("turns", chained(128)._replace(turns=10))
 ship("straight", Launch(straight, {"STEPS": 64, "BLOCK": 128}, Config(1, 4), 1, types=FP32))
+strides = [FP32 | {"stride": n} for n in ("i32", 7, 4096, 1)]
+ship("strided", *(Launch(strided, {"BLOCK": 1024}, Config(1, 4), 1, types=types) for types in strides))
 ship("greedy", Launch(greedy, {"ROWS": 64, "COLUMNS": 128}, Config(1, 1), 1, types=FP32))
 ship("products", multiplied(1, 64, 4), multiplied(1, 64, 2), multiplied(4, 16, 4))
 ship("broken", Launch(broken, {"WRONG": True}, Config(1, 1), 1, types={"x_ptr": "*fp32"}))
@@ -176,6 +184,14 @@ def test_kernel_without_a_loop_is_counted_whole(toy_rows):
     (row,) = toy_rows("straight")
     assert 64 * 4 <= row["instructions_by_kind"]["float"] <= 66 * 4
     assert row["instructions_by_kind"]["global"] == 2 * 4
+
+
+def test_integers_are_specialised_as_the_launcher_does(toy_rows):
+    unknown, odd, divisible, one = toy_rows("strided")
+    assert unknown["instructions_by_kind"] == odd["instructions_by_kind"]
+    # two rows of 1024 values on 128 threads: one by one, or four of them at once
+    assert [row["instructions_by_kind"]["global"] for row in (odd, divisible)] == [4 * 2 * 16, 4 * 2 * 4]
+    assert one["warp_instructions_per_patch"] < odd["warp_instructions_per_patch"]  # a constant
 
 
 def test_time_is_the_issue_bound_of_an_h200(toy_rows):
@@ -249,6 +265,9 @@ def test_rows_and_machine_code(toys, toy_rows, target, code):
         (dict(target="sm_90", num_warps=1, registers=16, shared_bytes=0), (32, 32)),
         (dict(target="sm_80", num_warps=4, registers=32, shared_bytes=163 * 1024), (1, 4)),
         (dict(target="sm_80", num_warps=8, registers=32, shared_bytes=0), (8, 64)),
+        (dict(target="sm_86", num_warps=1, registers=16, shared_bytes=0), (16, 16)),
+        (dict(target="sm_120", num_warps=1, registers=16, shared_bytes=0), (24, 24)),
+        (dict(target="sm_120", num_warps=4, registers=32, shared_bytes=99 * 1024), (1, 4)),
         (dict(target="sm_89", num_warps=8, registers=32, shared_bytes=0), (6, 48)),
         (dict(target="sm_89", num_warps=1, registers=16, shared_bytes=0), (24, 24)),
         (dict(target="sm_89", num_warps=4, registers=32, shared_bytes=100 * 1024), (0, 0)),
@@ -260,6 +279,25 @@ def test_rows_and_machine_code(toys, toy_rows, target, code):
 )
 def test_occupancy(launch, expected):
     assert static_cost.occupancy(**launch) == expected
+
+
+@pytest.mark.parametrize("variant", ["s", "b"])
+def test_every_launch_is_one_that_the_operation_starts(variant):
+    for name, operation in kernels.OPERATIONS.items():
+        for which, dtype, launch in operation.launches():
+            if (which, dtype) == (variant, "bf16"):
+                found = static_cost._as_launched(name, variant, dtype, launch, "sm_90")
+                assert found.options["num_warps"] == launch.config.warps
+                assert found.arguments[0].device.type == "meta"
+                if name == "inner" and found.grid > 1:
+                    assert (found.grid, found.arguments[-2]) == (132 * launch.config.per_sm, 256 * 196)
+
+
+def test_a_launch_that_no_operation_starts_is_an_error():
+    _, _, launch = next(iter(kernels.OPERATIONS["inner"].launches()))
+    types = launch.types | {"attn_scale_ptr": "*fp32"}
+    with pytest.raises(ValueError, match="inner does not launch _inner_fwd_kernel"):
+        static_cost._as_launched("inner", "ti", "bf16", launch._replace(types=types), "sm_90")
 
 
 def _sass(*lines):
@@ -300,7 +338,7 @@ def test_a_loop_entered_in_its_middle_is_counted_whole():
 @pytest.mark.parametrize(
     ("option", "value", "accepted"),
     [
-        ("--target", "sm_70", "sm_80, sm_89, sm_90, sm_100, gfx942"),
+        ("--target", "sm_70", "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942"),
         ("--dtype", "fp64", "bf16, fp16, fp32"),
         ("--variant", "xl", "ti, s, s_legacy, b"),
         ("--kernel", "attention", ", ".join(kernels.OPERATIONS) or "none"),

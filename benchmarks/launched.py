@@ -1,0 +1,96 @@
+"""What an operation launches, with all its arguments, recorded without a GPU and without computing anything.
+
+The operations run on tensors of the device "meta", which have shapes and no values, under a runner that describes a GPU and
+keeps what it is asked to launch. So grids, integers and options are those of a real call: nobody keeps a list of them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import Tensor
+
+from tnt_fast import kernels as shipped
+from tnt_fast import reference
+from tnt_fast.kernels import operation
+
+BATCH, IMAGE = 256, 224
+
+
+class Launched(NamedTuple):
+    """A launch as the runner gets it; ``arguments`` in the kernel's order, without its constants."""
+
+    kernel: Any
+    grid: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Recorder:
+    """In the place of ``operation.runner``: a GPU with so many multiprocessors, on which nothing runs.
+
+    ``capability``: of CUDA's, None for AMD.
+    """
+
+    on_cpu = True
+
+    def __init__(self, multiprocessors: int, capability: tuple[int, int] | None = None):
+        self.multiprocessors, self._capability = multiprocessors, capability
+        self.nvidia = True  # the constants are NVIDIA's; whoever compiles for another GPU changes them
+        self.launched: list[Launched] = []
+
+    def capability(self, device: torch.device | None = None) -> tuple[int, int] | None:
+        return self._capability
+
+    def programs(self, device: torch.device, per_sm: int) -> int:
+        return per_sm * self.multiprocessors
+
+    def shared_memory(self, device: torch.device) -> int | None:
+        return None
+
+    def launch(self, kernel: Any, grid: int, arguments: Any, constants: dict, options: dict) -> None:
+        self.launched.append(Launched(kernel, grid, tuple(arguments), constants, options))
+
+    @contextmanager
+    def running(self) -> Iterator["Recorder"]:
+        """Inside, the operations' kernels are recorded."""
+        before, operation.runner = operation.runner, self
+        try:
+            yield self
+        finally:
+            operation.runner = before
+
+
+def arguments(kernel: str, variant: str, dtype: torch.dtype, batch: int, image: int, device: str) -> dict[str, Any]:
+    """Arguments of an operation by name, records taken apart: a first block's weights, and activations of random values."""
+    with torch.device(device):
+        model = timm.create_model(f"tnt_fast_{variant}_patch16_224", depth=1, img_size=image, dtype=dtype)
+        block, sizes = model.blocks[0], model.sizes()
+        shapes = {
+            "image": (batch, 3, image, image),
+            "pixel": (batch * sizes["N"], sizes["S"], sizes["C"]),
+            "patch": (batch, 1 + sizes["N"], sizes["E"]),
+        }
+        folded = dict(zip(reference.FoldWeights._fields, block.fused_arguments()["fold"].values(), strict=False))
+        outer = {"outer": block.outer_arguments() | {"fold_weights": reference.FoldWeights(**folded)}}
+        given = (model.fused_arguments() | block.fused_arguments() | outer)[kernel]
+        read = shipped.OPERATIONS[kernel].activations
+        inputs = {name: torch.randn(shapes[name], dtype=dtype, requires_grad=True) for name in read}
+        return inputs | reference.by_name(given)
+
+
+def launched(
+    kernel: str, variant: str, dtype: torch.dtype, multiprocessors: int, capability: tuple[int, int] | None = None
+) -> list[Launched]:
+    """The launches of an operation, forward and backward with all gradients, of 256 images of 224 × 224 pixels."""
+    function, recorder = shipped.OPERATIONS[kernel], Recorder(multiprocessors, capability)
+    given = arguments(kernel, variant, dtype, BATCH, IMAGE, "meta")
+    packed = SimpleNamespace(**function.defaults | reference.in_records(given))
+    with recorder.running(), torch.no_grad():
+        out = function.forward(packed)
+        function.backward(torch.empty_like(out), packed, {name for name, x in given.items() if isinstance(x, Tensor)})
+    return recorder.launched
