@@ -315,7 +315,7 @@ def test_a_page_of_another_format_is_refused_and_not_written(checkpoint, images,
 
 @pytest.mark.parametrize(
     ("backend", "named"),
-    [("quick", ["'quick'", "'auto', 'fused', 'reference'"]), ("fused", ["cannot run:\n  - ", "the image is on device 'cpu'"])],
+    [("quick", ["'quick'", "'auto', 'fused', 'reference'"]), ("fused", ["cannot run: - ", "the image is on device 'cpu'"])],
 )
 def test_a_backend_that_cannot_be_taken_is_refused(checkpoint, images, capsys, monkeypatch, backend, named):
     monkeypatch.setattr(kernels, "on_cpu", lambda: False)

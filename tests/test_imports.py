@@ -26,7 +26,10 @@ ALLOWED = {
     # the command: all of this knows the package, which knows none of it
     "tnt_fast/flops.py": ("", "torch"),
     "tnt_fast/visualize.py": ("", "matplotlib PIL"),
-    "tnt_fast/bench.py": ("tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py", "torch timm tqdm"),
+    "tnt_fast/bench.py": (
+        "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py tnt_fast/variants.py",
+        "torch timm tqdm",
+    ),
     "tnt_fast/images.py": ("", "numpy PIL"),
     "tnt_fast/data.py": ("tnt_fast/images.py", "torch timm numpy torchvision sklearn PIL"),
     "tnt_fast/recipe.py": (
@@ -41,8 +44,10 @@ ALLOWED = {
         "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py",
         "torch timm PIL",
     ),
+    "tnt_fast/terminal.py": ("", ""),
+    "tnt_fast/__main__.py": ("tnt_fast/cli.py", ""),
     "tnt_fast/cli.py": (
-        "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py "
+        "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py tnt_fast/variants.py tnt_fast/terminal.py "
         "tnt_fast/bench.py tnt_fast/recipe.py tnt_fast/train.py tnt_fast/classify.py tnt_fast/visualize.py",
         "torch timm tqdm",
     ),

@@ -493,7 +493,7 @@ def test_a_truncated_last_checkpoint_is_refused_and_kept(data, begun, capsys):
         (["--model", "resnet18"], ["'resnet18'", "accepted: ", "tnt_fast_s_patch16_224"]),
         (["--model", "tnt_s_patch16_224.nosuch"], ["tnt_fast_s_patch16_224.nosuch", "tnt_fast_s_patch16_224.in1k"]),
         (["--backend", "quick"], ["backend='quick'", "'auto', 'fused', 'reference'"]),
-        (["--backend", "fused"], ["backend='fused' cannot run:\n  - ", "the image is on device 'cpu'", "'reference'"]),
+        (["--backend", "fused"], ["backend='fused' cannot run: - ", "the image is on device 'cpu'", "'reference'"]),
         (["--opt", "nosuch"], ["nosuch"]),
         (["--sched", "nosuch"], ["nosuch"]),
         (["--sched", "none"], ["sched='none'", "accepted: cosine", "constant"]),

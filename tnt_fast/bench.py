@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tnt_fast
-from tnt_fast import flops
+from tnt_fast import flops, variants  # noqa: F401  registers the names that PAIRS has
 from tnt_fast.dispatch import why_not_fused
 
 PAIRS = {

@@ -1,113 +1,150 @@
-"""The command ``tnt-fast``: train, classify, bench, info."""
+"""The command ``tnt-fast``: train, classify, bench, info. A command is a function with its options and one that runs it.
+
+What needs torch is imported where it runs: --help, --version and completion do not wait for it. All output goes through
+``terminal``.
+"""
 
 import argparse
 import ast
 import dataclasses
-import json
+import difflib
 import os
 import platform
+import re
 import sys
+import traceback
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_args, get_origin
-
-import timm
-import torch
+from typing import Any, NoReturn, cast, get_args, get_origin
 
 import tnt_fast
-from tnt_fast import flops
-from tnt_fast.dispatch import BACKENDS, OPERATIONS, kernel, why_not_fused
+from tnt_fast import recipe
+from tnt_fast.terminal import complain, guarded, say, say_json
 
+# errors that carry a message for the user; anything else is a defect
+FOR_USER = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError, MemoryError)
 VARIANTS = ("tnt_fast_ti_patch16_224", "tnt_fast_s_patch16_224", "tnt_fast_s_legacy_patch16_224", "tnt_fast_b_patch16_224")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status (0 well, 1 some images unreadable, 2 bad input, 128 + n stopped by signal n)."""
-    args = _parser().parse_args(argv)
-    try:
-        return args.command(args)
-    except BrokenPipeError:  # the reader of our output has left, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
-        # these carry a message for the user; anything else is a defect and keeps its traceback
-        if args.traceback:
-            raise
-        print(f"tnt-fast: {type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    """Run the command; returns its exit status.
+
+    0 well, 1 some images unreadable, 2 bad input, 3 a defect of ours (with Python's traceback), 128 + n stopped by signal n.
+    """
+    with guarded():
+        args = _parsed(argv)
+        try:
+            status = args.command(args)
+            sys.stdout.flush()  # a full disk or a reader that has left shows here at the latest
+            return status
+        except BrokenPipeError:  # the reader of our output has left, as head does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except KeyboardInterrupt:
+            say("interrupted", error=True)
+            return 130
+        except Exception as error:
+            # these carry a message for the user; anything else is a defect
+            for_user = isinstance(
+                error, (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError, MemoryError)
+            )
+            if args.traceback or not for_user:
+                for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
+                    say(line, error=True)
+            else:
+                complain(f"tnt-fast: {type(error).__name__}: {error}")
+            return 2 if for_user else 3
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tnt-fast", description="Transformer in Transformer: train, classify, look.")
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are one line: the usage of ``train`` would fill a screen."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        complain(f"{self.prog}: {message}; see {self.prog} --help")
+        self.exit(2)
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser, and those of its commands."""
+    parser = _Parser(
+        prog="tnt-fast",
+        description="Transformer in Transformer: train, classify, look.",
+        epilog=_examples("train digits --out runs/digits", "classify photos/ --checkpoint runs/digits/best.pt", "info"),
+    )
     parser.add_argument("--version", action="version", version=f"tnt_fast {tnt_fast.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="train | classify | bench | info")
-
-    train = commands.add_parser("train", help="train on a folder of images, or on handwritten digits")
-    train.set_defaults(command=_train)
-    train.add_argument(
-        "--out", type=Path, required=True, help="directory of the run: last.pt, best.pt, history.json, training.png"
-    )
-    train.add_argument(
-        "--resume", action="store_true", help="continue the run in --out, if there is one, exactly where it stopped"
-    )
-    _add_config(train)
-
-    classify = commands.add_parser("classify", help="name what image files show")
-    classify.set_defaults(command=_classify)
-    classify.add_argument("paths", nargs="+", metavar="PATH", help="image files, or directories of them")
-    classify.add_argument("--checkpoint", help="file of 'tnt-fast train', or of timm, the authors or mmpretrain with --model")
-    classify.add_argument("--model", help="such as tnt_s_patch16_224.in1k or hf-hub:timm/tnt_s_patch16_224.in1k")
-    classify.add_argument("--topk", type=int, default=5, help="classes an image (default 5)")
-    classify.add_argument("--batch-size", type=int, default=64)
-    classify.add_argument("--device", help="such as cpu, cuda:0")
-    classify.add_argument("--backend", default="auto", help=" | ".join(BACKENDS))
-    classify.add_argument("--json", action="store_true", help="print one JSON list")
-    classify.add_argument("--page", type=Path, help="write a picture of the images and their predictions (.png, .svg, .pdf)")
-
-    bench = commands.add_parser("bench", help="time TNT against ViT on this machine, in about a minute")
-    bench.set_defaults(command=_bench)
-    bench.add_argument("--size", default="s", help="ti | s | b (default s)")
-    bench.add_argument("--device", help="such as cpu, cuda:0 (default: the GPU if there is one)")
-    bench.add_argument("--dtype", help="float32 | bfloat16 | float16 (default: bfloat16 on a GPU, else float32)")
-    bench.add_argument("--batch-size", type=int, help="images a call (default: 256 on a GPU, else 4)")
-    bench.add_argument("--seconds", type=float, default=30.0, help="time to measure (default 30)")
-    bench.add_argument("--compile", action="store_true", help="through torch.compile, which takes a minute more")
-    bench.add_argument("--json", action="store_true", help="print one JSON list")
-
-    info = commands.add_parser("info", help="versions, device, and the path that a forward takes")
-    info.set_defaults(command=_info)
-    info.add_argument("--model", action="append", help="a variant; again for more (default: all)")
-    info.add_argument("--json", action="store_true", help="print one JSON object")
-
-    for command in (train, classify, bench, info):
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    for add in (_add_train, _add_classify, _add_bench, _add_info, _add_completion):
+        add(commands)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
         command.add_argument("--traceback", action="store_true", help="show Python's traceback of an error")
-    return parser
+    return parser, commands.choices
+
+
+def _parsed(argv: list[str] | None) -> argparse.Namespace:
+    args, unknown = _parser()[0].parse_known_args(argv)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        args.parser.error(f"unknown argument {unknown[0]!r}{_nearest(name, _options(args.parser))}")
+    return args
+
+
+def _examples(*lines: str) -> str:
+    return "examples:\n" + "\n".join(f"  tnt-fast {line}" for line in lines)
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    return re.findall(r"--[a-z][a-z-]*", parser.format_usage())
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, 3)
+    return f"; nearest: {', '.join(close)}" if close else ""
 
 
 # ---- train ----
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    """An option for each field of recipe.Config; what is not given comes from the data's recipe, then from the defaults."""
-    from tnt_fast.recipe import Config
-
-    for field in dataclasses.fields(Config):
-        text = field.metadata["help"]
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train on a folder of images, or on handwritten digits",
+        description="Train a TNT. What is not given comes from the data's recipe, then from the defaults.",
+        epilog=_examples(
+            "train images/ --out runs/mine                # images/train/CLASS/*.jpg, images/val/CLASS/*.jpg",
+            "train images/ --out runs/mine --resume       # after Ctrl-C or a crash: exactly on",
+            "train digits --out runs/digits               # scikit-learn's handwritten digits",
+        ),
+    )
+    train.set_defaults(command=_train)
+    run = train.add_argument_group("run")
+    run.add_argument(
+        "--out", type=Path, required=True, help="directory of the run: last.pt, best.pt, history.json, training.png"
+    )
+    run.add_argument(
+        "--resume", action="store_true", help="continue the run in --out, if there is one, exactly where it stopped"
+    )
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(recipe.Config):
+        group = field.metadata["group"]
+        if group not in groups:
+            groups[group] = train.add_argument_group(group)
+        add, option, kind = groups[group].add_argument, "--" + field.name.replace("_", "-"), cast(type, field.type)
+        text = field.metadata["help"].replace("%", "%%")
         if field.name == "data":
-            parser.add_argument("data", metavar="DATA", help=text)
-            continue
-        option = "--" + field.name.replace("_", "-")
-        if field.name == "model_kwargs":
-            parser.add_argument(option, nargs="+", metavar="KEY=VALUE", help=text)
-        elif get_origin(field.type) is tuple:
-            kind = get_args(field.type)
-            parser.add_argument(option, nargs=len(kind), type=kind[0], help=f"{text} (default {field.default})")
+            add("data", metavar="DATA", help=text)
+        elif field.name == "model_kwargs":
+            add(option, nargs="+", metavar="KEY=VALUE", help=text)
+        elif get_origin(kind) is tuple:
+            default = " ".join(f"{x:g}" for x in cast(tuple, field.default))
+            add(option, nargs=len(get_args(kind)), type=float, metavar="X", help=f"{text} (default {default})")
         else:
-            shown = "" if field.default == "" else f" (default {field.default})"
-            parser.add_argument(option, type=field.type, help=text + shown)
+            default = "" if field.default == "" else f" (default {field.default})"
+            add(option, type=kind, metavar={int: "N", float: "X"}.get(kind), help=text + default)
 
 
 def _key_values(items: list[str]) -> dict[str, Any]:
@@ -125,7 +162,7 @@ def _key_values(items: list[str]) -> dict[str, Any]:
 
 def _train(args: argparse.Namespace) -> int:
     try:
-        from tnt_fast import recipe, train
+        from tnt_fast import train
     except ImportError as error:
         raise ImportError(f'training needs more packages ({error}): pip install "tnt_fast[train]"') from error
 
@@ -138,33 +175,32 @@ def _train(args: argparse.Namespace) -> int:
     if "model_kwargs" in given:
         given["model_kwargs"] = {**defaults.get("model_kwargs", {}), **_key_values(given["model_kwargs"])}
     config = recipe.Config(**{**defaults, **given})
-    run = train.Run(config, args.out, resume=args.resume)
+    run = train.Run(config, args.out, resume=args.resume, log=say)
     changed = [n for n in given if n not in recipe.MAY_CHANGE and getattr(run.config, n) != getattr(config, n)]
     if changed:
         was = ", ".join(f"{n}={getattr(run.config, n)!r} (now {getattr(config, n)!r})" for n in changed)
         raise ValueError(
             f"the run in {str(args.out)!r} was begun with {was}; leave that out to continue it, or take another --out"
         )
-    print(f"{run.config.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, {len(run.classes)} classes")
-    print(f"images: {len(run.train_set)} to train on, {len(run.val_set)} held out; device {run.device}")
-    print(f"path: {_path(run.model.backend, run.why_not_fused)}")
+    say(f"{run.config.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, {len(run.classes)} classes")
+    say(f"images: {len(run.train_set)} to train on, {len(run.val_set)} held out; device {run.device}")
+    say(f"path: {_path(run.model.backend, run.why_not_fused)}")
     if run.epoch or run.step:
-        print(
-            f"continuing at epoch {run.epoch + 1}, step {run.step + 1}" if run.epoch < run.config.epochs else "already trained"
-        )
+        say(f"continuing at epoch {run.epoch + 1}, step {run.step + 1}" if run.epoch < run.config.epochs else "already trained")
     try:
         run.train()
     except train.Interrupted as stop:
-        print(stop, file=sys.stderr)
+        complain(stop)
         return stop.exit_code
-    print(train.summary(run))
+    for line in train.summary(run).split("\n"):
+        say(line)
     try:
         from tnt_fast import visualize
 
         title = f"{run.config.model} on {run.config.data}"
-        print(f"picture: {visualize.training_curve(run.history, args.out / 'training.png', title)}")
+        say(f"picture: {visualize.training_curve(run.history, args.out / 'training.png', title)}")
     except ImportError as error:
-        print(f"no picture: {error}")
+        say(f"no picture: {error}")
     return 0
 
 
@@ -175,6 +211,31 @@ def _path(backend: str, reasons: list[str]) -> str:
 
 
 # ---- classify ----
+
+
+def _add_classify(commands: Any) -> None:
+    classify = commands.add_parser(
+        "classify",
+        help="name what image files show",
+        description="Name what image files show, most probable first.",
+        epilog=_examples(
+            "classify photos/ --checkpoint runs/mine/best.pt --topk 3 --json",
+            "classify photo.jpg --model tnt_s_patch16_224.in1k    # weights that timm hosts",
+        ),
+    )
+    classify.set_defaults(command=_classify)
+    classify.add_argument("paths", nargs="+", metavar="PATH", help="image files, or directories of them")
+    model = classify.add_argument_group("model")
+    model.add_argument("--checkpoint", help="file of 'tnt-fast train', or of timm, the authors or mmpretrain with --model")
+    model.add_argument("--model", help="such as tnt_s_patch16_224.in1k or hf-hub:timm/tnt_s_patch16_224.in1k")
+    output = classify.add_argument_group("output")
+    output.add_argument("--topk", type=int, default=5, help="classes an image (default 5)")
+    output.add_argument("--json", action="store_true", help="print one JSON list")
+    output.add_argument("--page", type=Path, help="write a picture of the images and their predictions (.png, .svg, .pdf)")
+    machine = classify.add_argument_group("machine")
+    machine.add_argument("--batch-size", type=int, default=64, help="images a step (default 64)")
+    machine.add_argument("--device", help="such as cpu, cuda:0")
+    machine.add_argument("--backend", default="auto", help="auto | fused | reference (default auto)")
 
 
 def _classify(args: argparse.Namespace) -> int:
@@ -189,31 +250,47 @@ def _classify(args: argparse.Namespace) -> int:
     if args.page and args.page.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--page {str(args.page)!r} must end in .png, .svg or .pdf")
     classifier = Classifier(args.checkpoint, args.model, args.device, args.backend)
-    print(f"path: {_path(args.backend, classifier.why_not_fused)}", file=sys.stderr)
+    say(f"path: {_path(args.backend, classifier.why_not_fused)}", error=True)
     rows = []
     for row in classifier(files, args.topk, args.batch_size):
         rows.append(row)
         if args.json:
             continue
         if "error" in row:
-            print(f"{row['file']}  {row['error']}", file=sys.stderr)
+            say(f"{row['file']}  {row['error']}", error=True)
         else:
-            print(row["file"], *(f"{p['probability']:6.2%} {p['class']}" for p in row["predictions"]), sep="  ")
+            say("  ".join([row["file"], *(f"{p['probability']:6.2%} {p['class']}" for p in row["predictions"])]))
     if args.json:
-        json.dump(rows, sys.stdout, indent=1)
-        print()
+        say_json(rows)
     judged = [row for row in rows if "truth" in row]
     if judged:
         right = sum(row["truth"] == row["predictions"][0]["class"] for row in judged)
-        print(f"{right} of {len(judged)} as their folders say ({right / len(judged):.2%})", file=sys.stderr)
+        say(f"{right} of {len(judged)} as their folders say ({right / len(judged):.2%})", error=True)
     if args.page:
         from tnt_fast import visualize
 
-        print(f"picture: {visualize.prediction_page(rows, args.page)}", file=sys.stderr)
+        say(f"picture: {visualize.prediction_page(rows, args.page)}", error=True)
     return 1 if any("error" in row for row in rows) else 0
 
 
 # ---- bench ----
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="time TNT against ViT on this machine, in about a minute",
+        description="Time TNT against ViT on this machine, in about a minute.",
+        epilog=_examples("bench", "bench --size b --dtype float16 --batch-size 64"),
+    )
+    bench.set_defaults(command=_bench)
+    bench.add_argument("--size", default="s", help="ti | s | b (default s)")
+    bench.add_argument("--device", help="such as cpu, cuda:0 (default: the GPU if there is one)")
+    bench.add_argument("--dtype", help="float32 | bfloat16 | float16 (default: bfloat16 on a GPU, else float32)")
+    bench.add_argument("--batch-size", type=int, help="images a call (default: 256 on a GPU, else 4)")
+    bench.add_argument("--seconds", type=float, default=30.0, help="time to measure (default 30)")
+    bench.add_argument("--compile", action="store_true", help="through torch.compile, which takes a minute more")
+    bench.add_argument("--json", action="store_true", help="print one JSON list")
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -221,6 +298,9 @@ def _bench(args: argparse.Namespace) -> int:
         import tqdm  # noqa: F401
     except ImportError as error:
         raise ImportError(f'the benchmark needs more packages ({error}): pip install "tnt_fast[bench]"') from error
+    import timm
+    import torch
+
     from tnt_fast import bench
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -231,25 +311,37 @@ def _bench(args: argparse.Namespace) -> int:
     batch = (256 if on_gpu else 4) if args.batch_size is None else args.batch_size
     for name, value, accepted in (("--size", args.size, bench.PAIRS), ("--dtype", dtype, bench.DTYPES)):
         if value not in accepted:
-            raise ValueError(f"{name} {value!r} is unknown; accepted: {', '.join(accepted)}")
+            raise ValueError(f"{name} {value!r} is unknown{_nearest(value, accepted)}; accepted: {', '.join(accepted)}")
     if batch < 1 or not 0 < args.seconds < 1e6:
         raise ValueError(f"--batch-size {batch} must be at least 1, and --seconds {args.seconds} above 0 and below 1e6")
     rows = bench.bench(args.size, device, dtype, batch, args.seconds, args.compile)
     if args.json:
-        json.dump(rows, sys.stdout, indent=1)
-        print()
+        say_json(rows)
         return 0
     where = torch.cuda.get_device_name(device) if on_gpu else f"the CPU, {torch.get_num_threads()} threads"
     how = "compiled" if args.compile else "eager"
-    print(f"inference, {dtype}, batch {batch}, {how}, on {where}; torch {torch.__version__}, timm {timm.__version__}")
-    print(bench.table(rows))
-    print(f"medians of {rows[0]['rounds']} rounds in turns; random weights")
+    say(f"inference, {dtype}, batch {batch}, {how}, on {where}; torch {torch.__version__}, timm {timm.__version__}")
+    for line in bench.table(rows).split("\n"):
+        say(line)
+    say(f"medians of {rows[0]['rounds']} rounds in turns; random weights")
     for reason in rows[0]["why_not_fused"]:
-        print(f"not fused: {reason}")
+        say(f"not fused: {reason}")
     return 0
 
 
 # ---- info ----
+
+
+def _add_info(commands: Any) -> None:
+    info = commands.add_parser(
+        "info",
+        help="versions, device, and the path that a forward takes",
+        description="Versions, devices, and the path that a forward takes here, with the reasons.",
+        epilog=_examples("info", "info --model tnt_fast_s_patch16_224 --json"),
+    )
+    info.set_defaults(command=_info)
+    info.add_argument("--model", action="append", help="a variant; again for more (default: all)")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def installed_version(package: str) -> str | None:
@@ -261,6 +353,8 @@ def installed_version(package: str) -> str | None:
 
 
 def _devices() -> list[str]:
+    import torch
+
     found = [f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"]
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
@@ -270,13 +364,19 @@ def _devices() -> list[str]:
 
 def describe(models: list[str]) -> dict[str, Any]:
     """What ``tnt-fast info`` prints."""
-    variants = {}
+    import timm
+
+    from tnt_fast import flops, variants
+    from tnt_fast.dispatch import OPERATIONS, kernel, why_not_fused
+
+    found: dict[str, Any] = {}
+    known = sorted(variants.__all__)
     for name in models:
-        if name not in timm.list_models("tnt_fast_*"):
-            raise ValueError(f"model {name!r} is unknown; accepted: {', '.join(timm.list_models('tnt_fast_*'))}")
+        if name not in known:
+            raise ValueError(f"model {name!r} is unknown{_nearest(name, known)}; accepted: {', '.join(known)}")
         model = timm.create_model(name, device="meta").eval()
         reasons = why_not_fused(model)
-        variants[name] = {
+        found[name] = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "gmacs": flops.multiply_adds(model) / 1e9,
             "path": "reference" if reasons else "fused",
@@ -292,26 +392,58 @@ def describe(models: list[str]) -> dict[str, Any]:
         },
         "devices": _devices(),
         "kernels": {name: "fused" if kernel(name) else "none in this version" for name in OPERATIONS},
-        "models": variants,
+        "models": found,
     }
 
 
 def _info(args: argparse.Namespace) -> int:
     report = describe(args.model or list(VARIANTS))
     if args.json:
-        json.dump(report, sys.stdout, indent=1)
-        print()
+        say_json(report)
         return 0
     for package, version in report["versions"].items():
-        print(f"{package:12s} {version or 'not installed'}")
-    print(*report["devices"], sep="\n")
-    print("kernels: " + ", ".join(f"{name}: {state}" for name, state in report["kernels"].items()))
+        say(f"{package:12s} {version or 'not installed'}")
+    for device in report["devices"]:
+        say(device)
+    say("kernels: " + ", ".join(f"{name}: {state}" for name, state in report["kernels"].items()))
     for name, model in report["models"].items():
-        print(f"\n{name}: {model['parameters'] / 1e6:.2f} M parameters, {model['gmacs']:.3f} GMACs; path: {model['path']}")
+        say()
+        say(f"{name}: {model['parameters'] / 1e6:.2f} M parameters, {model['gmacs']:.3f} GMACs; path: {model['path']}")
         for reason in model["why_not_fused"]:
-            print(f"  - {reason}")
+            say(f"  - {reason}")
         for reason in model["why_not_fused_gradients"]:
-            print(f"  - gradients by PyTorch: {reason}")
+            say(f"  - gradients by PyTorch: {reason}")
+    return 0
+
+
+# ---- completion ----
+
+
+def _add_completion(commands: Any) -> None:
+    completion = commands.add_parser(
+        "completion",
+        help="print a script by which the shell completes commands and options",
+        description="Print a script by which the shell completes commands and options.",
+        epilog="in ~/.bashrc:\n  source <(tnt-fast completion bash)",
+    )
+    completion.set_defaults(command=_completion)
+    completion.add_argument("shell", choices=["bash"])
+
+
+def _completion(args: argparse.Namespace) -> int:
+    parser, commands = _parser()
+    options = [f"        {name}) words={' '.join(_options(command))!r} ;;" for name, command in commands.items()]
+    script = f"""_tnt_fast() {{
+    local words word="${{COMP_WORDS[COMP_CWORD]}}"
+    case "${{COMP_WORDS[1]}}" in
+{chr(10).join(options)}
+    esac
+    if [[ $COMP_CWORD -eq 1 ]]; then words={" ".join([*commands, *_options(parser)])!r}; elif [[ $word != -* ]]; then words=; fi
+    COMPREPLY=($(compgen -W "$words" -- "$word"))
+}}
+complete -o default -F _tnt_fast tnt-fast"""  # default: what is no option is a file
+    for line in script.split("\n"):
+        say(line)
     return 0
 
 
