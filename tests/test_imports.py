@@ -33,7 +33,7 @@ ALLOWED = {
     "tnt_fast/images.py": ("", "numpy PIL"),
     "tnt_fast/data.py": ("tnt_fast/images.py", "torch timm numpy torchvision sklearn PIL"),
     "tnt_fast/recipe.py": (
-        "tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py",
+        "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py",
         "torch timm",
     ),
     "tnt_fast/train.py": (

@@ -139,6 +139,8 @@ def _add_train(commands: Any) -> None:
             add("data", metavar="DATA", help=text)
         elif field.name == "model_kwargs":
             add(option, nargs="+", metavar="KEY=VALUE", help=text)
+        elif kind is bool:
+            add(option, action=argparse.BooleanOptionalAction, default=None, help=text)
         elif get_origin(kind) is tuple:
             default = " ".join(f"{x:g}" for x in cast(tuple, field.default))
             add(option, nargs=len(get_args(kind)), type=float, metavar="X", help=f"{text} (default {default})")
@@ -176,7 +178,8 @@ def _train(args: argparse.Namespace) -> int:
         given["model_kwargs"] = {**defaults.get("model_kwargs", {}), **_key_values(given["model_kwargs"])}
     config = recipe.Config(**{**defaults, **given})
     run = train.Run(config, args.out, resume=args.resume, log=say)
-    changed = [n for n in given if n not in recipe.MAY_CHANGE and getattr(run.config, n) != getattr(config, n)]
+    taken = [n for n in given if n not in recipe.MAY_CHANGE and (given[n] or n not in recipe.AUTOMATIC)]
+    changed = [n for n in taken if getattr(run.config, n) != getattr(config, n)]
     if changed:
         was = ", ".join(f"{n}={getattr(run.config, n)!r} (now {getattr(config, n)!r})" for n in changed)
         raise ValueError(
@@ -185,6 +188,8 @@ def _train(args: argparse.Namespace) -> int:
     say(f"{run.config.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, {len(run.classes)} classes")
     say(f"images: {len(run.train_set)} to train on, {len(run.val_set)} held out; device {run.device}")
     say(f"path: {_path(run.model.backend, run.why_not_fused)}")
+    for line in run.config.remarks(len(run.train_set)):
+        say(line)
     if run.epoch or run.step:
         say(f"continuing at epoch {run.epoch + 1}, step {run.step + 1}" if run.epoch < run.config.epochs else "already trained")
     try:

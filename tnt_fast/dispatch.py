@@ -33,6 +33,23 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend={backend!r} is unknown; accepted: {', '.join(map(repr, BACKENDS))}")
 
 
+def find_device(name: str | None = None) -> torch.device:
+    """The device of this name ("cpu", "cuda:1"); of none: a GPU if torch sees one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if not name:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    present = ["cpu"]
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        present += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if name not in present:
+        hint = "" if len(present) > 1 else "; torch sees no GPU"
+        raise ValueError(f"device={name!r:.100} is not here; accepted: {', '.join(present)}{hint}")
+    return torch.device(name)
+
+
 def kernel(operation: str) -> Any:
     """The fused operation of this name, or None where this version has none."""
     return kernels.OPERATIONS.get(operation)

@@ -3,8 +3,11 @@
 The settings are the options of ``tnt-fast train``, whose --help does not wait for torch: only functions import it here.
 """
 
-from dataclasses import MISSING, dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, cast, get_origin
 
 if TYPE_CHECKING:
     from timm.data import Mixup
@@ -16,12 +19,16 @@ if TYPE_CHECKING:
 
 DIGITS = "digits"  # the name of scikit-learn's handwritten digits, in place of a directory
 MAY_CHANGE = ("data", "device", "workers")  # settings that a resumed run takes anew
+AUTOMATIC = ("batch_size", "lr")  # settings whose 0 `settled` replaces
 AMP = ("off", "bfloat16", "float16")
+SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "rsqrt")  # those of timm that go by steps
+POLICIES = ("rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "3a", "original", "originalr", "v0", "v0r")
 
 
-def _field(group: str, text: str, default: Any = MISSING, **more: Any) -> Any:
-    """A setting, in its group of ``tnt-fast train --help``."""
-    return field(metadata={"group": group, "help": text}, **({} if default is MISSING else {"default": default}), **more)
+def _field(group: str, text: str, default: Any = MISSING, within: str = "", **more: Any) -> Any:
+    """A setting, in its group of ``tnt-fast train --help``; its numbers lie in the interval ``within``."""
+    metadata = {"group": group, "help": text, "within": within}
+    return field(metadata=metadata, **({} if default is MISSING else {"default": default}), **more)
 
 
 @dataclass
@@ -30,63 +37,181 @@ class Config:
 
     data: str = _field("data", f"a directory with train/CLASS/*.png and val/CLASS/*.png, or '{DIGITS}'")
 
-    model: str = _field("model", "a timm model name", "tnt_fast_s_patch16_224")
+    model: str = _field(
+        "model",
+        "tnt_{ti,s,s_legacy,b}_patch16_224 or tnt_fast_…, the same; with a tag (tnt_s_patch16_224.in1k) or as "
+        "hf-hub:OWNER/NAME, it starts from those weights",
+        "tnt_fast_s_patch16_224",
+    )
     model_kwargs: dict[str, Any] = _field("model", "its arguments, as key=value …", default_factory=dict)
     backend: str = _field("model", "auto, fused or reference", "auto")
+    pretrained: bool = _field("model", "start from the weights that timm hosts for the model", False)
     initial: str = _field("model", "checkpoint to start from (its head is kept if the classes agree in number)", "")
+    freeze_blocks: int = _field("model", "keep the stem and so many blocks, from the first, as they are", 0, "[0, 1000]")
+    grad_checkpointing: bool = _field("model", "compute activations twice instead of keeping them: less memory", False)
 
-    epochs: int = _field("optimization", "passes over the training images", 300)
-    batch_size: int = _field("optimization", "images a step", 256)
+    epochs: int = _field("optimization", "passes over the training images", 300, "[1, 1000000]")
+    batch_size: int = _field(
+        "optimization", "images a step; 0: 256, or less where an epoch would have fewer than 10 steps", 0, "[0, 1000000]"
+    )
     opt: str = _field("optimization", "a timm optimizer", "adamw")
-    weight_decay: float = _field("optimization", "not applied to biases, norms and positions", 0.05)
-    clip_grad: float = _field("optimization", "largest gradient norm; 0: off", 0.0)
-    ema: float = _field("optimization", "decay of averaged weights, which are then what is evaluated; 0: off", 0.0)
+    weight_decay: float = _field("optimization", "not applied to biases, norms and positions", 0.05, "[0, 10]")
+    clip_grad: float = _field("optimization", "largest gradient norm; 0: off", 0.0, "[0, inf)")
+    ema: float = _field("optimization", "decay of averaged weights, which are then what is evaluated; 0: off", 0.0, "[0, 1)")
 
-    lr: float = _field("learning rate", "peak learning rate; 0: 1e-3 · batch / 1024", 0.0)
-    sched: str = _field("learning rate", "a timm schedule", "cosine")
-    warmup_epochs: float = _field("learning rate", "linear warm-up", 5)
-    min_lr: float = _field("learning rate", "learning rate at the end", 1e-5)
+    lr: float = _field(
+        "learning rate",
+        "peak learning rate; 0: 1e-3 · batch / 1024, at least 2.5e-4; from trained weights 1e-4 · batch / 1024, at least 5e-5",
+        0.0,
+        "[0, inf)",
+    )
+    sched: str = _field("learning rate", "a timm schedule: cosine, tanh, poly, step, constant, …", "cosine")
+    warmup_epochs: float = _field("learning rate", "linear warm-up; at most half of the run", 5, "[0, 1000000]")
+    min_lr: float = _field("learning rate", "learning rate at the end, as a fraction of the peak", 0.01, "[0, 1]")
+    layer_decay: float = _field(
+        "learning rate", "factor of the learning rate from each block to the one before it, such as 0.75; 0: off", 0.0, "[0, 1]"
+    )
 
-    smoothing: float = _field("regularization", "label smoothing", 0.1)
-    mixup: float = _field("regularization", "mixup alpha; 0: off", 0.8)
-    cutmix: float = _field("regularization", "cutmix alpha; 0: off", 1.0)
-    drop_path: float = _field("regularization", "stochastic depth", 0.1)
+    smoothing: float = _field("regularization", "label smoothing", 0.1, "[0, 1)")
+    class_weights: str = _field("regularization", "off, or balanced: a rare class counts as much as a frequent one", "off")
+    mixup: float = _field("regularization", "mixup alpha; 0: off", 0.8, "[0, 100]")
+    cutmix: float = _field("regularization", "cutmix alpha; 0: off", 1.0, "[0, 100]")
+    drop_path: float = _field("regularization", "stochastic depth", 0.1, "[0, 1)")
 
-    scale: tuple[float, float] = _field("augmentation", "area of random crops", (0.08, 1.0))
-    ratio: tuple[float, float] = _field("augmentation", "aspect ratio of random crops", (3 / 4, 4 / 3))
-    hflip: float = _field("augmentation", "probability of a horizontal flip", 0.5)
-    color_jitter: float = _field("augmentation", "colour jitter, where auto-augment is off", 0.3)
+    scale: tuple[float, float] = _field("augmentation", "area of random crops", (0.08, 1.0), "(0, 1]")
+    ratio: tuple[float, float] = _field("augmentation", "aspect ratio of random crops", (3 / 4, 4 / 3), "[0.01, 100]")
+    hflip: float = _field("augmentation", "probability of a horizontal flip", 0.5, "[0, 1]")
+    color_jitter: float = _field("augmentation", "colour jitter, where auto-augment is off", 0.3, "[0, 10]")
     auto_augment: str = _field("augmentation", "timm's name of a policy; '' : off", "rand-m9-mstd0.5-inc1")
-    reprob: float = _field("augmentation", "probability of random erasing", 0.25)
-    crop_pct: float = _field("augmentation", "evaluation crop; 0: the model's", 0.0)
+    reprob: float = _field("augmentation", "probability of random erasing", 0.25, "[0, 1]")
+    crop_pct: float = _field("augmentation", "evaluation crop, from 0.1; 0: the model's", 0.0, "[0, 1]")
 
-    seed: int = _field("machine", "of weights, order, augmentation, dropout", 0)
+    seed: int = _field("machine", "of weights, order, augmentation, dropout", 0, f"[0, {2**32 - 1}]")
     amp: str = _field("machine", "off, bfloat16 or float16 (with loss scaling)", "off")
     device: str = _field("machine", "such as cpu, cuda:0; default: a GPU if there is one", "")
-    workers: int = _field("machine", "processes that read images; 0: none", 2)
-    threads: int = _field("machine", "CPU threads of PyTorch; 0: its default. Tiny models are fastest with 1", 0)
+    workers: int = _field("machine", "processes that read images; 0: none", 2, "[0, 512]")
+    threads: int = _field("machine", "CPU threads of PyTorch; 0: its default. Tiny models are fastest with 1", 0, "[0, 1024]")
 
     def check(self) -> None:
-        """Raise ValueError for values out of range, before anything is read or written."""
-        for name, low in (("epochs", 1), ("batch_size", 1), ("workers", 0), ("threads", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {low}")
-        for name in ("lr", "weight_decay", "warmup_epochs", "min_lr", "clip_grad", "mixup", "cutmix", "color_jitter"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be a number from 0 up")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must be from 0 to 2**32 - 1")
-        for name in ("smoothing", "ema", "drop_path", "hflip", "reprob", "crop_pct"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
-        if self.sched in ("none", "plateau"):  # timm's schedules that have no value for a single step
-            raise ValueError(f"sched={self.sched!r} does not go by steps; accepted: cosine, tanh, step, poly, constant, …")
-        if self.amp not in AMP:
-            raise ValueError(f"amp={self.amp!r} is unknown; accepted: {', '.join(AMP)}")
-        if not 0 < self.scale[0] <= self.scale[1] or not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"scale={self.scale} and ratio={self.ratio} must each be two positive numbers, the smaller first")
-        if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
-            raise ValueError(f"batch_size={self.batch_size} must be even for mixup and cutmix (set both to 0 to turn them off)")
+        """Raise ValueError, which names the setting, for a value out of range, before anything is read or written."""
+        from tnt_fast.dispatch import check_backend
+
+        for setting in fields(self):
+            _check_value(setting, getattr(self, setting.name))
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            _require(low <= high, f"{name}={(low, high)} must have the smaller number first")
+        _require(not 0 < self.crop_pct < 0.1, f"crop_pct={self.crop_pct} must be 0 (the model's) or in [0.1, 1]")
+        if self.mixup > 0 or self.cutmix > 0:
+            text = f"batch_size={self.batch_size} must be even for mixup and cutmix (set both to 0 to turn them off)"
+            _require(self.batch_size % 2 == 0, text)
+        check_backend(self.backend)
+        for name, accepted in (("amp", AMP), ("class_weights", ("off", "balanced")), ("sched", SCHEDULES)):
+            if getattr(self, name) not in accepted:
+                raise _unknown(name, getattr(self, name), accepted)
+        _check_optimizer(self.opt)
+        _check_policy(self.auto_augment)
+        # what TNT takes, and a run on colour images with one label each does not
+        channels, pool = self.model_kwargs.get("in_chans", 3), self.model_kwargs.get("global_pool", "token")
+        _require(channels == 3, f"model_kwargs says in_chans={channels!r}; images are read with 3 channels: leave it out")
+        _require(pool != "", "model_kwargs says global_pool='', which gives no logits; accepted: 'token', 'avg'")
+
+    @classmethod
+    def of_checkpoint(cls, saved: dict[str, Any], now: "Config") -> "Config":
+        """The settings of a saved run, with those that may change taken from ``now``."""
+        if "pretrained" not in saved:  # from before min_lr was a fraction of the peak and `settled` filled the peak in
+            lr = saved["lr"] or 1e-3 * saved["batch_size"] / 1024
+            saved = {**saved, "lr": lr, "min_lr": min(1.0, saved["min_lr"] / lr)}
+        return cls(**{**saved, **{name: getattr(now, name) for name in MAY_CHANGE}})
+
+    def settled(self, images: int) -> "Config":
+        """With batch size and learning rate for so many training images where they are 0.
+
+        The learning rate is DeiT's (https://arxiv.org/abs/2012.12877): 1e-3 · batch / 1024. From trained weights it
+        is a tenth of that, as DeiT's fine-tuning on iNaturalist (https://github.com/facebookresearch/deit/issues/105). Neither
+        falls below what AdamW bears at a small batch: that of batch 256, and 5e-5, the default of Hugging Face's Trainer.
+        """
+        few = min(8, max(2, images // 2 * 2))
+        batch = self.batch_size or next((b for b in (256, 128, 64, 32, 16) if 10 * b <= images), few)
+        lr = self.lr or (max(1e-4 * batch / 1024, 5e-5) if self.has_weights else max(1e-3 * batch / 1024, 2.5e-4))
+        return replace(self, batch_size=batch, lr=lr)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the run starts from trained weights."""
+        return bool(self.initial or self.pretrained or "." in self.model or self.model.startswith(("hf-hub:", "hf_hub:")))
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up: a run that only warms up never reaches its learning rate."""
+        return min(self.warmup_epochs, self.epochs / 2)
+
+    def remarks(self, images: int) -> list[str]:
+        """What a user should know of settled settings on so many training images, a line each."""
+        steps, left = divmod(images, self.batch_size)
+        dropped = f", {left} of {images} images left out of each (others each time)" if left else ""
+        lines = [f"batches of {self.batch_size}: {steps} steps an epoch{dropped}; learning rate up to {self.lr:.3g}"]
+        if steps < 5:
+            lines.append(f"an epoch has few steps ({steps}): with a smaller --batch-size a run learns more from as many epochs")
+        if self.warmup < self.warmup_epochs:
+            lines.append(f"warm-up cut from {self.warmup_epochs:g} to {self.warmup:g} epochs, half of the run")
+        if self.freeze_blocks and not self.has_weights:
+            lines.append("what is frozen keeps its random weights; --pretrained or --initial gives it trained ones")
+        return lines
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _check_value(setting: "Field[Any]", value: Any) -> None:
+    """One setting's type and range."""
+    kind, within = setting.type, setting.metadata["within"]
+    if not within:
+        right = type(value) is kind or (kind not in (str, bool) and isinstance(value, dict))
+        what = {str: "a text", bool: "True or False"}.get(cast(type, kind), "a dictionary")
+        _require(right, f"{setting.name}={value!r:.100} must be {what}")
+        return
+    pair, number = get_origin(kind) is tuple, Integral if kind is int else Real
+    numbers = value if pair and isinstance(value, (tuple, list)) else (value,)
+    low, high = map(float, within[1:-1].split(","))
+    right = len(numbers) == 1 + pair
+    for x in numbers:
+        right = right and isinstance(x, number) and not isinstance(x, bool)
+        right = right and low <= x <= high and not (within[0] == "(" and x == low) and not (within[-1] == ")" and x == high)
+    what = "two numbers, each" if pair else "a whole number" if kind is int else "a number"
+    _require(right, f"{setting.name}={value!r:.100} must be {what} in {within}")
+
+
+def _unknown(what: str, name: str, known: Collection[str], see: str = "") -> ValueError:
+    """Few accepted values are all named; of many the nearest, and where the rest stands."""
+    near = get_close_matches(name.lower(), known, 3, 0.5)
+    listed = f"nearest: {', '.join(near)}; " if near else ""
+    return ValueError(f"{what}={name!r:.100} is unknown; {listed}accepted: {see or ', '.join(known)}")
+
+
+def _check_optimizer(name: str) -> None:
+    from timm.optim import list_optimizers
+
+    known = cast(list[str], list_optimizers(exclude_filters=["adahessian"]))  # which wants gradients of gradients
+    if name.lower().removeprefix("lookahead_") not in known:
+        raise _unknown("opt", name, known, "adamw, sgd, lamb, … (all: timm.optim.list_optimizers())")
+
+
+def _check_policy(name: str) -> None:
+    from timm.data.transforms_factory import transforms_imagenet_train
+
+    kinds = {policy.split("-")[0] for policy in POLICIES}
+    try:
+        _require(not name or name.split("-")[0] in kinds, "no such policy")
+        transforms_imagenet_train(auto_augment=name or None)
+    except (AssertionError, ValueError, KeyError) as error:  # timm's ways to refuse one
+        near = get_close_matches(name.lower(), POLICIES, 1, 0.4)
+        raise ValueError(
+            f"auto_augment={name!r:.100} is no policy of timm ({error}); {f'nearest: {near[0]}; ' if near else ''}accepted: "
+            f"{', '.join(POLICIES)}, their numbers as you like; '' turns it off"
+        ) from error
 
 
 DIGITS_RECIPE: dict[str, Any] = {
@@ -98,8 +223,13 @@ DIGITS_RECIPE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def build_model(config: Config, num_classes: int) -> "TNT":
-    """The TNT that a config names, with a head for ``num_classes``, from its initial checkpoint where it has one."""
+def build_model(config: Config, num_classes: int, trained: bool = True) -> "TNT":
+    """The TNT that a config names, with a head for ``num_classes``.
+
+    ``trained``: with the weights that the config starts from; else with its own, for those of a saved run.
+    """
+    from timm.utils import freeze
+
     from tnt_fast.checkpoints import head_classes, load_checkpoint, read_checkpoint
     from tnt_fast.data import DataError
     from tnt_fast.variants import create_tnt
@@ -108,40 +238,58 @@ def build_model(config: Config, num_classes: int) -> "TNT":
     if given != num_classes:
         raise DataError(f"model_kwargs says num_classes={given}, the data has {num_classes} classes; leave it out")
     kwargs = {"drop_path_rate": config.drop_path, **config.model_kwargs, "num_classes": num_classes, "backend": config.backend}
-    model = create_tnt(config.model, **kwargs)
-    if config.initial:
+    hosted = trained and config.has_weights and not config.initial
+    model = create_tnt(config.model, pretrained=hosted, **kwargs)
+    if trained and config.initial:
         classes = head_classes(read_checkpoint(config.initial))
         load_checkpoint(model, config.initial, reset_head=classes != num_classes)
+    model.set_grad_checkpointing(config.grad_checkpointing)
+    depth, frozen = len(model.blocks), config.freeze_blocks
+    _require(frozen <= depth, f"freeze_blocks={frozen} must be at most {depth}, the model's depth")
+    if frozen:
+        freeze(model, ["pixel_embed", "norm1_proj", "proj", "norm2_proj", *(f"blocks.{i}" for i in range(frozen))])
+        for name in model.no_weight_decay():  # class token and positions
+            if (parameter := getattr(model, name)) is not None:
+                parameter.requires_grad_(False)
     return model
 
 
-def build_optimizer(config: Config, model: "nn.Module") -> "Optimizer":
+def build_optimizer(config: Config, model: "TNT") -> "Optimizer":
+    """timm's, for what is not frozen."""
     from timm.optim import create_optimizer_v2
 
-    lr = config.lr or 1e-3 * config.batch_size / 1024
-    return create_optimizer_v2(model, opt=config.opt, lr=lr, weight_decay=config.weight_decay)
+    try:
+        return create_optimizer_v2(
+            model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay or None
+        )
+    except (AssertionError, ImportError) as error:  # of one that needs another package, or a GPU
+        raise ValueError(f"opt={config.opt!r} does not work here ({error}); accepted: adamw, sgd, lamb, …") from error
 
 
 def build_schedule(config: Config, optimizer: "Optimizer", steps: int) -> "Scheduler":
-    """timm's schedule, by steps, of which an epoch has ``steps``."""
+    """timm's schedule, by steps, of which an epoch has ``steps``. It warms up from 1e-3 of the peak, as DeiT's does."""
     from timm.scheduler import create_scheduler_v2
 
-    warmup: Any = config.warmup_epochs  # timm takes fractions of an epoch, which its annotation forgets
+    warmup: Any = config.warmup  # timm takes fractions of an epoch, which its annotation forgets
     scheduler, _ = create_scheduler_v2(
-        optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=warmup,
-        warmup_lr=1e-6, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=steps, warmup_prefix=False,
+        optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=warmup, warmup_lr=1e-3 * config.lr,
+        min_lr=config.min_lr * config.lr, step_on_epochs=False, updates_per_epoch=steps, warmup_prefix=False,
     )  # fmt: skip
-    if scheduler is None:
-        raise ValueError(f"sched={config.sched!r} is no schedule of timm; accepted: cosine, tanh, step, poly, constant, …")
-    return scheduler
+    _require(scheduler is not None, f"sched={config.sched!r} is not in this version of timm; take cosine, tanh, poly or step")
+    return cast("Scheduler", scheduler)
 
 
-def build_loss(config: Config, num_classes: int) -> "tuple[Mixup | None, nn.Module]":
-    """What mixes a batch, if anything does, and the loss of ``(logits, targets)``."""
+def build_loss(config: Config, counts: Sequence[int]) -> "tuple[Mixup | None, nn.Module]":
+    """What mixes a batch, if anything does, and the loss of ``(logits, targets)``, for so many training images a class."""
+    import torch
     from timm.data import Mixup
     from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
+    mixup = None
     if config.mixup > 0 or config.cutmix > 0:
-        mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes)
-        return mixup, SoftTargetCrossEntropy()
-    return None, LabelSmoothingCrossEntropy(config.smoothing)
+        mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=len(counts))
+    if config.class_weights == "balanced":  # as scikit-learn's: 1 on average over the images
+        number = torch.tensor(counts, dtype=torch.float32)
+        weight = number.sum() / (len(counts) * number)
+        return mixup, torch.nn.CrossEntropyLoss(weight, label_smoothing=0.0 if mixup else config.smoothing)
+    return mixup, SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(config.smoothing)

@@ -12,7 +12,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 import tnt_fast
 from tnt_fast.checkpoints import FORMAT, CheckpointError, read_checkpoint, save_checkpoint
 from tnt_fast.data import DataError, Images, Order, batches, evaluation_transform, training_transform, write_digits
-from tnt_fast.dispatch import choose
-from tnt_fast.recipe import DIGITS, MAY_CHANGE, Config, build_loss, build_model, build_optimizer, build_schedule
+from tnt_fast.dispatch import choose, find_device
+from tnt_fast.recipe import DIGITS, Config, build_loss, build_model, build_optimizer, build_schedule
 
 
 def _random_state() -> dict[str, Any]:
@@ -92,12 +92,12 @@ class Run:
                     f"{str(self.last)!r} was not written by this version's 'tnt-fast train' and cannot be continued; "
                     "take another --out (--initial starts from its weights)"
                 )
-            config = Config(**{**saved["config"], **{name: getattr(config, name) for name in MAY_CHANGE}})
+            config = Config.of_checkpoint(saved["config"], config)
         config.check()
         self.config = config
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = find_device(config.device)
 
         data = Path(config.data)
         if config.data == DIGITS:
@@ -111,8 +111,8 @@ class Run:
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
         classes = 10 if config.data == DIGITS else sum(entry.is_dir() for entry in (data / "train").iterdir())
-        begun = replace(config, initial="") if saved else config  # what it began with is in the checkpoint, or gone
-        self.model = build_model(begun, classes).to(self.device)
+        # what a saved run began with is in its checkpoint, or gone
+        self.model = build_model(config, classes, trained=saved is None).to(self.device)
         size = self.model.pixel_embed.img_size
         image = torch.empty(1, self.model.in_chans, *size, device=self.device)
         self.why_not_fused = [] if config.backend == "reference" else tnt_fast.why_not_fused(self.model, image)
@@ -133,6 +133,7 @@ class Run:
                 f"train/ has {len(ours)} classes, val/ has {len(theirs)}; only in train: {sorted(ours - theirs)[:5]}, "
                 f"only in val: {sorted(theirs - ours)[:5]}"
             )
+        config = self.config = config.settled(len(self.train_set))
         self.steps = len(self.train_set) // config.batch_size
         if self.steps == 0:
             raise DataError(f"batch_size={config.batch_size} is more than the {len(self.train_set)} training images; lower it")
@@ -141,7 +142,9 @@ class Run:
         self.scheduler = build_schedule(config, self.optimizer, self.steps)
         self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "float16")
-        self.mixup, self.criterion = build_loss(config, len(self.classes))
+        counts = np.bincount(self.train_set.folder.targets, minlength=len(self.classes))
+        self.mixup, criterion = build_loss(config, counts.tolist())
+        self.criterion = criterion.to(self.device)
         # where the run stands: the next step is `step` of `epoch`
         self.epoch, self.step, self.loss_sum = 0, 0, 0.0
         self.history: list[dict[str, Any]] = []

@@ -1,0 +1,270 @@
+"""The settings of a run: what is refused and in which words, what is filled in, and what they build."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torchvision")
+
+import torch
+from PIL import Image
+
+from tnt_fast import dispatch, recipe
+from tnt_fast.cli import main
+
+TINY = {"img_size": 32, "embed_dim": 24, "inner_dim": 12, "depth": 2, "num_heads_outer": 2, "num_heads_inner": 2}
+MODEL = ["--model", "tnt_ti_patch16_224", "--model-kwargs", *(f"{k}={v}" for k, v in TINY.items())]
+PLAIN = ["--threads", "1", "--workers", "0", "--device", "cpu"]
+
+
+def config(**changed) -> recipe.Config:
+    return recipe.Config("data", "tnt_ti_patch16_224", dict(TINY), **changed)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- out of range ----
+
+
+@pytest.mark.parametrize("setting", fields(recipe.Config), ids=lambda setting: setting.name)
+def test_every_setting_has_a_range_or_a_type_and_says_its_name(setting):
+    within = setting.metadata["within"]
+    wrong = [None, b"x", object(), [1, 2, 3], float("nan")]
+    if within:
+        low, high = (float(x) for x in within[1:-1].split(","))
+        wrong += [True, "1", float("inf"), -float("inf"), np.nextafter(low, -1.0), -1]
+        wrong += [high + 1] if high < float("inf") else []
+        wrong += [low] if within[0] == "(" else []
+        wrong += [high] if within[-1] == ")" else []
+    for value in wrong:
+        for each in [value, (value, value), (0.5,)] if setting.name in ("scale", "ratio") else [value]:
+            with pytest.raises(ValueError, match=f"^{setting.name}=.* must be "):
+                config_with(setting.name, each).check()
+    config_with(setting.name, getattr(config(), setting.name)).check()
+
+
+def config_with(name: str, value) -> recipe.Config:
+    made = config()
+    setattr(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--smoothing", "1"], ["smoothing=1.0 must be a number in [0, 1)"]),
+        (["--crop-pct", "1e-3"], ["crop_pct=0.001 must be 0", "[0.1, 1]"]),
+        (["--threads", "100000"], ["threads=100000 must be a whole number in [0, 1024]"]),
+        (["--workers", "-1"], ["workers=-1 must be a whole number in [0, 512]"]),
+        (["--epochs", "-3"], ["epochs=-3", "[1, 1000000]"]),
+        (["--batch-size", "-2"], ["batch_size=-2", "[0, 1000000]"]),
+        (["--batch-size", "3"], ["batch_size=3", "even", "set both to 0"]),
+        (["--lr", "nan"], ["lr=nan must be a number in [0, inf)"]),
+        (["--clip-grad", "inf"], ["clip_grad=inf"]),
+        (["--ema", "1"], ["ema=1.0", "[0, 1)"]),
+        (["--drop-path", "1"], ["drop_path=1.0", "[0, 1)"]),
+        (["--scale", "0.5", "1.5"], ["scale=(0.5, 1.5) must be two numbers, each in (0, 1]"]),
+        (["--scale", "0.9", "0.2"], ["scale=(0.9, 0.2)", "smaller number first"]),
+        (["--ratio", "2", "1"], ["ratio=(2.0, 1.0)", "smaller number first"]),
+        (["--amp", "int8"], ["amp='int8' is unknown", "accepted: off, bfloat16, float16"]),
+        (["--amp", "bfloat"], ["amp='bfloat'", "nearest: bfloat16"]),
+        (["--class-weights", "balance"], ["class_weights='balance'", "nearest: balanced"]),
+        (["--backend", "quick"], ["backend='quick'", "'auto', 'fused', 'reference'"]),
+        (["--opt", "adamv"], ["opt='adamv' is unknown", "nearest: ", "adamw", "timm.optim.list_optimizers()"]),
+        (["--opt", "adahessian"], ["opt='adahessian' is unknown"]),
+        (["--sched", "cosin"], ["sched='cosin' is unknown", "nearest: cosine", "constant"]),
+        (["--sched", "plateau"], ["sched='plateau' is unknown", "accepted: cosine"]),
+        (["--auto-augment", "ran-m9"], ["auto_augment='ran-m9'", "nearest: rand-m9", "'' turns it off"]),
+        (["--auto-augment", "rand-m9-q3"], ["auto_augment='rand-m9-q3'", "rand-m9-mstd0.5-inc1"]),
+        (["--model-kwargs", "in_chans=1"], ["in_chans=1", "3 channels", "leave it out"]),
+        (["--model-kwargs", "global_pool="], ["global_pool=''", "'token', 'avg'"]),
+    ],
+    ids=lambda value: "_".join(value) if value[0].startswith("--") else "",
+)
+def test_a_setting_out_of_range_is_refused_before_data_are_looked_for(tmp_path, capsys, options, named):
+    assert main(["train", str(tmp_path / "nosuch"), "--out", str(tmp_path / "run"), *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("tnt-fast: ValueError: ")
+    assert said.count("\n") == 1
+    assert [text for text in named if text not in said] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["cpuu", "cuda:99", "gpu", "meta", "cpu:1", "mps:7"], ids=str.upper)
+def test_a_device_that_is_not_here_is_refused_with_those_that_are(name):
+    with pytest.raises(ValueError, match=f"^device='{name}' is not here; accepted: cpu"):
+        dispatch.find_device(name)
+    assert dispatch.find_device("cpu").type == "cpu"
+    assert dispatch.find_device("") == dispatch.find_device(None)
+
+
+# ---- what is filled in ----
+
+
+@pytest.mark.parametrize(
+    ("images", "batch"), [(1, 2), (3, 2), (7, 6), (60, 8), (159, 8), (160, 16), (1437, 128), (2560, 256), (1_281_167, 256)]
+)
+def test_the_batch_leaves_ten_steps_an_epoch_where_it_can(images, batch):
+    assert config().settled(images).batch_size == batch
+    assert config(batch_size=64).settled(images).batch_size == 64
+
+
+@pytest.mark.parametrize(
+    ("changed", "lr"),
+    [
+        ({"batch_size": 8}, 2.5e-4), ({"batch_size": 256}, 2.5e-4), ({"batch_size": 1024}, 1e-3), ({"lr": 0.5}, 0.5),
+        ({"batch_size": 8, "initial": "x.pt"}, 5e-5), ({"batch_size": 1024, "pretrained": True}, 1e-4),
+    ],
+)  # fmt: skip
+def test_the_learning_rate_follows_the_batch_down_to_a_floor(changed, lr):
+    assert config(**changed).settled(60).lr == pytest.approx(lr)
+
+
+@pytest.mark.parametrize("name", ["tnt_s_patch16_224.in1k", "hf-hub:timm/tnt_s_patch16_224.in1k"])
+def test_a_model_with_a_tag_is_fine_tuned(name):
+    assert recipe.Config("data", name).settled(1000).lr == pytest.approx(5e-5)
+
+
+def rates(settings: recipe.Config, images: int) -> list[float]:
+    """The learning rate of each step of a run."""
+    settings = settings.settled(images)
+    steps = images // settings.batch_size
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=settings.lr)
+    schedule = recipe.build_schedule(settings, optimizer, steps)
+    found = []
+    for step in range(settings.epochs * steps):
+        schedule.step_update(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 30])
+@pytest.mark.parametrize("batch", [2, 8, 32])
+@pytest.mark.parametrize("sched", ["cosine", "tanh"])
+def test_the_learning_rate_rises_then_falls_whatever_the_batch_and_however_short_the_run(epochs, batch, sched):
+    settings = config(epochs=epochs, batch_size=batch, sched=sched).settled(64)
+    found = rates(settings, 64)
+    top = found.index(max(found))
+    assert found[: top + 1] == sorted(found[: top + 1])
+    assert found[top:] == sorted(found[top:], reverse=True)
+    assert top <= len(found) / 2
+    assert max(found) <= settings.lr * (1 + 1e-9)
+    assert max(found) >= 0.45 * settings.lr  # where half of a run warms up, the curve behind it begins in its middle
+    assert found[-1] >= 0.01 * settings.lr * (1 - 1e-9)
+    if epochs == 30:
+        assert found[-1] < 0.1 * settings.lr
+
+
+def test_settings_from_before_the_minimum_was_a_fraction_are_read():
+    old = {**vars(config(batch_size=8)), "min_lr": 1e-5}
+    for name in ("pretrained", "freeze_blocks", "grad_checkpointing", "layer_decay", "class_weights"):
+        del old[name]
+    read = recipe.Config.of_checkpoint(old, config(device="cpu"))
+    read.check()
+    assert read.lr == pytest.approx(1e-3 * 8 / 1024)
+    assert read.min_lr == 1.0
+    assert read.device == "cpu"
+    assert recipe.Config.of_checkpoint({**old, "lr": 1e-3}, config()).min_lr == pytest.approx(0.01)
+    assert recipe.Config.of_checkpoint(vars(config(min_lr=0.5)), config()).min_lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changed", "images", "said"),
+    [
+        ({}, 60, ["batches of 8: 7 steps an epoch, 4 of 60 images left out of each", "up to 0.00025"]),
+        ({}, 64, ["batches of 8: 8 steps an epoch; learning rate"]),
+        ({"batch_size": 30}, 60, ["an epoch has few steps (2)", "smaller --batch-size"]),
+        ({"epochs": 4}, 64, ["warm-up cut from 5 to 2 epochs"]),
+        ({"freeze_blocks": 1}, 64, ["random weights", "--pretrained"]),
+    ],
+)
+def test_what_is_unusual_in_a_run_is_said(changed, images, said):
+    lines = config(**changed).settled(images).remarks(images)
+    assert [text for text in said if text not in "\n".join(lines)] == []
+    assert len(lines) == (1 if not changed else 2)
+
+
+# ---- what is built ----
+
+
+def test_frozen_blocks_and_the_stem_stay_as_they_are():
+    settings = config(freeze_blocks=1).settled(64)
+    model = recipe.build_model(settings, 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = recipe.build_optimizer(settings, model)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    same = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert same == {name for name in before if not name.startswith(("blocks.1.", "norm.", "head."))}
+    with pytest.raises(ValueError, match="freeze_blocks=3 must be at most 2"):
+        recipe.build_model(config(freeze_blocks=3), 2)
+
+
+def test_layer_decay_scales_the_learning_rate_from_the_head_back():
+    settings = config(layer_decay=0.5, lr=1.0, batch_size=8, warmup_epochs=0)
+    model = recipe.build_model(settings, 2)
+    optimizer = recipe.build_optimizer(settings, model)
+    recipe.build_schedule(settings, optimizer, 8).step_update(0)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: rate[id(p)] for name, p in model.named_parameters()}
+    assert found["head.weight"] == 1.0
+    assert found["norm.weight"] == found["blocks.1.mlp.fc1.weight"] == 0.5
+    assert found["blocks.0.proj.weight"] == found["blocks.0.norm1_proj.weight"] == 0.25
+    assert found["cls_token"] == found["patch_pos"] == found["proj.weight"] == found["pixel_embed.proj.weight"] == 0.125
+    assert decay[id(model.patch_pos)] == decay[id(model.head.bias)] == 0
+    assert decay[id(model.head.weight)] == 0.05
+
+
+@pytest.mark.parametrize("mixing", [0.0, 0.8])
+def test_balanced_weights_make_a_rare_class_count_as_much(mixing):
+    logits, target = torch.zeros(4, 2), torch.tensor([0, 0, 0, 1])
+    settings = config(class_weights="balanced", smoothing=0.0, mixup=mixing, cutmix=0.0)
+    loss = recipe.build_loss(settings, [3, 1])[1]
+    given = torch.nn.functional.one_hot(target).float() if mixing else target
+    gradient = torch.func.grad(lambda x: loss(x, given))(logits).abs().sum(1)
+    assert gradient[:3].sum() == pytest.approx(gradient[3].item())
+    even = recipe.build_loss(config(smoothing=0.0, mixup=mixing, cutmix=0.0), [3, 1])[1]
+    gradient = torch.func.grad(lambda x: even(x, given))(logits).abs().sum(1)
+    assert gradient[:3].sum() == pytest.approx(3 * gradient[3].item())
+
+
+def test_an_optimizer_that_needs_another_package_is_refused(monkeypatch):
+    settings = config(opt="fusedadam")
+    with pytest.raises(ValueError, match="opt='fusedadam' does not work here .*APEX"):
+        recipe.build_optimizer(settings, recipe.build_model(settings, 2))
+
+
+# ---- a small set ----
+
+
+def two_classes(root: Path, draw, counts=(30, 10)) -> Path:
+    """``counts`` images a class; ``draw(class, number)`` gives pixels."""
+    for part, first, count in (("train", 0, counts[0]), ("val", counts[0], counts[1])):
+        for kind in (0, 1):
+            folder = root / part / str(kind)
+            folder.mkdir(parents=True)
+            for i in range(first, first + count):
+                Image.fromarray(draw(kind, i)).save(folder / f"{i}.png")
+    return root
+
+
+def made(kind: int, i: int) -> np.ndarray:
+    """Noise on a red or a blue ground."""
+    noise = np.random.default_rng([kind, i]).integers(0, 60, (36, 36, 3))
+    return (noise + np.array(((90, 20, 20), (20, 20, 90))[kind])).astype(np.uint8)
+
+
+def digit(kind: int, i: int) -> np.ndarray:
+    """scikit-learn's zeros and ones."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    image = digits.images[digits.target == kind][i]
+    return np.repeat((image * (255 / 16)).astype(np.uint8)[..., None], 3, axis=-1)
