@@ -77,6 +77,13 @@ def run(*argv) -> int:
     return main(["classify", *map(str, argv), "--device", "cpu"])
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """As RGB, what is transparent on white."""
+    pixels = np.asarray(image.convert("RGBA")).astype(int)
+    alpha = pixels[..., 3:]
+    return Image.fromarray(((pixels[..., :3] * alpha + 255 * (255 - alpha)) / 255).round().astype(np.uint8))
+
+
 def by_hand(file: Path, checkpoint: str) -> torch.Tensor:
     """Probabilities from timm's transform and the model, without tnt_fast.classify."""
     saved = read_checkpoint(checkpoint)
@@ -87,7 +94,7 @@ def by_hand(file: Path, checkpoint: str) -> torch.Tensor:
         input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=config["crop_pct"]
     )
     with Image.open(file) as image, torch.no_grad():
-        logits = model(transform(image.convert("RGB"))[None])[0]
+        logits = model(transform(on_white(image))[None])[0]
     return torch.exp(logits - logits.max()) / torch.exp(logits - logits.max()).sum()
 
 
@@ -167,7 +174,7 @@ def test_the_batch_size_does_not_change_the_predictions(checkpoint, images, caps
 def test_an_image_of_any_mode_is_classified_as_its_rgb_version(checkpoint, images, capsys, name):
     with Image.open(images / name) as image:
         assert image.mode != "RGB"
-        image.convert("RGB").save(images / "same.png")
+        on_white(image).save(images / "same.png")
     assert run(images / name, images / "same.png", "--checkpoint", checkpoint, "--json") == 0
     first, second = json.loads(capsys.readouterr().out)
     assert first["predictions"] == second["predictions"]
@@ -431,10 +438,10 @@ def test_a_page_shows_wrong_answers_first_and_at_most_so_many(images, tmp_path, 
 
     rows = [row("cat", 0.9, truth="cat"), row("dog", 0.8, truth="cat"), row("eel", 0.5), {"file": "x", "error": "bad"}]
     visualize.prediction_page(rows, tmp_path / "page.png")
-    assert titles == [("dog (is cat)\n80%", "tab:red"), ("eel\n50%", "black"), ("cat\n90%", "tab:green")]
+    assert titles == [("dog\n80% (is cat)", "tab:red"), ("eel\n50%", "black"), ("cat\n90%", "tab:green")]
     titles.clear()
     visualize.prediction_page(rows, tmp_path / "page.png", most=1)
-    assert [text for text, _ in titles] == ["dog (is cat)\n80%"]
+    assert [text for text, _ in titles] == ["dog\n80% (is cat)"]
 
 
 def test_the_images_themselves_are_on_the_page(images, tmp_path):

@@ -40,7 +40,7 @@ REFUSED = {
     "text.png": (b"no image", "no image format that is known here"),
     "empty.png": (b"", "the file is empty"),
     "bomb.png": (png(30000, 30000), "900000000 pixels"),
-    "strip.png": (png(30000, 2), "30000 × 2 pixels; accepted: sides of 1 : 200"),
+    "strip.png": (png(30000, 2), "30000 × 2 pixels; accepted: sides of 1 : 1000"),
     "text_chunks.png": (png(4, 4, *[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 20)))] * 65), "text"),
     "text_bomb.png": (png(4, 4, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 22)))), "too large"),
     "cut.png": (png(40, 40), "truncated"),

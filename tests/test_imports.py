@@ -25,7 +25,7 @@ ALLOWED = {
     ),
     # the command: all of this knows the package, which knows none of it
     "tnt_fast/flops.py": ("", "torch"),
-    "tnt_fast/visualize.py": ("", "matplotlib PIL"),
+    "tnt_fast/visualize.py": ("tnt_fast/images.py tnt_fast/terminal.py", "matplotlib"),
     "tnt_fast/bench.py": (
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py tnt_fast/variants.py",
         "torch timm tqdm",
@@ -41,14 +41,15 @@ ALLOWED = {
         "torch timm numpy tqdm",
     ),
     "tnt_fast/classify.py": (
-        "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py",
-        "torch timm PIL",
+        "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py tnt_fast/images.py",
+        "torch timm",
     ),
     "tnt_fast/terminal.py": ("", ""),
     "tnt_fast/__main__.py": ("tnt_fast/cli.py", ""),
     "tnt_fast/cli.py": (
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py tnt_fast/variants.py tnt_fast/terminal.py "
-        "tnt_fast/bench.py tnt_fast/recipe.py tnt_fast/train.py tnt_fast/classify.py tnt_fast/visualize.py",
+        "tnt_fast/bench.py tnt_fast/recipe.py tnt_fast/train.py tnt_fast/images.py tnt_fast/classify.py "
+        "tnt_fast/visualize.py",
         "torch timm tqdm",
     ),
 }

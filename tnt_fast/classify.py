@@ -1,7 +1,12 @@
 """Classify image files with a checkpoint or with weights that timm hosts: ``tnt-fast classify``."""
 
+import csv
+import io
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,12 +16,13 @@ from timm.data import ImageNetInfo, resolve_data_config
 from torch import Tensor
 
 from tnt_fast.checkpoints import FORMAT, CheckpointError, from_timm, head_classes, load_checkpoint, read_checkpoint
-from tnt_fast.data import DataError, evaluation_transform
+from tnt_fast.data import evaluation_transform
 from tnt_fast.dispatch import choose, why_not_fused
+from tnt_fast.images import DataError, open_image
 from tnt_fast.tnt import TNT
 from tnt_fast.variants import create_tnt
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+READERS = min(8, os.cpu_count() or 1)  # threads that decode; Pillow lets the others run meanwhile
 
 
 class Classifier:
@@ -27,6 +33,8 @@ class Classifier:
         model: a name (``tnt_s_patch16_224``) or a timm hub tag (``tnt_s_patch16_224.in1k``, ``hf-hub:timm/…``), whose hosted
             weights are taken where there is no checkpoint.
         device: such as "cpu" or "cuda:0"; None: a GPU if there is one.
+        class_names: in place of those that the checkpoint or ImageNet gives.
+        model_kwargs: arguments of ``model``.
 
     Raises:
         ValueError: neither is given, or the model is unknown. CheckpointError, FileNotFoundError: the file.
@@ -35,14 +43,14 @@ class Classifier:
 
     def __init__(
         self, checkpoint: str | os.PathLike | None = None, model: str | None = None, device: str | None = None,
-        backend: str = "auto",
+        backend: str = "auto", class_names: Sequence[str] | None = None, model_kwargs: dict[str, Any] | None = None,
     ):  # fmt: skip
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.classes: list[str] = []
         if checkpoint is not None:
-            self.model, self.data_config = self._from_file(checkpoint, model)
+            self.model, self.data_config = self._from_file(checkpoint, model, model_kwargs or {})
         elif model is not None:
-            self.model = _hosted(model)
+            self.model = _hosted(model, model_kwargs or {})
             self.data_config = resolve_data_config({}, model=self.model)
         else:
             raise ValueError(
@@ -50,99 +58,198 @@ class Classifier:
             )
         if self.model.num_classes < 1:
             raise CheckpointError("the model has no classes, so it cannot classify")
+        if self.model.in_chans != 3:
+            raise CheckpointError(f"the model takes images of {self.model.in_chans} channels; those of files have 3")
+        for name, tensor in self.model.state_dict().items():
+            if not tensor.isfinite().all():
+                raise CheckpointError(
+                    f"the weights in {name} are not all finite, so no prediction would be; take an earlier file"
+                )
         self.model.to(self.device).eval()
         self.model.backend = backend
         image = torch.empty(1, self.model.in_chans, *self.model.pixel_embed.img_size, device=self.device)
         self.why_not_fused = [] if backend == "reference" else why_not_fused(self.model, image)
         if not choose(self.model, image, warn=False):  # "fused" fails here
             self.model.backend = "reference"  # whoever shows the results says so, instead of a warning
-        if not self.classes:
+        if class_names is not None:
+            self.classes = list(class_names)
+        elif not self.classes:
             self.classes = _imagenet_classes(self.model.num_classes)
+        if len(self.classes) != self.model.num_classes:
+            raise ValueError(f"{len(self.classes)} class names, but the model has {self.model.num_classes} classes")
         self.transform = evaluation_transform(self.data_config)
 
-    def _from_file(self, path: str | os.PathLike, name: str | None) -> tuple[TNT, dict[str, Any]]:
+    def _from_file(self, path: str | os.PathLike, name: str | None, kwargs: dict[str, Any]) -> tuple[TNT, dict[str, Any]]:
         saved = read_checkpoint(path)
         if saved.get("format") == FORMAT:  # of tnt-fast train
+            if kwargs:
+                raise ValueError(
+                    f"{str(path)!r} brings the model's arguments itself; leave out model_kwargs ({', '.join(kwargs)})"
+                )
+            kinds = {"model": str, "model_kwargs": dict, "classes": list, "data_config": dict}
+            lost = [key for key, kind in kinds.items() if not isinstance(saved.get(key), kind)]
+            if lost or not all(isinstance(each, str) for each in saved["classes"]):
+                raise CheckpointError(
+                    f"{str(path)!r} is no whole checkpoint of tnt-fast train: {', '.join(lost or ['classes'])}"
+                )
             model = create_tnt(saved["model"], **saved["model_kwargs"])
-            self.classes = list(saved["classes"])
-            return load_checkpoint(model, path), saved["data_config"]
+            self.classes = saved["classes"]
+            return load_checkpoint(model, path), _checked(saved["data_config"], model, path)
         if name is None:
             raise ValueError(
                 f"{str(path)!r} does not say which model it is for: name it with model (--model tnt_s_patch16_224)"
             )
         classes = head_classes(saved)
-        model = create_tnt(name, **({} if classes is None else {"num_classes": classes}))
+        model = create_tnt(name, **({} if classes is None else {"num_classes": classes}), **kwargs)
         return load_checkpoint(model, path), resolve_data_config({}, model=model)
 
     @torch.inference_mode()
-    def __call__(self, files: Iterable[Path], topk: int = 5, batch_size: int = 64) -> Iterator[dict[str, Any]]:
+    def __call__(
+        self, files: Iterable[Path], topk: int = 5, batch_size: int = 64, threshold: float = 0.0
+    ) -> Iterator[dict[str, Any]]:
         """Yield, for each file in order, ``{"file", "predictions": [{"class", "index", "probability"}, …]}``.
 
-        A file that cannot be read gives ``{"file", "error"}`` instead. If the file's folder is named like a class, that
-        name is added as ``"truth"``.
+        Predictions below the threshold are left out, so there may be none. A file that cannot be read, or whose outputs are
+        not finite, gives ``{"file", "error"}`` instead. If the file's folder is named like a class, that name is added as
+        ``"truth"``.
         """
         if topk < 1:
             raise ValueError(f"topk={topk} must be at least 1")
-        files = list(files)
-        for start in range(0, len(files), batch_size):
-            rows, images = [], []
-            for file in files[start : start + batch_size]:
-                row: dict[str, Any] = {"file": str(file)}
-                try:
-                    images.append(self.transform(_open(file)))
-                except DataError as error:
-                    row["error"] = str(error)
-                rows.append(row)
-            probabilities: Iterator[Tensor] = iter(())
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold} must be a probability from 0 to 1")
+        for batch in self._read(list(files), batch_size):
+            images = [image for _, image in batch if isinstance(image, Tensor)]
+            logits: Iterator[Tensor] = iter(())
             if images:
-                probabilities = iter(self.model(torch.stack(images).to(self.device)).float().softmax(-1).cpu())
-            for row in rows:
-                if "error" not in row:
-                    top = next(probabilities).topk(min(topk, len(self.classes)))
+                logits = iter(self.model(torch.stack(images).to(self.device)).float().cpu())
+            for file, image in batch:
+                row: dict[str, Any] = {"file": str(file)}
+                if isinstance(image, DataError):
+                    row["error"] = str(image)
+                elif not (logit := next(logits)).isfinite().all():
+                    row["error"] = f"the model's outputs for {str(file)!r} are not finite"
+                else:
+                    top = logit.softmax(-1).topk(min(topk, len(self.classes)))
                     row["predictions"] = [
                         {"class": self.classes[i], "index": i, "probability": p}
                         for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+                        if p >= threshold
                     ]
-                    if (folder := Path(row["file"]).parent.name) in self.classes:
-                        row["truth"] = folder
+                    if file.parent.name in self.classes:
+                        row["truth"] = file.parent.name
                 yield row
 
+    def _read(self, files: list[Path], batch_size: int) -> Iterator[list[tuple[Path, Tensor | DataError]]]:
+        """Batches of files with their inputs, or why there are none; the next batch is read while one is computed with."""
 
-def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """Image files among ``paths``; directories are searched through, in sorted order.
+        def read(file: Path) -> Tensor | DataError:
+            try:
+                return self.transform(open_image(file))
+            except DataError as error:
+                return error
+
+        pool = ThreadPoolExecutor(READERS)
+        try:
+            ahead: list[tuple[Path, Future]] = []
+            for start in range(0, len(files) + batch_size, batch_size):
+                batch, ahead = ahead, [(file, pool.submit(read, file)) for file in files[start : start + batch_size]]
+                if batch:
+                    yield [(file, future.result()) for file, future in batch]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def read_class_names(path: str | os.PathLike) -> list[str]:
+    """The names in a text file, one a line, in the order of the model's classes.
 
     Raises:
-        FileNotFoundError: no such path. DataError: a directory without images.
+        ValueError: not UTF-8, or an empty line among them. OSError: the file.
     """
-    found = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-            if not inside:
-                raise DataError(f"no images in the directory {str(path)!r}; accepted: {' '.join(EXTENSIONS)}")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise FileNotFoundError(f"no file or directory {str(path)!r}")
-    return found
-
-
-def _open(file: Path) -> Any:
-    from PIL import Image
-
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the image {str(file)!r}: {error}") from error
+        names = Path(path).read_text("utf-8-sig").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"cannot read the class names in {str(path)!r}: {error}; expected one name a line, in UTF-8"
+        ) from error
+    for line, name in enumerate(names, 1):
+        if not name.strip():
+            raise ValueError(f"line {line} of the class names in {str(path)!r} is empty; expected one name a line")
+    return [name.strip() for name in names]
 
 
-def _hosted(name: str) -> TNT:
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    """With columns for the file, each prediction, the truth and the error."""
+    text = io.StringIO()
+    most = max((len(row.get("predictions", ())) for row in rows), default=0)
+    columns = [column for i in range(1, most + 1) for column in (f"class_{i}", f"probability_{i}")]
+    writer = csv.DictWriter(text, ["file", *columns, "truth", "error"], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        cells: dict[str, Any] = {name: row[name] for name in ("file", "truth", "error") if name in row}
+        for i, prediction in enumerate(row.get("predictions", ()), 1):
+            cells |= {f"class_{i}": prediction["class"], f"probability_{i}": prediction["probability"]}
+        writer.writerow(cells)
+    return text.getvalue()
+
+
+def write(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Write the rows to a .csv or .json file, beside an older one and then over it. Names of files keep their bytes."""
+    text = _csv(rows) if path.suffix == ".csv" else json.dumps(rows, indent=1, allow_nan=False)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def summary(rows: Sequence[dict[str, Any]], others: Mapping[Path, str]) -> list[str]:
+    """Lines: how many images were classified, how many files passed over, and how many answers are as the folders say."""
+    well = [row for row in rows if "error" not in row]
+    lines = [f"{len(well)} of {len(rows)} images classified"]
+    if unsure := sum(not row["predictions"] for row in well):
+        lines[0] += f", {unsure} of them with no class above the threshold"
+    if others:
+        kinds = Counter(path.suffix.lower() or "without ending" for path in others).most_common(5)
+        lines.append(f"{len(others)} other files passed over: " + ", ".join(f"{kind} {count}" for kind, count in kinds))
+    judged = [row for row in well if "truth" in row and row["predictions"]]
+    if judged:
+        right = sum(row["truth"] == row["predictions"][0]["class"] for row in judged)
+        lines.append(f"{right} of {len(judged)} as their folders say ({right / len(judged):.2%})")
+    return lines
+
+
+def _checked(config: dict[str, Any], model: TNT, path: str | os.PathLike) -> dict[str, Any]:
+    """The transform that a file asks for, if it is one for images of the model's size."""
+    size = (model.in_chans, *model.pixel_embed.img_size)
+    try:
+        mean, std = ([float(number) for number in config[name]] for name in ("mean", "std"))
+        sound = (
+            tuple(config["input_size"]) == size
+            and config["interpolation"] in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+            and len(mean) == len(std) == 3
+            and all(0 <= m <= 1 for m in mean)
+            and all(0 < s <= 10 for s in std)
+            and 0.1 <= float(config["crop_pct"]) <= 2
+        )
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise CheckpointError(
+            f"the data_config in {str(path)!r} is no transform for images of {size}: {str(config)[:300]}; expected input_size, "
+            "interpolation, mean, std and crop_pct, as tnt-fast train writes them"
+        )
+    return config
+
+
+def _hosted(name: str, kwargs: dict[str, Any]) -> TNT:
     try:
         if name.startswith(("hf-hub:", "hf_hub:")):
-            return from_timm(cast(Any, timm.create_model(name, pretrained=True)))  # which refuses another model
-        return create_tnt(name.removeprefix("timm/"), pretrained=True)
+            return from_timm(cast(Any, timm.create_model(name, pretrained=True, **kwargs)))  # which refuses another model
+        return create_tnt(name.removeprefix("timm/"), pretrained=True, **kwargs)
     except (OSError, RuntimeError) as error:
         if "No pretrained weights exist" in str(error):
             raise ValueError(f"nobody hosts weights of {name!r}; give a checkpoint file (--checkpoint)") from error

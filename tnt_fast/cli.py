@@ -226,15 +226,25 @@ def _add_classify(commands: Any) -> None:
         epilog=_examples(
             "classify photos/ --checkpoint runs/mine/best.pt --topk 3 --json",
             "classify photo.jpg --model tnt_s_patch16_224.in1k    # weights that timm hosts",
+            "classify 'photos/**/*.jpg' --checkpoint runs/mine/best.pt --out names.csv",
+            "find photos -newer yesterday | tnt-fast classify - --checkpoint runs/mine/best.pt",
         ),
     )
     classify.set_defaults(command=_classify)
-    classify.add_argument("paths", nargs="+", metavar="PATH", help="image files, or directories of them")
+    classify.add_argument(
+        "paths", nargs="+", metavar="PATH", help="image files, directories, patterns, or - for a list on standard input"
+    )
     model = classify.add_argument_group("model")
     model.add_argument("--checkpoint", help="file of 'tnt-fast train', or of timm, the authors or mmpretrain with --model")
     model.add_argument("--model", help="such as tnt_s_patch16_224.in1k or hf-hub:timm/tnt_s_patch16_224.in1k")
+    model.add_argument("--model-kwargs", nargs="+", metavar="KEY=VALUE", help="arguments of --model, such as img_size=384")
+    model.add_argument("--class-names", metavar="FILE", help="a text file with the names of the classes, one a line")
     output = classify.add_argument_group("output")
     output.add_argument("--topk", type=int, default=5, help="classes an image (default 5)")
+    output.add_argument(
+        "--threshold", type=float, default=0.0, metavar="P", help="leave out classes of a lower probability, 0 to 1 (default 0)"
+    )
+    output.add_argument("--out", type=Path, metavar="FILE", help="write FILE.csv or FILE.json, in place of printed lines")
     output.add_argument("--json", action="store_true", help="print one JSON list")
     output.add_argument("--page", type=Path, help="write a picture of the images and their predictions (.png, .svg, .pdf)")
     machine = classify.add_argument_group("machine")
@@ -244,33 +254,46 @@ def _add_classify(commands: Any) -> None:
 
 
 def _classify(args: argparse.Namespace) -> int:
+    from tnt_fast.images import named_images
+
+    files, others = named_images(args.paths)
+    if args.topk < 1 or args.batch_size < 1:
+        raise ValueError(f"--topk {args.topk} and --batch-size {args.batch_size} must be at least 1")
+    if not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold {args.threshold} must be a probability, from 0 to 1")
+    for option, path, kinds in (("--page", args.page, (".png", ".svg", ".pdf")), ("--out", args.out, (".csv", ".json"))):
+        if path and path.suffix not in kinds:
+            raise ValueError(f"{option} {str(path)!r} must end in {', '.join(kinds[:-1])} or {kinds[-1]}")
+        if path and not path.parent.is_dir():
+            raise FileNotFoundError(f"{option} {str(path)!r}: there is no directory {str(path.parent)!r}; make it first")
     try:
-        from tnt_fast.classify import Classifier, find_images
+        from tqdm import tqdm
+
+        from tnt_fast import classify
     except ImportError as error:
         raise ImportError(f'classifying needs more packages ({error}): pip install "tnt_fast[train]"') from error
 
-    files = find_images(args.paths)
-    if args.topk < 1 or args.batch_size < 1:
-        raise ValueError(f"--topk {args.topk} and --batch-size {args.batch_size} must be at least 1")
-    if args.page and args.page.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--page {str(args.page)!r} must end in .png, .svg or .pdf")
-    classifier = Classifier(args.checkpoint, args.model, args.device, args.backend)
+    names = None if args.class_names is None else classify.read_class_names(args.class_names)
+    kwargs = _key_values(args.model_kwargs or [])
+    classifier = classify.Classifier(args.checkpoint, args.model, args.device, args.backend, names, kwargs)
     say(f"path: {_path(args.backend, classifier.why_not_fused)}", error=True)
     rows = []
-    for row in classifier(files, args.topk, args.batch_size):
+    lines = not (args.json or args.out)
+    results = classifier(files, args.topk, args.batch_size, args.threshold)
+    hidden = True if lines and sys.stdout.isatty() else None  # the lines show how far it is; None: no bar but on a terminal
+    for row in tqdm(results, total=len(files), unit="image", leave=False, disable=hidden):
         rows.append(row)
-        if args.json:
-            continue
         if "error" in row:
             say(f"{row['file']}  {row['error']}", error=True)
-        else:
-            say("  ".join([row["file"], *(f"{p['probability']:6.2%} {p['class']}" for p in row["predictions"])]))
+        elif lines:
+            shown = [f"{p['probability']:6.2%} {p['class']}" for p in row["predictions"]]
+            say("  ".join([row["file"], *(shown or [f"no class reaches {args.threshold:.2%}"])]))
     if args.json:
         say_json(rows)
-    judged = [row for row in rows if "truth" in row]
-    if judged:
-        right = sum(row["truth"] == row["predictions"][0]["class"] for row in judged)
-        say(f"{right} of {len(judged)} as their folders say ({right / len(judged):.2%})", error=True)
+    if args.out:
+        say(f"results: {classify.write(rows, args.out)}", error=True)
+    for line in classify.summary(rows, others):
+        say(line, error=True)
     if args.page:
         from tnt_fast import visualize
 

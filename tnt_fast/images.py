@@ -4,8 +4,11 @@ Training, the check of data, classification and pictures open every image here, 
 refuse the same files.
 """
 
+import glob
 import os
 import stat
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 EXTENSIONS = (
     ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"
 )  # fmt: skip
-MAX_RATIO = 200  # of the sides: a transform scales the short one up, and the long one with it. Pillow limits the pixels
+NO_IMAGE = "not an image by its name"
+MAX_RATIO = 1000  # of the sides: a transform scales the short one up, and the long one with it. Pillow limits the pixels
 MAX_BYTES = 2**30  # of a file; a file with holes costs its sender nothing
 
 LEFTOVERS = (".DS_Store", ".ipynb_checkpoints", "Thumbs.db", "__MACOSX")
@@ -72,8 +76,58 @@ def find_images(folder: str | os.PathLike) -> tuple[list[Path], dict[Path, str]]
             if is_image_name(name):
                 images.append(Path(root, name))
             elif not is_leftover(name):
-                others[Path(root, name)] = f"not an image by its name (accepted: {' '.join(EXTENSIONS)})"
+                others[Path(root, name)] = NO_IMAGE
     return sorted(images), others
+
+
+def named_images(paths: Iterable[str | os.PathLike]) -> tuple[list[Path], dict[Path, str]]:
+    """The images that the arguments of a command name, in their order, and what was passed over, with the reason.
+
+    An argument is a file, a folder, a pattern that the shell left as it is (``photos/**/*.jpg``), or ``-`` for a list of files
+    and folders on standard input, one a line or, where it holds any, between NUL characters.
+
+    Raises:
+        FileNotFoundError: no such path. DataError: a folder or list without images.
+    """
+    images: list[Path] = []
+    others: dict[Path, str] = {}
+    for argument in paths:
+        name = os.fspath(argument)
+        listed = name == "-"
+        for path in _listed() if listed else _named(name, others):
+            if not path.is_dir():
+                images.append(path)  # whatever it is: opening it says so
+                continue
+            inside, outside = find_images(path)
+            if not inside and not listed:
+                raise DataError(f"no images in the directory {str(path)!r}; accepted: {' '.join(EXTENSIONS)}")
+            images += inside
+            others |= outside
+    return images, others
+
+
+def _listed() -> list[Path]:
+    text = sys.stdin.buffer.read()
+    found = [Path(os.fsdecode(name)) for name in (text.split(b"\0") if b"\0" in text else text.splitlines()) if name.strip()]
+    if not found:
+        raise DataError("the list on standard input is empty; expected a file or folder a line")
+    return found
+
+
+def _named(name: str, others: dict[Path, str]) -> list[Path]:
+    if os.path.lexists(name):
+        return [Path(name)]
+    if not glob.has_magic(name):
+        raise FileNotFoundError(f"no file or directory {name!r}")
+    found = []
+    for path in map(Path, sorted(glob.iglob(name, recursive=True))):
+        if is_image_name(path) or (path.is_dir() and "**" not in name and not is_leftover(path)):
+            found.append(path)
+        elif not path.is_dir() and not is_leftover(path):
+            others[path] = NO_IMAGE
+    if not found:
+        raise FileNotFoundError(f"no image matches {name!r}; accepted: {' '.join(EXTENSIONS)}")
+    return found
 
 
 def open_image(path: str | os.PathLike, at_most: int | None = None) -> Image.Image:

@@ -3,75 +3,153 @@
 import io
 import math
 import os
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tnt_fast.images import DataError, open_image
+from tnt_fast.terminal import printable
 
-def _figure(**kwargs: Any) -> Any:
+CELL = 1.25  # inches of an image on a page
+DPI = 130
+# Whichever of these is installed draws what matplotlib's own font cannot: Chinese, Japanese, Korean
+FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
+    "PingFang SC", "Hiragino Sans GB", "Heiti TC", "Microsoft YaHei", "SimHei", "Yu Gothic", "Malgun Gothic",
+    "Arial Unicode MS",
+)  # fmt: skip
+
+
+def _style() -> Any:
+    """What a picture is drawn with: the text of strangers is text, neither mathematics nor TeX, in fonts that have it."""
     try:
-        from matplotlib.figure import Figure  # no pyplot: no global state, no display
+        import matplotlib
+        from matplotlib import font_manager
     except ImportError as error:
         raise ImportError('pictures need matplotlib: pip install "tnt_fast[pictures]"') from error
+    installed = set(font_manager.fontManager.get_font_names())
+    family = ["DejaVu Sans", *(font for font in FONTS if font in installed)]
+    return matplotlib.rc_context({"text.parse_math": False, "text.usetex": False, "font.family": family})
+
+
+def _figure(**kwargs: Any) -> Any:
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
     return Figure(layout="constrained", **kwargs)
 
 
 def _save(figure: Any, path: str | os.PathLike) -> Path:
     path = Path(path)
     buffer = io.BytesIO()  # drawn whole before the file is touched
-    figure.savefig(buffer, dpi=130, format=path.suffix.lstrip(".") or "png")
-    path.write_bytes(buffer.getvalue())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(buffer, dpi=DPI, format=path.suffix.lstrip(".") or "png")
+    if any("missing from" in str(warning.message) for warning in caught):  # one warning a character
+        warnings.warn(
+            f"{str(path)!r} shows boxes for characters that no installed font has; install one, such as Noto Sans CJK",
+            stacklevel=3,
+        )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(buffer.getvalue())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return path
+
+
+def _label(text: str, width: int, keep_end: bool = False) -> str:
+    """The text in one line of at most ``width`` columns (a Chinese character takes two), control characters escaped.
+
+    With them an SVG file would be no XML.
+    """
+    shown = printable(text)
+    columns = [1 + (unicodedata.east_asian_width(char) in "WF") for char in shown]
+    if sum(columns) <= width:
+        return shown
+    if keep_end:
+        return "…" + _fitting(shown[::-1], columns[::-1], width - 1)[::-1]
+    return _fitting(shown, columns, width - 1) + "…"
+
+
+def _fitting(text: str, columns: list[int], width: int) -> str:
+    taken = 0
+    for i, each in enumerate(columns):
+        taken += each
+        if taken > width:
+            return text[:i]
+    return text
+
+
+def percent(probability: float) -> str:
+    """``80%``, ``1.2%``, ``0.03%``: two digits where a whole number would have one or none."""
+    return f"{probability:.0%}" if probability >= 0.0995 else f"{100 * probability:.2g}%"
 
 
 def training_curve(history: Sequence[dict[str, Any]], path: str | os.PathLike, title: str = "") -> Path:
     """Loss and held-out accuracy over epochs, from the ``history`` that ``tnt-fast train`` keeps."""
-    figure = _figure(figsize=(9, 3.6))
-    loss, accuracy = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    loss.plot(epochs, [row["train_loss"] for row in history], label="training")
-    loss.plot(epochs, [row["val_loss"] for row in history], label="held out")
-    loss.set(xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss")
-    loss.legend()
-    values = [100 * row["val_accuracy"] for row in history]
-    accuracy.plot(epochs, values, color="tab:green")
-    accuracy.set(xlabel="epoch", ylabel="held-out accuracy (%)", title=f"Accuracy, last {values[-1]:.1f}%")
-    for axes in (loss, accuracy):
-        axes.grid(alpha=0.3)
-    figure.suptitle(title)
-    return _save(figure, path)
+    with _style():
+        from matplotlib.ticker import MaxNLocator
+
+        figure = _figure(figsize=(9, 3.6))
+        loss, accuracy = figure.subplots(1, 2)
+        epochs = [row["epoch"] for row in history]
+        how = {"marker": "o" if len(epochs) == 1 else None}  # a line through one point is nothing
+        loss.plot(epochs, [row["train_loss"] for row in history], label="training", **how)
+        loss.plot(epochs, [row["val_loss"] for row in history], label="held out", **how)
+        loss.set(xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss")
+        loss.legend()
+        values = [100 * row["val_accuracy"] for row in history]
+        accuracy.plot(epochs, values, color="tab:green", **how)
+        last = f", last {values[-1]:.1f}%" if values else ""
+        accuracy.set(xlabel="epoch", ylabel="held-out accuracy (%)", title=f"Accuracy{last}")
+        for axes in (loss, accuracy):
+            axes.grid(alpha=0.3)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        figure.suptitle(_label(title, 100, keep_end=True))
+        return _save(figure, path)
 
 
 def prediction_page(results: Sequence[dict[str, Any]], path: str | os.PathLike, title: str = "", most: int = 60) -> Path:
-    """A page of images, each with its first prediction and probability, as ``tnt-fast classify`` returns them.
+    """A page of images, each with its name, first prediction and probability, as ``tnt-fast classify`` returns them.
 
     Where an image lies in a folder named like one of the classes, that is taken for the truth: right answers are green,
     wrong ones red. Shows at most ``most`` images, wrong answers first, then the least certain.
     """
-    from PIL import Image
-
     rows = [row for row in results if "predictions" in row]
 
+    def top(row: dict[str, Any]) -> dict[str, Any]:  # with a threshold there may be none
+        return row["predictions"][0] if row["predictions"] else {"class": "", "probability": 0.0}
+
     def order(row: dict[str, Any]) -> tuple[bool, float]:
-        top = row["predictions"][0]
-        return row.get("truth") in (None, top["class"]), top["probability"]
+        return row.get("truth") in (None, top(row)["class"]), top(row)["probability"]
 
     count = len(rows)
     rows = sorted(rows, key=order)[:most]
     columns = max(1, min(10, len(rows)))
     lines = max(1, math.ceil(len(rows) / columns))
-    figure = _figure(figsize=(1.25 * columns, 1.6 * lines + 0.5))
-    grid = figure.subplots(lines, columns, squeeze=False).ravel()  # not .flat, which is used up by one loop
-    for axes in grid:
-        axes.axis("off")
-    for axes, row in zip(grid, rows, strict=False):
-        with Image.open(row["file"]) as image:
-            axes.imshow(image.convert("RGB"))
-        top, truth = row["predictions"][0], row.get("truth")
-        right = None if truth is None else truth == top["class"]
-        wrong = "" if right in (None, True) else f" (is {truth})"
-        color = {None: "black", True: "tab:green", False: "tab:red"}[right]
-        label = top["class"] if len(top["class"]) <= 18 else top["class"][:17] + "…"
-        axes.set_title(f"{label}{wrong}\n{top['probability']:.0%}", fontsize=8, color=color)
-    figure.suptitle(title or (f"{count} images" if count == len(rows) else f"the hardest {len(rows)} of {count} images"))
-    return _save(figure, path)
+    with _style():
+        figure = _figure(figsize=(CELL * columns, (CELL + 0.6) * lines + 0.5))
+        grid = figure.subplots(lines, columns, squeeze=False).ravel()  # not .flat, which is used up by one loop
+        for axes in grid:
+            axes.axis("off")
+        for axes, row in zip(grid, rows, strict=False):
+            try:
+                axes.imshow(open_image(row["file"], at_most=round(2 * CELL * DPI)))
+            except DataError:  # it was there a moment ago
+                axes.text(0.5, 0.5, "gone", ha="center", transform=axes.transAxes)
+            found, truth = top(row), row.get("truth")
+            right = None if truth is None else truth == found["class"]
+            color = {None: "black", True: "tab:green", False: "tab:red"}[right]
+            text = percent(found["probability"]) if row["predictions"] else "no class"
+            if truth is not None and not right:
+                text += f" (is {_label(truth, 13 - len(text))})"
+            axes.set_title(f"{_label(found['class'], 19)}\n{text}", fontsize=7, color=color)
+            name = _label(os.path.basename(row["file"]), 28, keep_end=True)
+            axes.text(0.5, -0.05, name, fontsize=5, color="gray", ha="center", va="top", transform=axes.transAxes)
+        shown = f"{count} image{'s' * (count != 1)}" if count == len(rows) else f"the hardest {len(rows)} of {count} images"
+        figure.suptitle(_label(title, 20 * columns) or shown)
+        return _save(figure, path)
