@@ -75,6 +75,14 @@ def pytest_runtest_setup(item):
         pytest.skip("no time left; make test has it")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_cache_at_home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tnt_fast.check._cache_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -31,13 +31,15 @@ ALLOWED = {
         "torch timm tqdm",
     ),
     "tnt_fast/images.py": ("", "numpy PIL"),
-    "tnt_fast/data.py": ("tnt_fast/images.py", "torch timm numpy torchvision sklearn PIL"),
+    "tnt_fast/check.py": ("tnt_fast/__init__.py tnt_fast/images.py", "PIL tqdm"),
+    "tnt_fast/data.py": ("tnt_fast/check.py tnt_fast/images.py tnt_fast/recipe.py", "torch timm numpy sklearn PIL"),
     "tnt_fast/recipe.py": (
-        "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py",
+        "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/images.py",
         "torch timm",
     ),
     "tnt_fast/train.py": (
-        "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/checkpoints.py tnt_fast/data.py tnt_fast/recipe.py",
+        "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/checkpoints.py tnt_fast/check.py tnt_fast/data.py "
+        "tnt_fast/recipe.py",
         "torch timm numpy tqdm",
     ),
     "tnt_fast/classify.py": (
@@ -48,7 +50,7 @@ ALLOWED = {
     "tnt_fast/__main__.py": ("tnt_fast/cli.py", ""),
     "tnt_fast/cli.py": (
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py tnt_fast/variants.py tnt_fast/terminal.py "
-        "tnt_fast/bench.py tnt_fast/recipe.py tnt_fast/train.py tnt_fast/images.py tnt_fast/classify.py "
+        "tnt_fast/bench.py tnt_fast/check.py tnt_fast/recipe.py tnt_fast/train.py tnt_fast/images.py tnt_fast/classify.py "
         "tnt_fast/visualize.py",
         "torch timm tqdm",
     ),

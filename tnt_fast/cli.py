@@ -77,7 +77,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"tnt_fast {tnt_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for add in (_add_train, _add_classify, _add_bench, _add_info, _add_completion):
+    for add in (_add_train, _add_check, _add_classify, _add_bench, _add_info, _add_completion):
         add(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
@@ -213,6 +213,42 @@ def _path(backend: str, reasons: list[str]) -> str:
     if reasons:
         return f"reference, because {'; '.join(reasons)}"
     return "reference, as asked for" if backend == "reference" else "fused"
+
+
+# ---- check ----
+
+
+def _add_check(commands: Any) -> None:
+    check = commands.add_parser(
+        "check",
+        help="list the files of a data set that cannot be trained on",
+        description="Read all images of a data set, and list the files that cannot be trained on; status 1 if there are any.",
+        epilog=_examples("check images/", "check labels.csv --json"),
+    )
+    check.set_defaults(command=_check)
+    check.add_argument("data", metavar="DATA", help="a directory or a CSV file, as 'tnt-fast train' takes it")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _check(args: argparse.Namespace) -> int:
+    try:
+        from tnt_fast.check import examine, find
+    except ImportError as error:
+        raise ImportError(f'checking needs more packages ({error}): pip install "tnt_fast[train]"') from error
+
+    files = find(args.data)
+    examine(files)
+    counts = files.counts()
+    if args.json:
+        bad = [{"file": name, "reason": reason} for name, reason in files.bad.items()]
+        say_json({"data": args.data, "images": len(files.pictures), "classes": counts, "bad": bad})
+        return 1 if bad else 0
+    for name, reason in files.bad.items():
+        say(f"{name}: {reason}")
+    sizes = [sum(count.values()) for count in counts.values()]
+    say(f"{len(files.pictures):,} images in {len(sizes):,} classes of {min(sizes):,} to {max(sizes):,}")
+    say(f"{len(files.bad):,} bad files{'; repair or remove them, or train with --skip-bad' if files.bad else ''}")
+    return 1 if files.bad else 0
 
 
 # ---- classify ----

@@ -1,21 +1,26 @@
-"""Images for training: folders of them, their order, their transforms; scikit-learn's handwritten digits as such a folder.
+"""Images for training: their order, their transforms; scikit-learn's handwritten digits as a folder of them.
 
 Every random draw follows from (seed, epoch, image), whoever loads it and when.
 """
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import posterize
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tnt_fast.images import DataError
+from tnt_fast.check import Files, Picture, training_files
+from tnt_fast.images import DataError, open_image
+from tnt_fast.recipe import DIGITS, Config
 
 
 def write_digits(root: Path) -> None:
@@ -31,8 +36,6 @@ def write_digits(root: Path) -> None:
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise ImportError('the digits come with scikit-learn: pip install "tnt_fast[train]"') from error
-    from PIL import Image
-
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
     parts = train_test_split(np.arange(len(pixels)), test_size=0.2, random_state=0, stratify=digits.target)
@@ -61,31 +64,81 @@ def _seeded(*numbers: int) -> Iterator[None]:
 
 
 class Images(Dataset):
-    """An ImageFolder whose augmentation of an image depends on (seed, epoch, image) alone, whoever loads it and when."""
+    """Pictures and their classes' indices. The augmentation of one depends on (seed, epoch, index) alone, whoever loads it.
 
-    def __init__(self, root: Path, transform: Callable[[Any], Tensor], seed: int):
-        from torchvision.datasets import ImageFolder
+    Args:
+        transform: RGB image to tensor.
+        plain: taken where ``transform`` raises, which is said once. The draw would fail again in each resumed run.
+    """
 
-        if not root.is_dir():
-            raise DataError(f"no directory {str(root)!r}; expected one folder a class, with images in it")
-        try:
-            self.folder = ImageFolder(root, transform)
-        except FileNotFoundError as error:
-            raise DataError(f"{str(root)!r} holds no images in class folders: {error}") from error
+    def __init__(
+        self, pictures: Sequence[Picture], classes: Sequence[str], transform: Callable[[Any], Tensor], seed: int = 0,
+        plain: Callable[[Any], Tensor] | None = None,
+    ):  # fmt: skip
+        self.pictures, self.classes = list(pictures), list(classes)
+        self.transform, self.plain = transform, plain
         self.seed, self.epoch = seed, 0
-        self.classes = self.folder.classes
+        index = {label: i for i, label in enumerate(self.classes)}
+        self.targets = [index[picture.label] for picture in self.pictures]
+        self._said = torch.zeros((), dtype=torch.bool).share_memory_()  # in all processes that read
 
     def __len__(self) -> int:
-        return len(self.folder)
+        return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        with _seeded(self.seed, self.epoch, index):
-            try:
-                return self.folder[index]
-            except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for some broken PNG files
-                raise DataError(
-                    f"cannot read the image {self.folder.samples[index][0]!r}: {error}; repair or remove it"
-                ) from error
+        image = open_image(self.pictures[index].path)
+        try:
+            with _seeded(self.seed, self.epoch, index):
+                return self.transform(image), self.targets[index]
+        except MemoryError:
+            raise
+        except Exception as error:
+            draw = f"{str(self.pictures[index].path)!r} in epoch {self.epoch + 1} (draw {self.seed}, {self.epoch}, {index})"
+            reason = f"{type(error).__name__}: {error}"
+            if self.plain is None:
+                raise DataError(f"cannot transform the image {draw}: {reason}; remove it") from error
+            if not self._said:
+                self._said.fill_(True)
+                warnings.warn(
+                    f"the augmentation of {draw} failed: {reason}. Its plain crop is taken; so it is for others, which are not "
+                    "named. Another --auto-augment may avoid it",
+                    RuntimeWarning,
+                    stacklevel=1,
+                )
+            return self.plain(image), self.targets[index]
+
+
+class DataSet:
+    """The images of a run: those to train on and those held out, examined before anything else is built.
+
+    Attributes:
+        classes: their names.
+
+    Raises:
+        DataError: as ``check.training_files``.
+    """
+
+    def __init__(self, config: Config, out: Path, log: Callable[[str], None] = print, progress: bool | None = None):
+        self._config, self._log, self._progress = config, log, progress
+        self._digits = out / "data" if config.data == DIGITS else None
+        self._found = None if self._digits else self._files(config.data)
+        self.classes = self._found.classes if self._found else [str(digit) for digit in range(10)]
+
+    def _files(self, data: str | Path) -> Files:
+        config = self._config
+        return training_files(data, config.val_fraction, config.seed, config.skip_bad, self._log, self._progress)
+
+    def images(self, data_config: dict[str, Any]) -> tuple[Images, Images]:
+        """Training set, augmented, and held-out set. The digits are written here, not before all else is known to be right."""
+        config = self._config
+        augment, plain = training_transform(config, data_config), evaluation_transform(data_config)
+        if self._digits:
+            write_digits(self._digits)
+            self._found = self._files(self._digits)
+        assert self._found is not None
+        self.fingerprint = self._found.fingerprint()
+        train, val = self._found.parts["train"], self._found.parts["val"]
+        return Images(train, self.classes, augment, config.seed, plain), Images(val, self.classes, plain, config.seed)
 
 
 class Order(Sampler):
@@ -103,16 +156,26 @@ class Order(Sampler):
         return self.size - self.start * self.batch_size
 
 
-def training_transform(config: Any, data_config: dict[str, Any]) -> Any:
+def _posterize(image: Any, bits: int, **kwargs: Any) -> Any:
+    return posterize(image, max(bits, 1), **kwargs)
+
+
+def training_transform(config: Config, data_config: dict[str, Any]) -> Any:
     jitter: Any = config.color_jitter or None  # timm takes None for none, which its annotation forgets
     try:
-        return create_transform(
+        transform = create_transform(
             data_config["input_size"], is_training=True, scale=config.scale, ratio=config.ratio, hflip=config.hflip,
             color_jitter=jitter, auto_augment=config.auto_augment or None, re_prob=config.reprob,
             interpolation=data_config["interpolation"], mean=data_config["mean"], std=data_config["std"],
         )  # fmt: skip
     except AssertionError as error:  # timm's way to refuse a policy
         raise ValueError(f"auto_augment={config.auto_augment!r} is no policy of timm ({error}); '' turns it off") from error
+    # At full magnitude timm (to 1.0.31) posterizes to 0 bits, a black image, which Pillow 13 refuses: one bit is kept
+    for step in transform.transforms:
+        for op in [*getattr(step, "ops", ()), *(op for policy in getattr(step, "policy", ()) for op in policy)]:
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
+    return transform
 
 
 def evaluation_transform(data_config: dict[str, Any]) -> Any:
@@ -130,3 +193,17 @@ def batches(loader: DataLoader) -> Iterator[list[Tensor]]:
     except DataError as error:
         text = str(error).rstrip().rpartition("DataError: ")[2]
         raise DataError(text) from error.with_traceback(None)  # which holds the workers, in a cycle
+
+
+@contextlib.contextmanager
+def readers_named() -> Iterator[None]:
+    """Say of a killed process that reads images how to go on. PyTorch raises its error wherever the run happens to be."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RuntimeError(
+            f"a process that reads images has ended: {str(error).strip().splitlines()[0]} Out of memory? "
+            "Continue with --resume and fewer --workers (0: the run reads them itself)"
+        ) from error

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tnt_fast.tnt import TNT
 
 DIGITS = "digits"  # the name of scikit-learn's handwritten digits, in place of a directory
-MAY_CHANGE = ("data", "device", "workers")  # settings that a resumed run takes anew
+MAY_CHANGE = ("data", "skip_bad", "allow_changed_data", "device", "workers")  # settings that a resumed run takes anew
 AUTOMATIC = ("batch_size", "lr")  # settings whose 0 `settled` replaces
 AMP = ("off", "bfloat16", "float16")
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "rsqrt")  # those of timm that go by steps
@@ -35,7 +35,14 @@ def _field(group: str, text: str, default: Any = MISSING, within: str = "", **mo
 class Config:
     """Everything that a run depends on; kept in its checkpoint. The defaults follow DeiT's recipe, as the TNT paper does."""
 
-    data: str = _field("data", f"a directory with train/CLASS/*.png and val/CLASS/*.png, or '{DIGITS}'")
+    data: str = _field(
+        "data",
+        f"a directory with train/CLASS/*.png and val/CLASS/*.png, or '{DIGITS}'; with --val-fraction one with CLASS/*.png, "
+        "or a CSV file with the columns file,label",
+    )
+    val_fraction: float = _field("data", "part of each class to hold out, of data that are not divided yet", 0.0, "[0, 1)")
+    skip_bad: bool = _field("data", "go on without the files that cannot be trained on", False)
+    allow_changed_data: bool = _field("data", "continue a run although its images are others than before", False)
 
     model: str = _field(
         "model",
@@ -231,7 +238,7 @@ def build_model(config: Config, num_classes: int, trained: bool = True) -> "TNT"
     from timm.utils import freeze
 
     from tnt_fast.checkpoints import head_classes, load_checkpoint, read_checkpoint
-    from tnt_fast.data import DataError
+    from tnt_fast.images import DataError
     from tnt_fast.variants import create_tnt
 
     given = config.model_kwargs.get("num_classes", num_classes)

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import tnt_fast
+from tnt_fast.check import differences
 from tnt_fast.checkpoints import FORMAT, CheckpointError, read_checkpoint, save_checkpoint
-from tnt_fast.data import DataError, Images, Order, batches, evaluation_transform, training_transform, write_digits
+from tnt_fast.data import DataError, DataSet, Order, batches, readers_named
 from tnt_fast.dispatch import choose, find_device
-from tnt_fast.recipe import DIGITS, Config, build_loss, build_model, build_optimizer, build_schedule
+from tnt_fast.recipe import Config, build_loss, build_model, build_optimizer, build_schedule
 
 
 def _random_state() -> dict[str, Any]:
@@ -99,20 +100,12 @@ class Run:
             torch.set_num_threads(config.threads)
         self.device = find_device(config.device)
 
-        data = Path(config.data)
-        if config.data == DIGITS:
-            data = self.out / "data"
-        for part in ("train", "val"):  # before the model is built
-            if config.data != DIGITS and not (data / part).is_dir():
-                raise DataError(
-                    f"no directory {str(data / part)!r}; expected {config.data}/train/CLASS and {config.data}/val/CLASS"
-                )
+        data = DataSet(config, self.out, log, progress)  # before the model is built
         random.seed(config.seed)
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
-        classes = 10 if config.data == DIGITS else sum(entry.is_dir() for entry in (data / "train").iterdir())
         # what a saved run began with is in its checkpoint, or gone
-        self.model = build_model(config, classes, trained=saved is None).to(self.device)
+        self.model = build_model(config, len(data.classes), trained=saved is None).to(self.device)
         size = self.model.pixel_embed.img_size
         image = torch.empty(1, self.model.in_chans, *size, device=self.device)
         self.why_not_fused = [] if config.backend == "reference" else tnt_fast.why_not_fused(self.model, image)
@@ -120,19 +113,8 @@ class Run:
             self.model.backend = "reference"  # whoever shows the run says so, instead of a warning
         self.data_config = resolve_data_config({"crop_pct": config.crop_pct or None}, model=self.model)
         self.data_config["input_size"] = (self.model.in_chans, *size)
-        if config.data == DIGITS:
-            write_digits(data)
-        transforms = [training_transform(config, self.data_config), evaluation_transform(self.data_config)]
-        self.train_set, self.val_set = (
-            Images(data / part, transform, config.seed) for part, transform in zip(("train", "val"), transforms, strict=True)
-        )
-        self.classes = self.train_set.classes
-        if self.val_set.classes != self.classes:
-            ours, theirs = set(self.classes), set(self.val_set.classes)
-            raise DataError(
-                f"train/ has {len(ours)} classes, val/ has {len(theirs)}; only in train: {sorted(ours - theirs)[:5]}, "
-                f"only in val: {sorted(theirs - ours)[:5]}"
-            )
+        self.train_set, self.val_set = data.images(self.data_config)
+        self.classes, self.fingerprint = data.classes, data.fingerprint
         config = self.config = config.settled(len(self.train_set))
         self.steps = len(self.train_set) // config.batch_size
         if self.steps == 0:
@@ -142,7 +124,7 @@ class Run:
         self.scheduler = build_schedule(config, self.optimizer, self.steps)
         self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "float16")
-        counts = np.bincount(self.train_set.folder.targets, minlength=len(self.classes))
+        counts = np.bincount(self.train_set.targets, minlength=len(self.classes))
         self.mixup, criterion = build_loss(config, counts.tolist())
         self.criterion = criterion.to(self.device)
         # where the run stands: the next step is `step` of `epoch`
@@ -157,18 +139,23 @@ class Run:
                 f"{str(self.last)!r} was trained on {len(saved['classes'])} classes ({saved['classes'][:3]} …), the data has "
                 f"{len(self.classes)} ({self.classes[:3]} …)"
             )
-        if saved["images"] != len(self.train_set):
-            raise CheckpointError(
-                f"{str(self.last)!r} was trained on {saved['images']} images, now there are {len(self.train_set)}; "
-                "restore the data, or start anew in another --out"
-            )
+        changed = differences(saved["fingerprint"], self.fingerprint)
+        if changed:
+            more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+            text = f"the data are not those that {str(self.last)!r} was trained on: {'; '.join(changed[:5])}{more}"
+            if not self.config.allow_changed_data:
+                raise CheckpointError(f"{text}; restore them, start anew in another --out, or go on with --allow-changed-data")
+            self.log(f"{text}; going on from the start of epoch {saved['epoch'] + 1}")
         self.model.load_state_dict(saved["state_dict"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
+        if not changed:  # else the epochs may have another number of steps
+            self.scheduler.load_state_dict(saved["scheduler"])
         self.scaler.load_state_dict(saved["scaler"])
         if self.ema:
             self.ema.module.load_state_dict(saved["state_dict_ema"])
         self.epoch, self.step, self.loss_sum = saved["epoch"], saved["step"], saved["loss_sum"]
+        if changed:  # another order
+            self.step, self.loss_sum = 0, 0.0
         self.history = saved["history"]
         _set_random_state(saved["random"])
 
@@ -196,7 +183,7 @@ class Run:
                 "scaler": self.scaler.state_dict(),
                 "epoch": self.epoch,
                 "step": self.step,
-                "images": len(self.train_set),
+                "fingerprint": self.fingerprint,
                 "loss_sum": self.loss_sum,
                 "history": self.history,
                 "random": _random_state(),
@@ -235,8 +222,9 @@ class Run:
         with _caught_signals() as caught:
             while self.epoch < self.config.epochs:
                 started = time.perf_counter()
-                self._train_epoch(caught)
-                loss, accuracy = self.evaluate()
+                with readers_named():
+                    self._train_epoch(caught)
+                    loss, accuracy = self.evaluate()
                 self._check_finite("held-out loss", loss)
                 row = {
                     "epoch": self.epoch + 1,
