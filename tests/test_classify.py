@@ -1,9 +1,12 @@
 """Classifying files through the command: what is printed is what the model says, and bad input is said to be so."""
 
+import csv
+import io
 import json
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -462,3 +465,186 @@ def test_a_moved_checkpoint_still_classifies(checkpoint, images, tmp_path, capsy
     first = capsys.readouterr().out
     assert run(images, "--checkpoint", tmp_path / "alone.pt", "--json") == 0
     assert capsys.readouterr().out == first
+
+
+# ---- results in files, lists, patterns, thresholds, names ----
+
+
+def test_results_in_a_file_are_those_of_json(checkpoint, images, tmp_path, capsys):
+    """Whatever the files are called: their bytes are kept."""
+    odd = Path(os.fsdecode(os.fsencode(images) + b'/a\xff"\n,.png'))
+    shutil.copy(images / "rgb.png", odd)
+    bad = corrupt(images)[0]
+    assert run(odd, images / "gray.png", bad, "--checkpoint", checkpoint, "--topk", 2, "--json") == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0]["file"] == str(odd)
+    for name in ("a.json", "a.csv"):
+        (tmp_path / name).write_text("older")
+        assert run(odd, images / "gray.png", bad, "--checkpoint", checkpoint, "--topk", 2, "--out", tmp_path / name) == 1
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert f"results: {tmp_path / name}\n2 of 3 images classified\n" in printed.err
+    assert json.loads((tmp_path / "a.json").read_text()) == rows
+    with (tmp_path / "a.csv").open(errors="surrogateescape", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == ["file", "class_1", "probability_1", "class_2", "probability_2", "truth", "error"]
+    for found, row in zip(table, rows, strict=True):
+        assert (found["file"], found["error"]) == (row["file"], row.get("error", ""))
+        for i, expected in enumerate(row.get("predictions", ()), 1):
+            assert found[f"class_{i}"] == expected["class"]
+            assert float(found[f"probability_{i}"]) == expected["probability"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "a.json", "images"]
+
+
+def test_a_list_on_standard_input_is_classified_and_what_is_not_there_ends_alone(checkpoint, images, capsys, monkeypatch):
+    names = [images / "rgb.png", images / "nosuch.png", "", images / "below"]
+    for separator in ("\n", "\0"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(separator.join(map(str, names)).encode())))
+        assert run("-", images / "gray.png", "--checkpoint", checkpoint, "--json") == 1
+        rows = json.loads(capsys.readouterr().out)
+        found = [str(Path(row["file"]).relative_to(images)) for row in rows]
+        assert found == ["rgb.png", "nosuch.png", "below/photo.JPG", "below/two.png", "gray.png"]
+        assert [row.get("error", "").rpartition(": ")[2] for row in rows] == ["", "No such file or directory", "", "", ""]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    assert run("-", "--checkpoint", checkpoint) == 2
+    refused(capsys, "DataError", "the list on standard input is empty")
+
+
+def test_patterns_that_the_shell_left_are_followed_and_other_files_counted(checkpoint, images, capsys):
+    (images / "below" / "._two.png").touch()
+    assert run(images / "**" / "*", "--checkpoint", checkpoint, "--json") == 0
+    printed = capsys.readouterr()
+    found = [str(Path(row["file"]).relative_to(images)) for row in json.loads(printed.out)]
+    assert found == ["below/photo.JPG", "below/two.png", "gray.png", "palette.png", "rgb.png", "rgba.png"]
+    assert "6 of 6 images classified\n1 other files passed over: .txt 1\n" in printed.err
+    assert run(images / "*.webp", "--checkpoint", checkpoint) == 2
+    refused(capsys, "FileNotFoundError", "no image matches", "*.webp")
+
+
+def test_classes_below_the_threshold_are_left_out(checkpoint, trained, images, tmp_path, capsys):
+    val = trained / "data" / "val"
+    assert run(val, "--checkpoint", checkpoint, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    tops = sorted(row["predictions"][0]["probability"] for row in rows)
+    threshold = (tops[2] + tops[3]) / 2
+    page = tmp_path / "page.png"
+    assert run(val, "--checkpoint", checkpoint, "--json", "--threshold", threshold, "--page", page) == 0
+    printed = capsys.readouterr()
+    kept = json.loads(printed.out)
+    for before, after in zip(rows, kept, strict=True):
+        assert after["predictions"] == [p for p in before["predictions"] if p["probability"] >= threshold]
+    assert "6 of 6 images classified, 3 of them with no class above the threshold" in printed.err
+    right = sum(row["predictions"][0]["class"] == row["truth"] for row in kept if row["predictions"])
+    assert f"{right} of 3 as their folders say" in printed.err
+    assert run(images / "rgb.png", "--checkpoint", checkpoint, "--threshold", 1) == 0
+    assert capsys.readouterr().out == f"{images / 'rgb.png'}  no class reaches 100.00%\n"
+    for wrong in ("-0.1", "1.1", "nan"):
+        assert run(images, "--checkpoint", checkpoint, f"--threshold={wrong}") == 2
+        refused(capsys, "ValueError", f"--threshold {wrong}", "from 0 to 1")
+
+
+def test_names_of_classes_come_from_a_file(foreign, checkpoint, images, tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("\ufeffStraße\n猫 \nc\nd\ne\n", "utf-8")
+    argv = [images / "rgb.png", "--model", "tnt_ti_patch16_224", "--class-names", names]
+    assert run(*argv, "--checkpoint", foreign, "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert {p["index"]: p["class"] for p in row["predictions"]} == dict(enumerate(["Straße", "猫", "c", "d", "e"]))
+    assert run(images, "--class-names", names, "--checkpoint", checkpoint) == 2
+    refused(capsys, "ValueError", "5 class names, but the model has 3 classes")
+    for content, named in ((b"a\n\nb\n", "line 2"), (b"\xff\xfe", "one name a line, in UTF-8")):
+        names.write_bytes(content)
+        assert run(*argv, "--checkpoint", foreign) == 2
+        refused(capsys, "ValueError", named, str(names))
+
+
+def test_arguments_of_the_model_are_passed_on(images, tmp_path, capsys, checkpoint):
+    kwargs = {"img_size": 32, "depth": 1, "num_classes": 2}
+    torch.save(variants.create_tnt("tnt_ti_patch16_224", **kwargs).state_dict(), tmp_path / "small.pth")
+    argv = [images / "rgb.png", "--model-kwargs", "img_size=32", "depth=1"]
+    assert run(*argv, "--checkpoint", tmp_path / "small.pth", "--model", "tnt_ti_patch16_224", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)[0]["predictions"]) == 2
+    assert run(*argv, "--checkpoint", checkpoint) == 2
+    refused(capsys, "ValueError", "brings the model's arguments itself", "img_size, depth")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a", "nosuch/a.csv"])
+def test_a_result_file_that_cannot_be_is_refused_before_any_work(checkpoint, images, tmp_path, capsys, name):
+    assert run(images, "--checkpoint", checkpoint, "--out", tmp_path / name) == 2
+    refused(capsys, "FileNotFoundError" if "nosuch" in name else "ValueError", "--out", name)
+
+
+def test_a_bar_shows_on_terminals_alone(checkpoint, images, capsys, monkeypatch):
+    assert run(images, "--checkpoint", checkpoint, "--json") == 0
+    assert "image/s" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert run(images, "--checkpoint", checkpoint, "--json") == 0
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)) == 6
+    assert "/6 [" in printed.err
+
+
+# ---- hostile files ----
+
+
+def test_pictures_of_strangers_end_alone_and_start_no_program(checkpoint, images, capsys, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: pytest.fail(f"a program was started: {args}"))
+    (images / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n")
+    (images / "psd.jpg").write_bytes(b"8BPS\0\1" + bytes(40))
+    os.mkfifo(images / "pipe.png")
+    os.symlink("circle.png", images / "circle.png")
+    os.symlink(images, images / "below" / "up")
+    bad = ("circle.png", "eps.png", "pipe.png", "psd.jpg")
+    assert run(images, "--checkpoint", checkpoint, "--json", "--batch-size", 2) == 1
+    printed = capsys.readouterr()
+    rows = json.loads(printed.out)
+    assert tuple(Path(row["file"]).name for row in rows if "error" in row) == bad
+    assert "6 of 10 images classified" in printed.err
+    for name in bad:
+        assert f"{images / name}  cannot read the image" in printed.err
+
+
+def changed(checkpoint: str, path: Path, **what) -> Path:
+    torch.save({**read_checkpoint(checkpoint), **what}, path)
+    return path
+
+
+def test_weights_that_are_not_finite_are_an_error_that_names_the_first(checkpoint, images, tmp_path, capsys):
+    saved = read_checkpoint(checkpoint)
+    for name in ("blocks.0.mlp.fc1.bias", "head.weight"):
+        saved["state_dict_ema"][name].flatten()[1] = float("nan")
+    path = changed(checkpoint, tmp_path / "nan.pt", state_dict_ema=saved["state_dict_ema"])
+    assert run(images, "--checkpoint", path, "--json") == 2
+    refused(capsys, "CheckpointError", "blocks.0.mlp.fc1.bias")
+
+
+def test_outputs_that_are_not_finite_end_one_image(checkpoint, images, capsys, monkeypatch):
+    forward = classify.TNT.forward
+
+    def overflow(model, image):
+        logits = forward(model, image)
+        logits[0, 1] = float("inf")
+        return logits
+
+    monkeypatch.setattr(classify.TNT, "forward", overflow)
+    assert run(images / "rgb.png", images / "gray.png", "--checkpoint", checkpoint, "--json") == 1
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["error"] == f"the model's outputs for {str(images / 'rgb.png')!r} are not finite"
+    assert len(second["predictions"]) == 3
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"data_config": {}}, {"data_config": 3}, {"classes": [1, 2, 3]}, {"classes": ["a"]}, {"model": None},
+        *({"data_config": {name: value}} for name, value in (
+            ("input_size", (3, 10**6, 10**6)), ("crop_pct", 1e-9), ("std", (0, 0, 0)), ("mean", "abc"), ("interpolation", "x"),
+            ("mean", (float("nan"),) * 3),
+        )),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_asks_for_the_impossible_is_refused(checkpoint, images, tmp_path, capsys, what):
+    if isinstance(config := what.get("data_config"), dict):
+        what = {"data_config": config and {**read_checkpoint(checkpoint)["data_config"], **config}}
+    assert run(images, "--checkpoint", changed(checkpoint, tmp_path / "a.pt", **what)) == 2
+    refused(capsys, "CheckpointError", "a.pt", *what)

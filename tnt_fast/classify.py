@@ -51,7 +51,7 @@ class Classifier:
             self.model, self.data_config = self._from_file(checkpoint, model, model_kwargs or {})
         elif model is not None:
             self.model = _hosted(model, model_kwargs or {})
-            self.data_config = resolve_data_config({}, model=self.model)
+            self.data_config = _default_config(self.model)
         else:
             raise ValueError(
                 "nothing to classify with: give a checkpoint (--checkpoint), or a model whose weights timm hosts (--model)"
@@ -94,14 +94,16 @@ class Classifier:
                 )
             model = create_tnt(saved["model"], **saved["model_kwargs"])
             self.classes = saved["classes"]
+            if len(self.classes) != model.num_classes:
+                raise CheckpointError(f"{str(path)!r} names {len(self.classes)} classes, its model has {model.num_classes}")
             return load_checkpoint(model, path), _checked(saved["data_config"], model, path)
         if name is None:
             raise ValueError(
                 f"{str(path)!r} does not say which model it is for: name it with model (--model tnt_s_patch16_224)"
             )
         classes = head_classes(saved)
-        model = create_tnt(name, **({} if classes is None else {"num_classes": classes}), **kwargs)
-        return load_checkpoint(model, path), resolve_data_config({}, model=model)
+        model = create_tnt(name, **({} if classes is None else {"num_classes": classes}) | kwargs)
+        return load_checkpoint(model, path), _default_config(model)
 
     @torch.inference_mode()
     def __call__(
@@ -220,6 +222,11 @@ def summary(rows: Sequence[dict[str, Any]], others: Mapping[Path, str]) -> list[
         right = sum(row["truth"] == row["predictions"][0]["class"] for row in judged)
         lines.append(f"{right} of {len(judged)} as their folders say ({right / len(judged):.2%})")
     return lines
+
+
+def _default_config(model: TNT) -> dict[str, Any]:
+    """timm's transform for these weights, at the size that the model was built with."""
+    return {**resolve_data_config({}, model=model), "input_size": (model.in_chans, *model.pixel_embed.img_size)}
 
 
 def _checked(config: dict[str, Any], model: TNT, path: str | os.PathLike) -> dict[str, Any]:
