@@ -4,6 +4,7 @@ Every random draw follows from (seed, epoch, image), whoever loads it and when.
 """
 
 import contextlib
+import multiprocessing
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +81,7 @@ class Images(Dataset):
         self.seed, self.epoch = seed, 0
         index = {label: i for i, label in enumerate(self.classes)}
         self.targets = [index[picture.label] for picture in self.pictures]
-        self._said = torch.zeros((), dtype=torch.bool).share_memory_()  # in all processes that read
+        self._said = multiprocessing.Value("b", False)  # for all processes that read
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -97,8 +98,9 @@ class Images(Dataset):
             reason = f"{type(error).__name__}: {error}"
             if self.plain is None:
                 raise DataError(f"cannot transform the image {draw}: {reason}; remove it") from error
-            if not self._said:
-                self._said.fill_(True)
+            with self._said.get_lock():
+                first, self._said.value = not self._said.value, True
+            if first:
                 warnings.warn(
                     f"the augmentation of {draw} failed: {reason}. Its plain crop is taken; so it is for others, which are not "
                     "named. Another --auto-augment may avoid it",
@@ -132,6 +134,7 @@ class DataSet:
         """Training set, augmented, and held-out set. The digits are written here, not before all else is known to be right."""
         config = self._config
         augment, plain = training_transform(config, data_config), evaluation_transform(data_config)
+        _try(augment, config)
         if self._digits:
             write_digits(self._digits)
             self._found = self._files(self._digits)
@@ -139,6 +142,19 @@ class DataSet:
         self.fingerprint = self._found.fingerprint()
         train, val = self._found.parts["train"], self._found.parts["val"]
         return Images(train, self.classes, augment, config.seed, plain), Images(val, self.classes, plain, config.seed)
+
+
+def _try(augment: Callable[[Any], Tensor], config: Config) -> None:
+    """Refuse an augmentation that fails for every image; one that fails for some draws is no reason not to begin."""
+    failed: Exception | None = None
+    for draw in range(8):
+        try:
+            with _seeded(config.seed, draw):
+                augment(Image.new("RGB", (64, 48)))
+            return
+        except Exception as error:
+            failed = error
+    raise ValueError(f"auto_augment={config.auto_augment!r} fails on a plain image: {failed}; '' turns it off") from failed
 
 
 class Order(Sampler):
