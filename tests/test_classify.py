@@ -45,11 +45,11 @@ def _one_thread():
 def trained(tmp_path_factory) -> Path:
     """Directory of a tiny run: data/ and run/."""
     root = tmp_path_factory.mktemp("trained")
-    for part, count in (("train", 4), ("val", 2)):
+    for part, first, count in (("train", 0, 4), ("val", 100, 2)):
         for i, name in enumerate(CLASSES):
             (root / "data" / part / name).mkdir(parents=True)
             for j in range(count):
-                Image.fromarray(pixels(10 * i + j)).save(root / "data" / part / name / f"{j}.png")
+                Image.fromarray(pixels(first + 10 * i + j)).save(root / "data" / part / name / f"{j}.png")
     quick = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--lr", "0.01", "--ema", "0.5"]
     argv = ["train", str(root / "data"), "--out", str(root / "run"), "--model", "tnt_ti_patch16_224", "--model-kwargs", *TINY]
     assert main([*argv, *quick, "--threads", "1"]) == 0
