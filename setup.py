@@ -35,6 +35,7 @@ setup(
         'triton>=3.4; platform_system == "Linux"',
         "timm>=1.0.24",
         "safetensors>=0.4",
+        "huggingface_hub>=0.25",
     ],
     extras_require={
         "xformers": ['xformers>=0.0.29; platform_system == "Linux"'],

@@ -17,8 +17,12 @@ ALLOWED = {
     "kernels/outer.py": ("tnt_fast/attention.py", ""),
     "tnt_fast/dispatch.py": ("kernels/__init__.py tnt_fast/reference.py", "torch timm"),
     "tnt_fast/tnt.py": ("tnt_fast/attention.py tnt_fast/dispatch.py tnt_fast/reference.py", "torch timm"),
-    "tnt_fast/checkpoints.py": ("tnt_fast/tnt.py", "torch timm safetensors"),
-    "tnt_fast/variants.py": ("tnt_fast/tnt.py tnt_fast/checkpoints.py", "timm"),
+    "tnt_fast/reading.py": ("", "torch safetensors"),
+    "tnt_fast/checkpoints.py": ("tnt_fast/tnt.py tnt_fast/reading.py", "torch timm"),
+    "tnt_fast/variants.py": (
+        "tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/reading.py",
+        "torch timm huggingface_hub",
+    ),
     "tnt_fast/__init__.py": (
         "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py",
         "",

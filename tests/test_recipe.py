@@ -197,7 +197,7 @@ def test_what_is_unusual_in_a_run_is_said(changed, images, said):
 
 def test_frozen_blocks_and_the_stem_stay_as_they_are():
     settings = config(freeze_blocks=1).settled(64)
-    model = recipe.build_model(settings, 2)
+    model = recipe.build_model(settings, 2).model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = recipe.build_optimizer(settings, model)
     model(torch.randn(2, 3, 32, 32)).square().sum().backward()
@@ -210,7 +210,7 @@ def test_frozen_blocks_and_the_stem_stay_as_they_are():
 
 def test_layer_decay_scales_the_learning_rate_from_the_head_back():
     settings = config(layer_decay=0.5, lr=1.0, batch_size=8, warmup_epochs=0)
-    model = recipe.build_model(settings, 2)
+    model = recipe.build_model(settings, 2).model
     optimizer = recipe.build_optimizer(settings, model)
     recipe.build_schedule(settings, optimizer, 8).step_update(0)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -240,7 +240,7 @@ def test_balanced_weights_make_a_rare_class_count_as_much(mixing):
 def test_an_optimizer_that_needs_another_package_is_refused(monkeypatch):
     settings = config(opt="fusedadam")
     with pytest.raises(ValueError, match="opt='fusedadam' does not work here .*APEX"):
-        recipe.build_optimizer(settings, recipe.build_model(settings, 2))
+        recipe.build_optimizer(settings, recipe.build_model(settings, 2).model)
 
 
 # ---- a small set ----

@@ -1,32 +1,26 @@
-"""Weights in and out: files of timm, of the authors' release and of mmpretrain, timm models, other image sizes.
+"""Weights in and out: files of timm, of the authors' release, of mmpretrain and of trainers around them; other image sizes.
 
-Reading never executes what a file holds (``weights_only=True``, or safetensors). Writing never loses what was there: a new
-file is written beside the old one and renamed over it when it is complete.
+What a file holds is read by ``reading.py``; here is what it means. Nothing is loaded before all of it was found to fit.
+Writing never loses what was there: a new file is written beside the old one and renamed over it when it is complete.
 """
 
-import argparse
 import copy
 import os
-import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import safetensors
-import safetensors.torch
 import timm.models.tnt
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from tnt_fast.reading import CheckpointError, read_checkpoint, shown
 from tnt_fast.tnt import TNT
 
 FORMAT = 1  # of the checkpoints of tnt-fast train
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be read as a checkpoint, or whose contents do not fit the model."""
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> None:
@@ -47,88 +41,107 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> N
         raise
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a ``.safetensors`` file or one of ``torch.save`` onto the CPU; nothing in it is executed.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: truncated, of another format, without a dict at the top, or in need of executing pickled code.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file at {str(path)!r}")
-    size = f"{path.stat().st_size:,} bytes"
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{str(path)!r} ({size}) is no readable safetensors file: {error}. It may be truncated; fetch it again."
-            ) from error
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training checkpoints hold their arguments
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{str(path)!r} ({size}) is refused: it is no file of torch.save, or it holds more than weights, and loading it "
-            "could execute code. tnt_fast reads weights only. From a source that you trust, load it yourself and save "
-            f"model.state_dict() to a new file. PyTorch says: {str(error).strip().splitlines()[0]}"
-        ) from error
-    except Exception as error:  # an unpickler that is fed foreign bytes raises anything
-        raise CheckpointError(
-            f"{str(path)!r} ({size}) is no readable file of torch.save: {error or type(error).__name__}. "
-            "It may be truncated; fetch it again."
-        ) from error
-    if not isinstance(checkpoint, Mapping):
-        raise CheckpointError(f"{str(path)!r} holds a {type(checkpoint).__name__}; expected a dict of tensors")
-    return dict(checkpoint)
-
-
 def load_checkpoint(
     model: TNT,
-    path: str | os.PathLike,
+    source: str | os.PathLike | Mapping[str, Any],
     *,
     use_ema: bool = True,
     reset_head: bool = False,
     source_grid: tuple[int, int] | None = None,
 ) -> TNT:
-    """Load the weights of a file into ``model``, whoever wrote it, and return the model.
+    """Load weights into ``model``, whoever wrote them, and return the model, which changes only if all of them fit.
 
-    Files of timm, of the authors' release, of mmpretrain (legacy) and of ``tnt-fast train``; ``.pth``, ``.pth.tar``,
-    ``.safetensors``; wrapped in ``state_dict``, ``state_dict_ema``, ``model`` or ``model_ema``, with ``module.``,
-    ``_orig_mod.`` or ``backbone.`` prefixes. Patch positions are resampled (bicubic) to the model's grid. The model is
-    changed only after everything was found to fit.
+    Names of timm, of the authors' release and of mmpretrain (legacy), at any depth of dicts and under any prefix
+    (``state_dict``, ``net``; ``module.``, ``student.``, ``backbone.``): where they lie is found by the keys. Patch positions
+    are resampled (bicubic) to the model's grid.
 
     Args:
-        use_ema: prefer averaged weights where the file has both.
+        source: a ``.pth``, ``.pt``, ``.bin`` or ``.safetensors`` file, a Hugging Face folder, or what such a file holds.
+        use_ema: prefer averaged weights where there are both.
         reset_head: keep the model's own head, for another set of classes.
         source_grid: rows and columns of the file's patch grid; None: what the file says, else square.
 
     Raises:
         FileNotFoundError: no such file. CheckpointError: it cannot be read or does not fit; the message names the keys.
     """
-    checkpoint = read_checkpoint(path)
-    if source_grid is None and isinstance(checkpoint.get("grid_size"), (tuple, list)):
-        source_grid = tuple(checkpoint["grid_size"])
-    try:
-        state = convert_state_dict(_unwrap(checkpoint, use_ema), model, source_grid=source_grid)
-        if reset_head:
-            state |= {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
-        _check_fit(state, model)
-    except CheckpointError as error:
-        raise CheckpointError(f"{str(path)!r} does not fit this model: {error}") from error
-    model.load_state_dict(state)
+    fitted = fit(model, source, use_ema=use_ema, reset_head=reset_head, source_grid=source_grid)
+    model.load_state_dict({**model.state_dict(), **fitted.state})
     return model
 
 
-def head_classes(checkpoint: Any) -> int | None:
-    """How many classes the head in a checkpoint of any origin has; None: it has no head."""
-    for key, value in checkpoint.items():
-        if isinstance(value, dict) and (found := head_classes(value)) is not None:
-            return found
-        if isinstance(value, Tensor) and str(key).endswith(("head.weight", "head.fc.weight")):
-            return value.shape[0]
-    return None
+class Fitted(NamedTuple):
+    """Weights under a model's names and in its shapes, without a head that it keeps, and a sentence about what they are."""
+
+    state: dict[str, Tensor]
+    said: str
+
+
+def fit(
+    model: TNT,
+    source: str | os.PathLike | Mapping[str, Any],
+    *,
+    use_ema: bool = True,
+    reset_head: bool = False,
+    adapt: bool = False,
+    source_grid: tuple[int, int] | None = None,
+    what: str = "the checkpoint",
+) -> Fitted:
+    """As ``load_checkpoint``, without loading: ``model`` may be on the device "meta".
+
+    Args:
+        adapt: keep the model's own head where the numbers of classes differ, and adapt the stem to its input channels, as timm
+            does with pretrained weights.
+        what: a dict is called in messages.
+    """
+    if isinstance(source, Mapping):
+        checkpoint: Mapping[str, Any] = source
+    else:
+        checkpoint, what = read_checkpoint(source), repr(os.fspath(source))
+    try:
+        found = _find_weights(checkpoint, use_ema)
+        _check_kinds(found.state)
+        state = convert_state_dict(found.state, model, source_grid=source_grid or _saved_grid(checkpoint))
+        said = [f"loaded {len({key.split('.')[1] for key in state if key.startswith('blocks.')})} blocks{found.said}"]
+        before = _classes(state)
+        if adapt:
+            reset_head = reset_head or before != model.num_classes
+            stem, channels = state.get("pixel_embed.proj.weight"), model.in_chans
+            if stem is not None and stem.ndim == 4 and stem.shape[1] != channels and stem.shape[1] == 3:
+                state["pixel_embed.proj.weight"] = adapt_input_conv(channels, stem)
+                said.append(f"input channels adapted: 3 → {channels}")
+        if reset_head:
+            state = {k: v for k, v in state.items() if not k.startswith("head.")}
+            said.append(f"head replaced: {before:,} → {model.num_classes:,} classes" if before else "new head")
+        if "patch_pos" in state and not any(state["patch_pos"] is value for value in found.state.values()):
+            said.append("positions resampled to {}×{} patches".format(*model.pixel_embed.grid_size))
+        _check_fit(state, model, reset_head)
+        _check_finite(state, model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{what} does not fit this model: {error}") from error
+    return Fitted(state, ", ".join(said))
+
+
+def head_classes(checkpoint: Mapping[str, Any]) -> int | None:
+    """How many classes the head in a checkpoint of any origin has; None: it has no head, or is none of a TNT."""
+    try:
+        state = _find_weights(checkpoint, use_ema=True).state
+    except CheckpointError:
+        return None
+    return _classes(state) or None
+
+
+def _classes(state: Mapping[str, Tensor]) -> int:
+    head = state.get("head.weight", state.get("head.fc.weight"))
+    return head.shape[0] if head is not None and head.ndim == 2 and head.shape[1] else 0
+
+
+def _saved_grid(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
+    grid = checkpoint.get("grid_size")
+    if grid is None:
+        return None
+    if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(type(side) is int and side > 0 for side in grid):
+        raise CheckpointError(f"its entry 'grid_size' is {shown(grid)}; expected rows and columns of patches")
+    return (grid[0], grid[1])
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: TNT) -> dict[str, Tensor]:
@@ -153,22 +166,79 @@ def convert_state_dict(
     elif any("inner_attn" in key or key in ("outer_pos", "inner_pos") for key in state):
         state = _from_authors(state)
     if not any(key.startswith("pixel_embed.") for key in state):
-        shown = ", ".join(list(state)[:3]) or "no tensors"
-        raise CheckpointError(f"it does not look like a TNT: no pixel_embed.* among its {len(state)} tensors ({shown}, …)")
+        raise CheckpointError(_no_tnt(state))
     if "patch_pos" in state and model.patch_pos is not None:
         state["patch_pos"] = _resample(state["patch_pos"], model, source_grid)
     return state
 
 
-def _unwrap(checkpoint: Mapping[str, Any], use_ema: bool) -> dict[str, Tensor]:
-    names = ["state_dict_ema", "model_ema"] if use_ema else []
-    for name in (*names, "state_dict", "model"):
-        if isinstance(checkpoint.get(name), Mapping):
-            checkpoint = checkpoint[name]
-            break
-    prefix = re.compile(r"^(module\.|_orig_mod\.|backbone\.)+")
-    return {prefix.sub("", key): value for key, value in checkpoint.items() if isinstance(key, str)}
+# ---- where the weights lie ----
 
+_STEM = "pixel_embed.proj.weight"  # of timm and mmpretrain; the authors call it as ViTs do
+_AUTHORS_STEM, _AUTHORS_NORM = "patch_embed.proj.weight", "proj_norm1.weight"
+_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averag\w*)(?![a-z])")
+_DEEPEST = 6  # dicts in dicts
+
+
+class _Weights(NamedTuple):
+    state: dict[str, Tensor]
+    said: str
+
+
+def _find_weights(checkpoint: Mapping[str, Any], use_ema: bool) -> _Weights:
+    """The one TNT in nested dicts: by the key of its stem, what stands before it is the prefix of all its keys."""
+    places = {(id(mapping), prefix): (name, mapping, prefix) for name, mapping, prefix in _places(checkpoint, "")}.values()
+    if not places:
+        raise CheckpointError(_no_tnt(dict(_tensors(checkpoint))))
+    averaged, plain = (
+        [place for place in places if bool(_AVERAGED.search(place[0].lower())) is wanted] for wanted in (True, False)
+    )
+    chosen = averaged if averaged and (use_ema or not plain) else plain
+    _, mapping, prefix = chosen[0]
+    if len(chosen) > 1:
+        names = ", ".join(repr(shown(place[0])) for place in chosen[:4])
+        raise CheckpointError(
+            f"it holds the weights of {len(chosen)} TNTs, at {names}; take the dict of one: load_checkpoint(model, dict)"
+        )
+    state = {key[len(prefix) :]: value for key, value in mapping.items() if isinstance(key, str) and key.startswith(prefix)}
+    beside = prefix[: prefix.rfind(".", 0, -1) + 1] + "head."  # mmpretrain's head is beside its backbone
+    if prefix and not any(key.startswith("head.") for key in state):
+        found = {key: value for key, value in mapping.items() if isinstance(key, str) and key.startswith(beside)}
+        state |= {key[len(beside) - len("head.") :]: value for key, value in found.items()}
+    said = ""
+    if averaged and plain:
+        said = f" ({'the averaged' if chosen is averaged else 'not the averaged'} weights of the two that it holds)"
+    return _Weights({key: value for key, value in state.items() if isinstance(value, Tensor)}, said)
+
+
+def _places(value: Mapping[Any, Any], path: str, depth: int = 0) -> Iterator[tuple[str, Mapping[Any, Any], str]]:
+    """(name, dict, prefix) of each TNT."""
+    for key, inner in value.items():
+        if not isinstance(key, str):
+            continue
+        if isinstance(inner, Mapping) and depth < _DEEPEST:
+            yield from _places(inner, f"{path}{key}.", depth + 1)
+        for stem in (_STEM, _AUTHORS_STEM):
+            prefix = key.removesuffix(stem)
+            whole = prefix != key and (not prefix or prefix.endswith(".")) and isinstance(inner, Tensor)
+            if whole and (stem == _STEM or f"{prefix}{_AUTHORS_NORM}" in value):
+                yield path + prefix, value, prefix
+
+
+def _tensors(value: Mapping[Any, Any], path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    for key, inner in value.items():
+        if isinstance(inner, Tensor):
+            yield f"{path}{key}", inner
+        elif isinstance(inner, Mapping) and depth < _DEEPEST:
+            yield from _tensors(inner, f"{path}{key}.", depth + 1)
+
+
+def _no_tnt(state: Mapping[str, Tensor]) -> str:
+    names = ", ".join(shown(key) for key in list(state)[:3]) or "no tensors"
+    return f"it does not look like a TNT: no {_STEM} among its {len(state)} tensors ({names}, …)"
+
+
+# ---- what the weights are called ----
 
 _AUTHORS = (  # in this order: proj_norm and inner_norm before the shorter names
     ("outer_pos", "patch_pos"), ("inner_pos", "pixel_pos"), ("patch_embed", "pixel_embed"),
@@ -185,7 +255,7 @@ def _from_authors(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         for old, new in _AUTHORS:
             key = key.replace(old, new)
-        if key == "pixel_pos" and value.ndim == 3:  # (1, S, C), as the release has it
+        if key == "pixel_pos" and value.ndim == 3 and value.shape[0] == 1:  # (1, S, C), as the release has it
             side = round(value.shape[1] ** 0.5)
             if side * side != value.shape[1]:
                 raise CheckpointError(f"inner_pos has {value.shape[1]} positions, which form no square")
@@ -211,7 +281,7 @@ def _from_mmpretrain(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for pattern, new in _MMPRETRAIN:
             key = re.sub(pattern, new, key)
         stem, _, kind = key.rpartition(".in_proj_")
-        if stem:  # (3E, E): queries and keys, then values
+        if stem and value.ndim:  # (3E, E): queries and keys, then values
             split = value.shape[0] // 3 * 2
             out[f"{stem}.qk.{kind}"], out[f"{stem}.v.{kind}"] = value[:split], value[split:]
         else:
@@ -221,7 +291,10 @@ def _from_mmpretrain(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _resample(patch_pos: Tensor, model: TNT, source_grid: tuple[int, int] | None) -> Tensor:
     """``(1, 1 + N', E)`` to the model's ``(1, 1 + N, E)``; the class token's position is kept."""
-    count, grid = patch_pos.shape[1] - 1, tuple(model.pixel_embed.grid_size)
+    shape = tuple(patch_pos.shape)
+    if len(shape) != 3 or shape[0] != 1 or shape[1] < 2 or shape[2] != model.embed_dim:
+        return patch_pos  # which _check_fit then names
+    count, grid = shape[1] - 1, tuple(model.pixel_embed.grid_size)
     square = (round(count**0.5),) * 2
     if source_grid is None and square[0] * square[1] == count:
         if count == grid[0] * grid[1] and square != grid:
@@ -251,10 +324,56 @@ def _resample(patch_pos: Tensor, model: TNT, source_grid: tuple[int, int] | None
     return resample_abs_pos_embed(patch_pos, new_size=list(grid), old_size=list(source_grid), num_prefix_tokens=1)
 
 
-def _check_fit(state: Mapping[str, Tensor], model: TNT) -> None:
+def _check_kinds(state: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for tensors that are no numbers to compute with, or larger than what is stored of them."""
+    wrong = [f"{shown(key)} is {kind}" for key, value in state.items() if (kind := _wrong_kind(value))]
+    if wrong:
+        raise CheckpointError(
+            f"{_listing('not weights', wrong)}. Weights are dense tensors of {', '.join(map(_dtype, WEIGHTS))}"
+        )
+
+
+WEIGHTS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _wrong_kind(value: Tensor) -> str:
+    if type(value) not in (Tensor, nn.Parameter):
+        return f"a {type(value).__name__}"
+    if value.is_nested or value.layout != torch.strided:
+        return f"laid out as {value.layout}"
+    if value.is_quantized or value.dtype not in WEIGHTS:
+        return _dtype(value.dtype)
+    if value.is_meta:
+        return "on the device 'meta', without numbers"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"{_size(tuple(value.shape))}, expanded from less"
+    return ""
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return str(shape) if len(shape) <= 8 else f"of {len(shape)} dimensions"
+
+
+def _check_finite(state: Mapping[str, Tensor], model: TNT) -> None:
+    for name, own in model.state_dict().items():
+        value = state.get(name)
+        if value is None or bool(torch.isfinite(value.to(own.dtype)).all()):
+            continue
+        where = f"as {_dtype(own.dtype)} " if bool(torch.isfinite(value).all()) else ""
+        raise CheckpointError(
+            f"{name} holds values that are {where}not finite (NaN or infinite); what wrote it had diverged: "
+            "take an earlier checkpoint"
+        )
+
+
+def _check_fit(state: Mapping[str, Tensor], model: TNT, reset_head: bool) -> None:
     """Raise CheckpointError unless keys and shapes are exactly the model's."""
-    own = model.state_dict()
-    missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
+    own = {k: v for k, v in model.state_dict().items() if not (reset_head and k.startswith("head."))}
+    missing, unexpected = [k for k in own if k not in state], [shown(k) for k in state if k not in own]
     legacy = any(re.fullmatch(r"blocks\.\d+\.proj\.bias", key) for key in state)
     folds = legacy or any(re.fullmatch(r"blocks\.\d+\.norm2_proj\.weight", key) for key in state)
     if folds and legacy != model.pixel_embed.legacy:
@@ -264,14 +383,14 @@ def _check_fit(state: Mapping[str, Tensor], model: TNT) -> None:
             f"{'blocks.*.proj.bias' if legacy else 'blocks.*.norm2_proj.*'}); build the model with legacy={legacy}"
         )
     wrong = [
-        f"{k} {tuple(state[k].shape)}, model {tuple(own[k].shape)}"
+        f"{k} {_size(tuple(state[k].shape))}, model {tuple(own[k].shape)}"
         for k in own
         if k in state and state[k].shape != own[k].shape
     ]
     if not (missing or unexpected or wrong):
         return
     parts = [_listing("missing", missing), _listing("unexpected", unexpected), _listing("other shapes", wrong)]
-    classes = state["head.weight"].shape[0] if "head.weight" in state else 0
+    classes = _classes(state)
     if classes != model.num_classes and all("head." in text for text in (*missing, *unexpected, *wrong)):
         remedy = f"the file has {classes or 'no'} classes, the model {model.num_classes or 'none'}: build the model with "
         remedy += f"num_classes={classes}, or keep the model's own head with reset_head=True"

@@ -8,19 +8,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import timm
 import torch
 from timm.data import ImageNetInfo, resolve_data_config
 from torch import Tensor
 
-from tnt_fast.checkpoints import FORMAT, CheckpointError, from_timm, head_classes, load_checkpoint, read_checkpoint
+from tnt_fast.checkpoints import CheckpointError
 from tnt_fast.data import evaluation_transform
 from tnt_fast.dispatch import choose, why_not_fused
 from tnt_fast.images import DataError, open_image
 from tnt_fast.tnt import TNT
-from tnt_fast.variants import create_tnt
+from tnt_fast.variants import check_sizes, load_tnt
 
 READERS = min(8, os.cpu_count() or 1)  # threads that decode; Pillow lets the others run meanwhile
 
@@ -46,25 +45,16 @@ class Classifier:
         backend: str = "auto", class_names: Sequence[str] | None = None, model_kwargs: dict[str, Any] | None = None,
     ):  # fmt: skip
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.classes: list[str] = []
-        if checkpoint is not None:
-            self.model, self.data_config = self._from_file(checkpoint, model, model_kwargs or {})
-        elif model is not None:
-            self.model = _hosted(model, model_kwargs or {})
-            self.data_config = _default_config(self.model)
-        else:
+        if checkpoint is None and model is None:
             raise ValueError(
                 "nothing to classify with: give a checkpoint (--checkpoint), or a model whose weights timm hosts (--model)"
             )
+        loaded = load_tnt(model, checkpoint, **check_sizes(model_kwargs or {}))
+        self.model, self.weights, self.classes, self.data_config = loaded.model, loaded.said, loaded.classes, loaded.data_config
         if self.model.num_classes < 1:
             raise CheckpointError("the model has no classes, so it cannot classify")
         if self.model.in_chans != 3:
             raise CheckpointError(f"the model takes images of {self.model.in_chans} channels; those of files have 3")
-        for name, tensor in self.model.state_dict().items():
-            if not tensor.isfinite().all():
-                raise CheckpointError(
-                    f"the weights in {name} are not all finite, so no prediction would be; take an earlier file"
-                )
         self.model.to(self.device).eval()
         self.model.backend = backend
         image = torch.empty(1, self.model.in_chans, *self.model.pixel_embed.img_size, device=self.device)
@@ -78,32 +68,6 @@ class Classifier:
         if len(self.classes) != self.model.num_classes:
             raise ValueError(f"{len(self.classes)} class names, but the model has {self.model.num_classes} classes")
         self.transform = evaluation_transform(self.data_config)
-
-    def _from_file(self, path: str | os.PathLike, name: str | None, kwargs: dict[str, Any]) -> tuple[TNT, dict[str, Any]]:
-        saved = read_checkpoint(path)
-        if saved.get("format") == FORMAT:  # of tnt-fast train
-            if kwargs:
-                raise ValueError(
-                    f"{str(path)!r} brings the model's arguments itself; leave out model_kwargs ({', '.join(kwargs)})"
-                )
-            kinds = {"model": str, "model_kwargs": dict, "classes": list, "data_config": dict}
-            lost = [key for key, kind in kinds.items() if not isinstance(saved.get(key), kind)]
-            if lost or not all(isinstance(each, str) for each in saved["classes"]):
-                raise CheckpointError(
-                    f"{str(path)!r} is no whole checkpoint of tnt-fast train: {', '.join(lost or ['classes'])}"
-                )
-            model = create_tnt(saved["model"], **saved["model_kwargs"])
-            self.classes = saved["classes"]
-            if len(self.classes) != model.num_classes:
-                raise CheckpointError(f"{str(path)!r} names {len(self.classes)} classes, its model has {model.num_classes}")
-            return load_checkpoint(model, path), _checked(saved["data_config"], model, path)
-        if name is None:
-            raise ValueError(
-                f"{str(path)!r} does not say which model it is for: name it with model (--model tnt_s_patch16_224)"
-            )
-        classes = head_classes(saved)
-        model = create_tnt(name, **({} if classes is None else {"num_classes": classes}) | kwargs)
-        return load_checkpoint(model, path), _default_config(model)
 
     @torch.inference_mode()
     def __call__(
@@ -227,44 +191,6 @@ def summary(rows: Sequence[dict[str, Any]], others: Mapping[Path, str]) -> list[
 def _default_config(model: TNT) -> dict[str, Any]:
     """timm's transform for these weights, at the size that the model was built with."""
     return {**resolve_data_config({}, model=model), "input_size": (model.in_chans, *model.pixel_embed.img_size)}
-
-
-def _checked(config: dict[str, Any], model: TNT, path: str | os.PathLike) -> dict[str, Any]:
-    """The transform that a file asks for, if it is one for images of the model's size."""
-    size = (model.in_chans, *model.pixel_embed.img_size)
-    try:
-        mean, std = ([float(number) for number in config[name]] for name in ("mean", "std"))
-        sound = (
-            tuple(config["input_size"]) == size
-            and config["interpolation"] in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-            and len(mean) == len(std) == 3
-            and all(0 <= m <= 1 for m in mean)
-            and all(0 < s <= 10 for s in std)
-            and 0.1 <= float(config["crop_pct"]) <= 2
-        )
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise CheckpointError(
-            f"the data_config in {str(path)!r} is no transform for images of {size}: {str(config)[:300]}; expected input_size, "
-            "interpolation, mean, std and crop_pct, as tnt-fast train writes them"
-        )
-    return config
-
-
-def _hosted(name: str, kwargs: dict[str, Any]) -> TNT:
-    try:
-        if name.startswith(("hf-hub:", "hf_hub:")):
-            return from_timm(cast(Any, timm.create_model(name, pretrained=True, **kwargs)))  # which refuses another model
-        return create_tnt(name.removeprefix("timm/"), pretrained=True, **kwargs)
-    except (OSError, RuntimeError) as error:
-        if "No pretrained weights exist" in str(error):
-            raise ValueError(f"nobody hosts weights of {name!r}; give a checkpoint file (--checkpoint)") from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConnectionError(
-            f"cannot fetch the weights of {name!r} ({reason}). Without a network, download the file elsewhere and pass it as "
-            "the checkpoint, with this model (--checkpoint FILE --model NAME)"
-        ) from error
 
 
 def _imagenet_classes(count: int) -> list[str]:

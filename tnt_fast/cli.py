@@ -187,6 +187,7 @@ def _train(args: argparse.Namespace) -> int:
         )
     say(f"{run.config.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, {len(run.classes)} classes")
     say(f"images: {len(run.train_set)} to train on, {len(run.val_set)} held out; device {run.device}")
+    say(f"weights: {run.built.said}")
     say(f"path: {_path(run.model.backend, run.why_not_fused)}")
     for line in run.config.remarks(len(run.train_set)):
         say(line)
@@ -312,6 +313,7 @@ def _classify(args: argparse.Namespace) -> int:
     names = None if args.class_names is None else classify.read_class_names(args.class_names)
     kwargs = _key_values(args.model_kwargs or [])
     classifier = classify.Classifier(args.checkpoint, args.model, args.device, args.backend, names, kwargs)
+    say(f"weights: {classifier.weights}", error=True)
     say(f"path: {_path(args.backend, classifier.why_not_fused)}", error=True)
     rows = []
     lines = not (args.json or args.out)

@@ -3,7 +3,7 @@
 The settings are the options of ``tnt-fast train``, whose --help does not wait for torch: only functions import it here.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from tnt_fast.tnt import TNT
+    from tnt_fast.variants import Loaded
 
 DIGITS = "digits"  # the name of scikit-learn's handwritten digits, in place of a directory
 MAY_CHANGE = ("data", "skip_bad", "allow_changed_data", "device", "workers")  # settings that a resumed run takes anew
@@ -230,26 +231,28 @@ DIGITS_RECIPE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def build_model(config: Config, num_classes: int, trained: bool = True) -> "TNT":
-    """The TNT that a config names, with a head for ``num_classes``.
-
-    ``trained``: with the weights that the config starts from; else with its own, for those of a saved run.
+def build_model(config: Config, num_classes: int, saved: Mapping[str, Any] | None = None) -> "Loaded":
+    """The TNT that a config names, with a head for ``num_classes``, and its weights: those of ``saved``, which the run wrote
+    and which then says what the model is, of the initial checkpoint, those that the name means, or random ones.
     """
     from timm.utils import freeze
 
-    from tnt_fast.checkpoints import head_classes, load_checkpoint, read_checkpoint
     from tnt_fast.images import DataError
-    from tnt_fast.variants import create_tnt
+    from tnt_fast.variants import Loaded, check_sizes, create_tnt, load_tnt, variant
 
     given = config.model_kwargs.get("num_classes", num_classes)
     if given != num_classes:
         raise DataError(f"model_kwargs says num_classes={given}, the data has {num_classes} classes; leave it out")
-    kwargs = {"drop_path_rate": config.drop_path, **config.model_kwargs, "num_classes": num_classes, "backend": config.backend}
-    hosted = trained and config.has_weights and not config.initial
-    model = create_tnt(config.model, pretrained=hosted, **kwargs)
-    if trained and config.initial:
-        classes = head_classes(read_checkpoint(config.initial))
-        load_checkpoint(model, config.initial, reset_head=classes != num_classes)
+    if saved is not None:
+        built = load_tnt(None, saved, backend=config.backend, use_ema=False)
+    else:
+        sizes = check_sizes({"drop_path_rate": config.drop_path, **config.model_kwargs, "num_classes": num_classes})
+        if config.has_weights:
+            built = load_tnt(config.model, config.initial or None, backend=config.backend, **sizes)
+        else:
+            model = create_tnt(config.model, backend=config.backend, **sizes)
+            built = Loaded(model, "random", variant(config.model), sizes, [], {})
+    model = built.model
     model.set_grad_checkpointing(config.grad_checkpointing)
     depth, frozen = len(model.blocks), config.freeze_blocks
     _require(frozen <= depth, f"freeze_blocks={frozen} must be at most {depth}, the model's depth")
@@ -258,7 +261,7 @@ def build_model(config: Config, num_classes: int, trained: bool = True) -> "TNT"
         for name in model.no_weight_decay():  # class token and positions
             if (parameter := getattr(model, name)) is not None:
                 parameter.requires_grad_(False)
-    return model
+    return built
 
 
 def build_optimizer(config: Config, model: "TNT") -> "Optimizer":

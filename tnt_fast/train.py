@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import tnt_fast
 from tnt_fast.check import differences
-from tnt_fast.checkpoints import FORMAT, CheckpointError, read_checkpoint, save_checkpoint
+from tnt_fast.checkpoints import FORMAT, CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from tnt_fast.data import DataError, DataSet, Order, batches, readers_named
 from tnt_fast.dispatch import choose, find_device
 from tnt_fast.recipe import Config, build_loss, build_model, build_optimizer, build_schedule
@@ -105,13 +105,15 @@ class Run:
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
         # what a saved run began with is in its checkpoint, or gone
-        self.model = build_model(config, len(data.classes), trained=saved is None).to(self.device)
+        self.built = build_model(config, len(data.classes), saved)
+        self.model = self.built.model.to(self.device)
         size = self.model.pixel_embed.img_size
         image = torch.empty(1, self.model.in_chans, *size, device=self.device)
         self.why_not_fused = [] if config.backend == "reference" else tnt_fast.why_not_fused(self.model, image)
         if not choose(self.model, image, warn=False):  # "fused" fails here, before anything is written
             self.model.backend = "reference"  # whoever shows the run says so, instead of a warning
         self.data_config = resolve_data_config({"crop_pct": config.crop_pct or None}, model=self.model)
+        self.data_config |= {k: v for k, v in self.built.data_config.items() if k in ("mean", "std", "interpolation")}
         self.data_config["input_size"] = (self.model.in_chans, *size)
         self.train_set, self.val_set = data.images(self.data_config)
         self.classes, self.fingerprint = data.classes, data.fingerprint
@@ -146,13 +148,12 @@ class Run:
             if not self.config.allow_changed_data:
                 raise CheckpointError(f"{text}; restore them, start anew in another --out, or go on with --allow-changed-data")
             self.log(f"{text}; going on from the start of epoch {saved['epoch'] + 1}")
-        self.model.load_state_dict(saved["state_dict"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if not changed:  # else the epochs may have another number of steps
             self.scheduler.load_state_dict(saved["scheduler"])
         self.scaler.load_state_dict(saved["scaler"])
         if self.ema:
-            self.ema.module.load_state_dict(saved["state_dict_ema"])
+            load_checkpoint(cast(Any, self.ema.module), {"state_dict": saved["state_dict_ema"]})
         self.epoch, self.step, self.loss_sum = saved["epoch"], saved["step"], saved["loss_sum"]
         if changed:  # another order
             self.step, self.loss_sum = 0, 0.0
@@ -163,8 +164,8 @@ class Run:
         """What ``classify`` and ``load_checkpoint`` need."""
         return {
             "format": FORMAT,
-            "model": self.config.model,
-            "model_kwargs": {**self.config.model_kwargs, "num_classes": len(self.classes)},
+            "model": self.built.name,
+            "model_kwargs": self.built.sizes,
             "state_dict": self.model.state_dict(),
             **({"state_dict_ema": self.ema.module.state_dict()} if self.ema else {}),
             "classes": self.classes,
