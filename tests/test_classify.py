@@ -545,8 +545,8 @@ def test_arguments_of_the_model_are_passed_on(images, tmp_path, capsys, checkpoi
     argv = [images / "rgb.png", "--model-kwargs", "img_size=32", "depth=1"]
     assert run(*argv, "--checkpoint", tmp_path / "small.pth", "--model", "tnt_ti_patch16_224", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)[0]["predictions"]) == 2
-    assert run(*argv, "--checkpoint", checkpoint) == 2
-    refused(capsys, "ValueError", "brings the model's arguments itself", "img_size, depth")
+    assert run(images / "rgb.png", "--model-kwargs", "depth=2", "--checkpoint", checkpoint) == 2
+    refused(capsys, "CheckpointError", checkpoint, "does not fit this model", "missing: blocks.1.")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a", "nosuch/a.csv"])

@@ -20,7 +20,7 @@ PLAIN = ["--threads", "1", "--workers", "0", "--device", "cpu"]
 
 
 def config(**changed) -> recipe.Config:
-    return recipe.Config("data", "tnt_ti_patch16_224", dict(TINY), **changed)
+    return recipe.Config("data", model="tnt_ti_patch16_224", model_kwargs=dict(TINY), **changed)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -130,7 +130,7 @@ def test_the_learning_rate_follows_the_batch_down_to_a_floor(changed, lr):
 
 @pytest.mark.parametrize("name", ["tnt_s_patch16_224.in1k", "hf-hub:timm/tnt_s_patch16_224.in1k"])
 def test_a_model_with_a_tag_is_fine_tuned(name):
-    assert recipe.Config("data", name).settled(1000).lr == pytest.approx(5e-5)
+    assert recipe.Config("data", model=name).settled(1000).lr == pytest.approx(5e-5)
 
 
 def rates(settings: recipe.Config, images: int) -> list[float]:

@@ -695,7 +695,14 @@ def test_write_digits_completes_a_folder_that_was_left_half_written(tmp_path):
 
 def begin(data, out, initial) -> torch.nn.Module:
     config = recipe.Config(
-        str(data), "tnt_ti_patch16_224", train_kwargs(), initial=str(initial), batch_size=4, device="cpu", workers=0, threads=1
+        str(data),
+        model="tnt_ti_patch16_224",
+        model_kwargs=train_kwargs(),
+        initial=str(initial),
+        batch_size=4,
+        device="cpu",
+        workers=0,
+        threads=1,
     )
     return train.Run(config, out, log=lambda _: None).model
 

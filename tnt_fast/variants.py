@@ -265,7 +265,7 @@ def load_tnt(
         classes = head_classes(weights)
         sizes = {**({} if classes is None else {"num_classes": classes}), **told.sizes, **sizes}
         shape = create_tnt(chosen, device="meta", **sizes)
-        data_config = _data_config(told.data_config, shape)
+        data_config = _data_config(told.data_config, shape, whole="format" in weights)
         names = _class_names(told.classes, classes) if shape.num_classes == classes else []
     except CheckpointError as error:
         raise CheckpointError(f"{where} is refused: {error}") from error
@@ -337,16 +337,20 @@ _DATA: dict[str, Any] = {
 }
 
 
-def _data_config(given: Any, model: TNT) -> dict[str, Any]:
-    """timm's data config for a model by what a file says about its images."""
+def _data_config(given: Any, model: TNT, whole: bool) -> dict[str, Any]:
+    """timm's data config for a model by what a file says about its images; ``whole``: it has to say all."""
     size = (model.in_chans, *model.pixel_embed.img_size)
     known = ("input_size", "mean", "std", *_DATA)
     config = resolve_data_config({}, model=model) | {"input_size": size}
-    if given is None:
+    if given is None and not whole:
         return config
     if not isinstance(given, Mapping):
         raise CheckpointError(f"its entry 'data_config' is a {type(given).__name__}; expected {', '.join(known)}")
     try:
+        if whole and not given.keys() >= {"input_size", "mean", "std", "interpolation", "crop_pct"}:
+            raise ValueError
+        if whole and (len(given["input_size"]) != 3 or not all(_SIDE(side) for side in given["input_size"])):
+            raise ValueError
         config |= {name: check(given[name]) for name, check in _DATA.items() if given.get(name) is not None}
         for name, low in (("mean", -1e4), ("std", 1e-6)):
             if given.get(name) is not None:
@@ -354,9 +358,11 @@ def _data_config(given: Any, model: TNT) -> dict[str, Any]:
                 if not isinstance(values, list | tuple) or len(values) not in (1, model.in_chans):
                     raise ValueError
                 config[name] = tuple(one(value) for value in values)
-    except ValueError:
+    except (ValueError, TypeError):
         wanted = "; ".join(f"{key}: {check}" for key, check in _DATA.items())
-        raise CheckpointError(f"its entry 'data_config' is refused; expected {wanted}; mean, std: a number a channel") from None
+        raise CheckpointError(
+            f"its entry 'data_config' is refused; expected input_size; {wanted}; mean, std: a number a channel"
+        ) from None
     return config
 
 
