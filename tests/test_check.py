@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 pytest.importorskip("torchvision")
 
 from PIL import Image
+from timm.loss import SoftTargetCrossEntropy
 
 from tnt_fast import check
 from tnt_fast.cli import main
@@ -157,6 +159,16 @@ def test_what_was_examined_is_not_examined_again_until_a_file_changes(divided, c
     assert look() == (8, ["train/cat/0.png"])
 
 
+def test_the_same_files_from_elsewhere_have_other_names(whole, tmp_path):
+    (whole / "ant" / "bad.png").write_bytes(b"no image")
+    rows = "".join(f"{file},{file.parent.name}\n" for file in sorted(whole.glob("*/*")))
+    (tmp_path / "all.csv").write_text("file,label\n" + rows)
+    for data, name in ((whole, "ant/bad.png"), (tmp_path / "all.csv", f"{whole.name}/ant/bad.png")):
+        files = check.find(data)
+        check.examine(files)
+        assert list(files.bad) == [name]
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(divided, cache):
     cache.write_text("a file where a folder should be")
     files = check.find(divided)
@@ -267,6 +279,19 @@ def test_a_csv_file_gives_the_labels(whole, tmp_path):
         (tmp_path / "two" / f"{part}.csv").write_text("file,label,more\n" + "\n".join(lines))
     files = check.training_files(tmp_path / "two")
     assert files.counts() == {name: {"train": 3, "val": 2} for name in ("ant", "cow")}
+    shutil.copy(tmp_path / "two" / "val.csv", tmp_path / "two" / "train.csv")
+    with pytest.raises(DataError, match="4 files are to be trained on and held out: '.*ant/3.png'"):
+        check.find(tmp_path / "two")
+
+
+def test_a_run_holds_out_a_part_of_what_a_csv_file_lists(whole, tmp_path, capsys):
+    rows = "".join(f"{file},{file.parent.name}\n" for file in sorted(whole.glob("*/*")))
+    (tmp_path / "labels.csv").write_text("file,label\n" + rows)
+    argv = [*settings(tmp_path / "labels.csv", tmp_path / "run"), "--val-fraction", "0.2"]
+    assert main(argv) == 0
+    assert "images: 24 to train on, 6 held out" in capsys.readouterr().out
+    assert main([*argv, "--resume"]) == 0
+    assert "already trained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -308,15 +333,25 @@ def test_a_fingerprint_tells_which_class_changed(divided):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("part", check.PARTS)
-def test_a_run_whose_data_changed_goes_on_only_where_that_is_allowed(divided, tmp_path, capsys, part):
-    argv = settings(divided, tmp_path / "run")
-    assert main(argv) == 0
-    file = next((divided / part / "dog").iterdir())
-    file.rename(file.with_name("new.png"))
+def test_a_run_whose_data_changed_goes_on_only_where_that_is_allowed(divided, tmp_path, capsys, monkeypatch):
+    argv, forward, calls = settings(divided, tmp_path / "run"), SoftTargetCrossEntropy.forward, []
+
+    def stopped(module, *args):
+        calls.append(1)
+        if len(calls) == 2:  # of 3 steps
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(module, *args)
+
+    monkeypatch.setattr(SoftTargetCrossEntropy, "forward", stopped)
+    assert main(argv) == 143
+    (divided / "train" / "cat" / "0.png").unlink()
+    (divided / "val" / "dog" / "3.png").rename(divided / "val" / "dog" / "new.png")
     assert main([*argv, "--resume"]) == 2
     said = capsys.readouterr().err
-    assert f"{part} 'dog': other names or sizes" in said
+    changes = "train 'cat' had 3 images, now 2; val 'dog': other names or sizes"
+    assert changes in said
     assert "--allow-changed-data" in said
     assert main([*argv, "--resume", "--allow-changed-data"]) == 0
-    assert f"{part} 'dog': other names or sizes" in capsys.readouterr().out
+    assert f"{changes}; going on from the start of epoch 1" in capsys.readouterr().out
+    assert len(calls) == 2 + 2  # an epoch of 5 images has 2 steps
+    assert main([*argv, "--resume"]) == 0  # with these, it is their run

@@ -33,7 +33,7 @@ def pictures(tmp_path_factory) -> list[Picture]:
     for i in range(4):
         path = root / f"{i}.png"
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 36, 3)).astype(np.uint8)).save(path)
-        found.append(Picture(path.name, path, "ab"[i % 2], path.stat().st_size, 0))
+        found.append(Picture(path.name, str(path), "ab"[i % 2], path.stat().st_size, 0))
     return found
 
 
@@ -102,7 +102,7 @@ def test_a_draw_that_fails_becomes_the_plain_crop_each_time_and_is_said_once(pic
     assert bool((first[[1, 3]] == 1).all())
     assert said.count("augmentation of") == 1
     assert "ValueError: bits must be 1 to 8" in said
-    assert any(f"{str(pictures[i].path)!r} in epoch 8 (draw 6, 7, {i})" in said for i in replaced)
+    assert any(f"{pictures[i].path!r} in epoch 8 (draw 6, 7, {i})" in said for i in replaced)
 
 
 def test_a_held_out_image_that_cannot_be_transformed_is_named(pictures):
@@ -141,6 +141,12 @@ def test_a_killed_process_that_reads_asks_for_memory_and_says_how_to_go_on(pictu
         pytest.raises(RuntimeError, match=r"Out of memory\? Continue with --resume and fewer --workers \(0: "),
         data.readers_named(),
     ):
+        loaded(dataset, 1)
+
+
+def test_a_process_that_reads_and_finds_no_memory_does_the_same(pictures):
+    dataset = data.Images(pictures, ["a", "b"], Breaks(MemoryError()), seed=6)
+    with pytest.raises(RuntimeError, match=r"Caught MemoryError .* Out of memory\?"), data.readers_named():
         loaded(dataset, 1)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -24,12 +24,12 @@ PARTS = ("train", "val")
 SHOWN = 20  # bad files that an error names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Picture:
     """A file of a data set; ``name`` is its path from the data set's folder, with "/"."""
 
     name: str
-    path: Path
+    path: str
     label: str
     size: int  # bytes
     changed: int  # ns
@@ -70,7 +70,7 @@ class Files:
         for part, pictures in self.parts.items():
             names = defaultdict(list)
             for picture in pictures:
-                names[picture.label].append((os.fsencode(picture.name), picture.size))
+                names[picture.label].append((picture.name, picture.size))
             found[part] = {label: [len(files), _digest(sorted(files))] for label, files in sorted(names.items())}
         return found
 
@@ -89,8 +89,11 @@ def differences(then: dict[str, dict[str, list]], now: dict[str, dict[str, list]
     return found
 
 
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(repr(value).encode(), digest_size=12).hexdigest()
+def _digest(values: Iterable[Any]) -> str:
+    found = hashlib.blake2b(digest_size=12)
+    for value in values:
+        found.update(ascii(value).encode())  # names that are no UTF-8 have surrogates, which it escapes
+    return found.hexdigest()
 
 
 # ---- which files there are ----
@@ -120,6 +123,9 @@ def find(data: str | os.PathLike) -> Files:
         parts = {"": root}
     for part, source in parts.items():
         files.parts[part] = (_listed if source.is_file() else _in_folders)(files, source, root)
+    twice = sorted(set.intersection(*({picture.name for picture in pictures} for pictures in files.parts.values())))
+    if len(parts) > 1 and twice:  # as only CSV files can say
+        raise DataError(f"{len(twice):,} files are to be trained on and held out: {', '.join(map(repr, twice[:5]))}")
     _check_classes(files)
     return files
 
@@ -190,11 +196,11 @@ def _picture(files: Files, path: Path, root: Path, label: str) -> Picture | None
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         files.bad[name] = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
         return None
-    return Picture(name, path, label, status.st_size, status.st_mtime_ns)
+    return Picture(name, str(path), label, status.st_size, status.st_mtime_ns)
 
 
 def _name(path: Path, root: Path) -> str:
-    return Path(os.path.relpath(path, root)).as_posix()
+    return str(path).removeprefix(f"{root}{os.sep}").replace(os.sep, "/")
 
 
 def _check_classes(files: Files) -> None:
@@ -228,8 +234,8 @@ def examine(files: Files, progress: bool | None = None) -> None:
     from tqdm import tqdm
 
     pictures = [picture for picture in files.pictures if picture.name not in files.bad]
-    key = [(os.fsencode(p.path.absolute()), p.size, p.changed) for p in pictures]
-    cache = _cache_folder() / f"{_digest((tnt_fast.__version__, PIL.__version__, key))}.json"
+    about = (tnt_fast.__version__, PIL.__version__, str(files.root.absolute()))
+    cache = _cache_folder() / f"{_digest([about, *((p.name, p.size, p.changed) for p in pictures)])}.json"
     found = _cached(cache)
     if found is None:
         sizes = Counter(picture.size for picture in pictures)
@@ -241,7 +247,7 @@ def examine(files: Files, progress: bool | None = None) -> None:
 
         disable = None if progress is None else not progress  # None: only on a terminal
         bar = tqdm(total=len(pictures), desc="checking", unit="file", leave=False, disable=disable)
-        with bar, ThreadPool(min(32, os.cpu_count() or 1)) as pool:  # Pillow decodes without Python's lock
+        with bar, ThreadPool(min(16, os.cpu_count() or 1)) as pool:  # Pillow decodes without Python's lock
             for picture, (fault, content) in zip(pictures, pool.imap(read, pictures, chunksize=8), strict=True):
                 if fault:
                     bad[picture.name] = fault
@@ -265,13 +271,13 @@ def _fault(picture: Picture) -> str:
     try:
         open_image(picture.path, at_most=256)  # reads it to the end, a JPEG faster than at its full size
     except DataError as error:
-        return str(error).removeprefix(f"cannot read the image {str(picture.path)!r}: ")
+        return str(error).removeprefix(f"cannot read the image {picture.path!r}: ")
     return ""
 
 
 def _content(picture: Picture) -> str:
     try:
-        return hashlib.blake2b(picture.path.read_bytes(), digest_size=16).hexdigest()
+        return hashlib.blake2b(Path(picture.path).read_bytes(), digest_size=16).hexdigest()
     except OSError:
         return ""
 
@@ -357,7 +363,7 @@ def _split(files: Files, fraction: float, seed: int) -> dict[str, list[Picture]]
     for picture in files.parts[""]:
         by_class[picture.label].append(picture)
     for label, pictures in by_class.items():
-        units = sorted({first.get(p.name, p.name) for p in pictures}, key=lambda unit: _digest((seed, os.fsencode(unit))))
+        units = sorted({first.get(p.name, p.name) for p in pictures}, key=lambda unit: _digest((seed, unit)))
         if len(units) < 2:
             raise DataError(f"the class {label!r} has {len(units)} image; to hold one out it needs 2 different ones")
         held_out |= {*units[: min(max(1, round(fraction * len(units))), len(units) - 1)]}

@@ -94,7 +94,7 @@ class Images(Dataset):
         except MemoryError:
             raise
         except Exception as error:
-            draw = f"{str(self.pictures[index].path)!r} in epoch {self.epoch + 1} (draw {self.seed}, {self.epoch}, {index})"
+            draw = f"{self.pictures[index].path!r} in epoch {self.epoch + 1} (draw {self.seed}, {self.epoch}, {index})"
             reason = f"{type(error).__name__}: {error}"
             if self.plain is None:
                 raise DataError(f"cannot transform the image {draw}: {reason}; remove it") from error
@@ -216,8 +216,8 @@ def readers_named() -> Iterator[None]:
     """Say of a killed process that reads images how to go on. PyTorch raises its error wherever the run happens to be."""
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not str(error).startswith(("DataLoader worker", "Caught MemoryError in DataLoader worker")):
             raise
         raise RuntimeError(
             f"a process that reads images has ended: {str(error).strip().splitlines()[0]} Out of memory? "
