@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from setuptools import setup
 
@@ -18,14 +19,22 @@ DEV = ["pytest-xdist>=3.5", "ruff>=0.13", "mypy>=1.15", "setuptools>=70", "wheel
 # for make docs alone, at the versions of .ci/constraints.txt
 DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=1.0"]
 
+BUILD = TemporaryDirectory()  # else what a checkout's build/ still has of deleted files gets into the wheel
+
 setup(
     name="tnt_fast",
     version=VERSION,
-    description="Transformer in Transformer (TNT): a drop-in for timm's, on the way to fused Triton kernels",
+    description="Transformer in Transformer (TNT): a drop-in for timm's, with fused Triton kernels",
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    keywords=["transformer in transformer", "TNT", "vision transformer", "image classification", "timm", "Triton", "PyTorch"],
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2103.00112",
+        "timm": "https://github.com/huggingface/pytorch-image-models",
+        "Authors' release": "https://github.com/huawei-noah/Efficient-AI-Backbones",
+    },
     python_requires=">=3.10",
     packages=["tnt_fast", "tnt_fast.kernels"],
     package_dir={"tnt_fast.kernels": "kernels"},
@@ -47,7 +56,19 @@ setup(
     },
     entry_points={"console_scripts": ["tnt-fast=tnt_fast.cli:main"]},
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
     ],
+    options={"build": {"build_base": BUILD.name}},
 )

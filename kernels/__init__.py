@@ -5,6 +5,7 @@ as its twin in ``tnt_fast.reference`` is. ``OPERATIONS`` has them by name. Addin
 counts, compiles and measures walks over ``OPERATIONS``. Nothing here knows the model.
 """
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
@@ -15,7 +16,22 @@ import torch
 if __name__ != "tnt_fast.kernels":
     raise ImportError(f"the folder kernels/ of tnt_fast was imported as {__name__!r}; import it as 'tnt_fast.kernels'")
 
-HAS_TRITON = find_spec("triton") is not None
+
+def _without_triton() -> str:
+    """Why there is no Triton here; empty where there is."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; the kernels need it (Linux: pip install triton)"
+    try:
+        import triton.language  # noqa: F401
+    except Exception as error:  # whatever a broken installation raises
+        sys.modules["triton"] = None  # torchvision, by way of torch, asks next, and lives with an ImportError alone
+        told = f"{type(error).__name__}: {error}"
+        return f"Triton is installed and does not import ({told}); install the one that belongs to torch {torch.__version__}"
+    return ""
+
+
+WITHOUT_TRITON = _without_triton()
+HAS_TRITON = not WITHOUT_TRITON
 OPERATIONS: dict[str, Any] = {}  # Operation, which needs Triton, by name
 
 
@@ -28,9 +44,7 @@ def unsupported() -> list[str]:
     """Why no kernel at all can run on this machine; empty if some can."""
     if on_cpu():
         return []
-    reasons = []
-    if not HAS_TRITON:
-        reasons.append("Triton is not installed; the kernels need it (Linux: pip install triton)")
+    reasons = [WITHOUT_TRITON] if WITHOUT_TRITON else []
     if not torch.cuda.is_available():
         reasons.append("torch sees no GPU (torch.cuda.is_available() is False); the kernels run on a CUDA or ROCm device")
     elif HAS_TRITON and not torch.compiler.is_compiling():  # which cannot trace the question

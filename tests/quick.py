@@ -22,7 +22,8 @@ HOLDS = {
     "test_timm_parity": ["tnt_fast/tnt.py", "tnt_fast/variants.py"],
     "test_kernels": ["kernels/*.py", "tests/conftest.py"],
     "test_backward": ["kernels/*.py"],
-    "test_benchmarks": ["benchmarks/*.py"],
+    "test_benchmarks": ["benchmarks/*.py", "tnt_fast/bench.py"],
+    "test_cli": ["tnt_fast/__init__.py", "tnt_fast/__main__.py"],
     "test_ptx_machine": ["tests/ptx/*.py"],
 }
 

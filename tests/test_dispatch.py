@@ -3,6 +3,7 @@ every weight; the real kernels take their place without a change in the model.""
 
 import contextlib
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -487,6 +488,32 @@ print('ran')
 """
     done = subprocess.run([sys.executable, "-c", NO_TRITON + code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "ran", done.stderr
+
+
+def test_a_triton_that_does_not_import_is_a_reason_and_breaks_nothing(tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise OSError('libcuda.so.1: no such file')")  # torch takes ImportError
+    code = """
+import torch, tnt_fast
+model = tnt_fast.TNT(img_size=32, embed_dim=24, inner_dim=12, depth=1, num_heads_outer=2, num_classes=3, backend='reference')
+assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+print(*tnt_fast.why_not_fused(model), sep='; ')
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert "Triton is installed and does not import (OSError: libcuda.so.1: no such file); install " in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("error", ["ImportError('undefined symbol')", "AttributeError('x')", "RuntimeError('0 drivers')"])
+def test_whatever_the_import_of_triton_raises_is_named(error, tmp_path, monkeypatch):
+    (tmp_path / "triton.py").write_text(f"raise {error}")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "triton", None)  # so that it is put back
+    del sys.modules["triton"]
+    kind, text = error.rstrip("')").split("('")
+    assert f"does not import ({kind}: {text}); install" in kernels._without_triton()
 
 
 @pytest.mark.parametrize("name", ["fold", "outer"])

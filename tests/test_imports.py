@@ -24,7 +24,7 @@ ALLOWED = {
         "torch timm huggingface_hub",
     ),
     "tnt_fast/__init__.py": (
-        "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py",
+        "kernels/__init__.py tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py",
         "",
     ),
     # the command: all of this knows the package, which knows none of it
@@ -43,7 +43,7 @@ ALLOWED = {
     ),
     "tnt_fast/train.py": (
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/checkpoints.py tnt_fast/check.py tnt_fast/data.py "
-        "tnt_fast/recipe.py",
+        "tnt_fast/recipe.py tnt_fast/terminal.py",
         "torch timm numpy tqdm",
     ),
     "tnt_fast/classify.py": (

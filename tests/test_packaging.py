@@ -1,9 +1,11 @@
 """Installed, editable or bare: the package imports the same way, and its kernels only as tnt_fast.kernels."""
 
+import email
 import importlib.metadata
 import runpy
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -22,21 +24,54 @@ def run(code: str, cwd: Path, *paths: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    out = tmp_path_factory.mktemp("wheel")
-    source = out / "source"
+def checkout(tmp_path_factory) -> tuple[Path, set[str]]:
+    """A copy of what git has, and the names of that; beside it lies what is left over in a folder that was worked in."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
     if tracked.returncode:
         pytest.skip("needs the git checkout, to build from its files alone")
-    for name in tracked.stdout.decode().split("\0"):
-        if name and (ROOT / name).is_file():
-            target = source / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes((ROOT / name).read_bytes())
+    names = {name for name in tracked.stdout.decode().split("\0") if name and (ROOT / name).is_file()}
+    leftovers = {"build/lib/tnt_fast/deleted.py", "tests/__pycache__/a.pyc", "runs/digits/last.pt", ".cache/docs/a.md"}
+    source = tmp_path_factory.mktemp("source")
+    for name in names | leftovers:
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes() if name in names else b"")
+    return source, names
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout) -> tarfile.TarFile:
+    source, _ = checkout
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=source, capture_output=True, timeout=300, check=True)
+    return tarfile.open(next((source / "dist").iterdir()))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> zipfile.ZipFile:
+    """Built from the source distribution, as pip does where no wheel fits; with an older build still there."""
+    out = tmp_path_factory.mktemp("wheel")
+    sdist.extractall(out)
+    source = next(out.iterdir())
+    (source / "build" / "lib" / "tnt_fast").mkdir(parents=True)
+    (source / "build" / "lib" / "tnt_fast" / "deleted.py").touch()
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
     done = subprocess.run(pip, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return zipfile.ZipFile(next(out.glob("tnt_fast-*.whl")))
+
+
+def test_a_source_distribution_holds_the_repository_and_no_leftovers(checkout, sdist):
+    files = {member.name.partition("/")[2] for member in sdist.getmembers() if member.isfile()}
+    written = {name for name in files if name in ("PKG-INFO", "setup.cfg") or name.startswith("tnt_fast.egg-info/")}
+    assert files - written == {name for name in checkout[1] if name != ".gitignore" and not name.startswith(".github/")}
+
+
+def test_the_metadata_say_what_there_is(wheel):
+    (name,) = [name for name in wheel.namelist() if name.endswith("METADATA")]
+    metadata = email.message_from_bytes(wheel.read(name))
+    assert "fused Triton kernels" in metadata["Summary"]
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    assert all(url.partition(", ")[2].startswith("https://") for url in metadata.get_all("Project-URL"))
 
 
 def test_a_wheel_holds_the_kernels_inside_the_package(wheel):
@@ -45,7 +80,8 @@ def test_a_wheel_holds_the_kernels_inside_the_package(wheel):
     assert "tnt_fast/kernels/__init__.py" in wheel.namelist()
     assert "tnt_fast/py.typed" in wheel.namelist()  # type checkers read a package's annotations only beside this file
     modules = {f"tnt_fast/{p.name}" for p in (ROOT / "tnt_fast").glob("*.py")}
-    assert modules <= set(wheel.namelist())
+    kernels = {f"tnt_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    assert {name for name in wheel.namelist() if name.endswith(".py")} == modules | kernels
 
 
 def test_an_installed_wheel_runs_beside_another_package_called_kernels(wheel, tmp_path):

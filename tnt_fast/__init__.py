@@ -23,6 +23,7 @@ def _is_command() -> bool:
 
 
 if TYPE_CHECKING or not _is_command():
+    import tnt_fast.kernels  # type: ignore[import-not-found]  # noqa: F401  first: a broken Triton is not to break timm
     from tnt_fast.checkpoints import CheckpointError, from_timm, load_checkpoint, save_checkpoint
     from tnt_fast.dispatch import why_not_fused
     from tnt_fast.tnt import TNT
@@ -38,6 +39,7 @@ else:
         """The public names, when one is asked for: the command answers --help without waiting seconds for torch."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import tnt_fast.kernels  # noqa: F401
         from tnt_fast import checkpoints, dispatch, tnt, variants
 
         return next(getattr(module, name) for module in (checkpoints, dispatch, tnt, variants) if hasattr(module, name))

@@ -39,22 +39,23 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()  # a full disk or a reader that has left shows here at the latest
             return status
         except BrokenPipeError:  # the reader of our output has left, as head does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except KeyboardInterrupt:
             say("interrupted", error=True)
             return 130
         except Exception as error:
-            # these carry a message for the user; anything else is a defect
-            for_user = isinstance(
-                error, (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError, MemoryError)
-            )
+            for_user = isinstance(error, FOR_USER)
             if args.traceback or not for_user:
                 for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
                     say(line, error=True)
             else:
                 complain(f"tnt-fast: {type(error).__name__}: {error}")
             return 2 if for_user else 3
+        finally:
+            try:
+                sys.stdout.flush()
+            except OSError:  # Python would try again at its end, and print a traceback
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -94,11 +95,11 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _examples(*lines: str) -> str:
-    return "examples:\n" + "\n".join(f"  tnt-fast {line}" for line in lines)
+    return "examples:\n" + "\n".join(f"  {line}" if "tnt-fast" in line else f"  tnt-fast {line}" for line in lines)
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
-    return re.findall(r"--[a-z][a-z-]*", parser.format_usage())
+    return ["--help", *re.findall(r"--[a-z][a-z-]*", parser.format_usage())]
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -177,7 +178,7 @@ def _train(args: argparse.Namespace) -> int:
     if "model_kwargs" in given:
         given["model_kwargs"] = {**defaults.get("model_kwargs", {}), **_key_values(given["model_kwargs"])}
     config = recipe.Config(**{**defaults, **given})
-    run = train.Run(config, args.out, resume=args.resume, log=say)
+    run = train.Run(config, args.out, resume=args.resume)
     taken = [n for n in given if n not in recipe.MAY_CHANGE and (given[n] or n not in recipe.AUTOMATIC)]
     changed = [n for n in taken if getattr(run.config, n) != getattr(config, n)]
     if changed:
@@ -368,11 +369,10 @@ def _bench(args: argparse.Namespace) -> int:
     import torch
 
     from tnt_fast import bench
+    from tnt_fast.dispatch import find_device
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        raise ValueError(f"--device {device!r}: torch sees no GPU; take --device cpu")
+    device = find_device(args.device)
+    on_gpu = device.type == "cuda"
     dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     batch = (256 if on_gpu else 4) if args.batch_size is None else args.batch_size
     for name, value, accepted in (("--size", args.size, bench.PAIRS), ("--dtype", dtype, bench.DTYPES)):
@@ -380,7 +380,7 @@ def _bench(args: argparse.Namespace) -> int:
             raise ValueError(f"{name} {value!r} is unknown{_nearest(value, accepted)}; accepted: {', '.join(accepted)}")
     if batch < 1 or not 0 < args.seconds < 1e6:
         raise ValueError(f"--batch-size {batch} must be at least 1, and --seconds {args.seconds} above 0 and below 1e6")
-    rows = bench.bench(args.size, device, dtype, batch, args.seconds, args.compile)
+    rows = bench.bench(args.size, str(device), dtype, batch, args.seconds, args.compile)
     if args.json:
         say_json(rows)
         return 0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
-from tnt_fast import kernels  # type: ignore[attr-defined]  # kernels/ lies beside tnt_fast/ in the checkout
+from tnt_fast import kernels
 from tnt_fast.reference import by_name
 
 BACKENDS = ("auto", "fused", "reference")

@@ -29,6 +29,7 @@ from tnt_fast.checkpoints import FORMAT, CheckpointError, load_checkpoint, read_
 from tnt_fast.data import DataError, DataSet, Order, batches, readers_named
 from tnt_fast.dispatch import choose, find_device
 from tnt_fast.recipe import Config, build_loss, build_model, build_optimizer, build_schedule
+from tnt_fast.terminal import say
 
 
 def _random_state() -> dict[str, Any]:
@@ -78,7 +79,7 @@ class Run:
         out: str | os.PathLike,
         *,
         resume: bool = False,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = say,
         progress: bool | None = None,
     ):
         self.out, self.log, self.progress = Path(out), log, progress
