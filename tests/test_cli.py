@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -54,16 +55,8 @@ def rows(monkeypatch):
         found.append({"file": f"{name}.png", "predictions": [{"class": name, "probability": 0.75}], "truth": name})
         found.append({"file": f"{name}.jpg", "error": f"cannot read the image {name}"})
 
-    class Classifier:
-        why_not_fused = ("because of \x1b[2J",)
-
-        def __init__(self, *args, **kwargs):
-            pass
-
-        def __call__(self, *args, **kwargs):
-            return iter(found)
-
-    monkeypatch.setattr(classify, "Classifier", Classifier)
+    classifier = MagicMock(why_not_fused=["because of \x1b[2J"], return_value=found)
+    monkeypatch.setattr(classify, "Classifier", lambda *args, **kwargs: classifier)
     monkeypatch.setattr(images, "named_images", lambda paths: ([row["file"] for row in found], {}))
     return found
 

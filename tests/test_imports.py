@@ -35,8 +35,11 @@ ALLOWED = {
         "torch timm tqdm",
     ),
     "tnt_fast/images.py": ("", "numpy PIL"),
-    "tnt_fast/check.py": ("tnt_fast/__init__.py tnt_fast/images.py", "PIL tqdm"),
-    "tnt_fast/data.py": ("tnt_fast/check.py tnt_fast/images.py tnt_fast/recipe.py", "torch timm numpy sklearn PIL"),
+    "tnt_fast/check.py": ("tnt_fast/__init__.py tnt_fast/images.py tnt_fast/terminal.py", "PIL tqdm"),
+    "tnt_fast/data.py": (
+        "tnt_fast/check.py tnt_fast/images.py tnt_fast/recipe.py tnt_fast/terminal.py",
+        "torch timm numpy sklearn PIL",
+    ),
     "tnt_fast/recipe.py": (
         "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/images.py",
         "torch timm",

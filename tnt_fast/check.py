@@ -19,6 +19,7 @@ import PIL
 
 import tnt_fast
 from tnt_fast.images import EXTENSIONS, DataError, find_images, is_image_name, is_leftover, open_image
+from tnt_fast.terminal import say
 
 PARTS = ("train", "val")
 SHOWN = 20  # bad files that an error names
@@ -309,7 +310,7 @@ def _keep(found: dict[str, Any], path: Path) -> None:
 
 def training_files(
     data: str | os.PathLike, val_fraction: float = 0.0, seed: int = 0, skip_bad: bool = False,
-    log: Callable[[str], None] = print, progress: bool | None = None,
+    log: Callable[[str], None] = say, progress: bool | None = None,
 ) -> Files:  # fmt: skip
     """The files of a data set, examined, in the parts "train" and "val".
 

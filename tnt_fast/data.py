@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tnt_fast.check import Files, Picture, training_files
 from tnt_fast.images import DataError, open_image
 from tnt_fast.recipe import DIGITS, Config
+from tnt_fast.terminal import say
 
 
 def write_digits(root: Path) -> None:
@@ -120,7 +121,7 @@ class DataSet:
         DataError: as ``check.training_files``.
     """
 
-    def __init__(self, config: Config, out: Path, log: Callable[[str], None] = print, progress: bool | None = None):
+    def __init__(self, config: Config, out: Path, log: Callable[[str], None] = say, progress: bool | None = None):
         self._config, self._log, self._progress = config, log, progress
         self._digits = out / "data" if config.data == DIGITS else None
         self._found = None if self._digits else self._files(config.data)
