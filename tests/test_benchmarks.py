@@ -573,8 +573,12 @@ def test_the_command_prints_a_table(monkeypatch, capsys):
     [
         (["--size", "q"], "accepted: ti, s, b"),
         (["--dtype", "int8"], "accepted: float32"),
-        (["--batch-size", "0"], "at least 1"),
+        (["--batch-size", "0"], "--batch-size 0 must be in [1, 100000]"),
+        (["--batch-size", "1000000000000"], "[1, 100000]"),
+        (["--seconds", "nan"], "--seconds nan in (0, 1e6)"),
+        (["--device", "cuda:77"], "device='cuda:77' is not here; accepted: cpu"),
     ],
+    ids=lambda value: value[1].upper() if isinstance(value, list) else "",  # capitals: "cuda" in a name asks for a GPU
 )
 def test_the_command_names_bad_input(options, message, capsys):
     pytest.importorskip("tqdm")

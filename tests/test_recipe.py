@@ -1,5 +1,6 @@
 """The settings of a run: what is refused and in which words, what is filled in, and what they build."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import pytest
 
 pytest.importorskip("torchvision")
 
+import timm
 import torch
 from PIL import Image
 
 from tnt_fast import dispatch, recipe
+from tnt_fast.checkpoints import read_checkpoint
 from tnt_fast.cli import main
 
 TINY = {"img_size": 32, "embed_dim": 24, "inner_dim": 12, "depth": 2, "num_heads_outer": 2, "num_heads_inner": 2}
@@ -128,9 +131,15 @@ def test_the_learning_rate_follows_the_batch_down_to_a_floor(changed, lr):
     assert config(**changed).settled(60).lr == pytest.approx(lr)
 
 
-@pytest.mark.parametrize("name", ["tnt_s_patch16_224.in1k", "hf-hub:timm/tnt_s_patch16_224.in1k"])
-def test_a_model_with_a_tag_is_fine_tuned(name):
-    assert recipe.Config("data", model=name).settled(1000).lr == pytest.approx(5e-5)
+@pytest.mark.parametrize(
+    ("name", "lr"),
+    [
+        ("tnt_s_patch16_224.in1k", 5e-5), ("hf-hub:timm/tnt_s_patch16_224.in1k", 5e-5), ("tnt_s_patch16_224", 2.5e-4),
+        ("tnt_fast_ti_patch16_224.untrained", 2.5e-4),
+    ],
+)  # fmt: skip
+def test_a_model_whose_name_means_weights_is_fine_tuned(name, lr):
+    assert recipe.Config("data", model=name).settled(1000).lr == pytest.approx(lr)
 
 
 def rates(settings: recipe.Config, images: int) -> list[float]:
@@ -268,3 +277,55 @@ def digit(kind: int, i: int) -> np.ndarray:
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     image = digits.images[digits.target == kind][i]
     return np.repeat((image * (255 / 16)).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+@pytest.mark.parametrize(("draw", "epochs", "accuracy"), [(made, 12, 1.0), (digit, 24, 0.9)], ids=["made", "digits"])
+def test_the_defaults_learn_sixty_images_of_two_classes(tmp_path, capsys, draw, epochs, accuracy):
+    data = two_classes(tmp_path / "data", draw)
+    assert main(["train", str(data), "--out", str(tmp_path / "run"), *MODEL, *PLAIN, "--epochs", str(epochs)]) == 0
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert history[-1]["val_accuracy"] >= accuracy
+    said = capsys.readouterr().out
+    assert "batches of 8: 7 steps an epoch, 4 of 60 images left out of each" in said
+    assert "path: reference, because the kernels need a GPU\n" in said
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+    """8 images to train on, 2 held out."""
+    return two_classes(tmp_path_factory.mktemp("few"), made, (4, 1))
+
+
+ALL = ["--freeze-blocks", "1", "--layer-decay", "0.7", "--class-weights", "balanced", "--epochs", "1", "--drop-path", "0.5"]
+
+
+def test_gradient_checkpointing_changes_no_bit_and_new_settings_train(few, tmp_path):
+    found = []
+    for name, more in (("plain", []), ("checkpointing", ["--grad-checkpointing"])):
+        assert main(["train", str(few), "--out", str(tmp_path / name), *MODEL, *PLAIN, *ALL, *more]) == 0
+        found.append(read_checkpoint(tmp_path / name / "last.pt"))
+    plain, checkpointing = (saved["state_dict"] for saved in found)
+    assert found[1]["config"]["grad_checkpointing"]
+    assert all(torch.equal(value, checkpointing[name]) for name, value in plain.items())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB\nmore"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        MemoryError(),
+    ],
+    ids=["GPU", "CPU", "library", "Python"],
+)
+def test_too_little_memory_is_one_line_that_says_what_takes_less(few, tmp_path, capsys, monkeypatch, error):
+    def step(*args):
+        raise error
+
+    monkeypatch.setattr(timm.loss.SoftTargetCrossEntropy, "forward", step)
+    assert main(["train", str(few), "--out", str(tmp_path / "run"), *MODEL, *PLAIN, "--epochs", "1"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.endswith("; to need less memory, lower --batch-size, or take --grad-checkpointing or --amp bfloat16\n")
+    assert str(error)[:60] in said

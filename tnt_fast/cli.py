@@ -49,13 +49,23 @@ def main(argv: list[str] | None = None) -> int:
                 for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
                     say(line, error=True)
             else:
-                complain(f"tnt-fast: {type(error).__name__}: {error}")
+                complain(f"tnt-fast: {type(error).__name__}: {_explained(error, getattr(args, 'less_memory', ''))}")
             return 2 if for_user else 3
         finally:
             try:
                 sys.stdout.flush()
             except OSError:  # Python would try again at its end, and print a traceback
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _explained(error: Exception, less_memory: str) -> str:
+    """An error's text; where memory did not suffice, its first line and what takes less."""
+    text = str(error)
+    # PyTorch has a class of its own for a GPU's memory, and none for the CPU's
+    if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory|_ALLOC_FAILED", text):
+        return text
+    first = (text or "out of memory").splitlines()[0]
+    return f"{first:.300}; {less_memory}" if less_memory and less_memory not in text else text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -121,7 +131,8 @@ def _add_train(commands: Any) -> None:
             "train digits --out runs/digits               # scikit-learn's handwritten digits",
         ),
     )
-    train.set_defaults(command=_train)
+    less = "to need less memory, lower --batch-size, or take --grad-checkpointing or --amp bfloat16"
+    train.set_defaults(command=_train, less_memory=less)
     run = train.add_argument_group("run")
     run.add_argument(
         "--out", type=Path, required=True, help="directory of the run: last.pt, best.pt, history.json, training.png"
@@ -189,7 +200,7 @@ def _train(args: argparse.Namespace) -> int:
     say(f"{run.config.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, {len(run.classes)} classes")
     say(f"images: {len(run.train_set)} to train on, {len(run.val_set)} held out; device {run.device}")
     say(f"weights: {run.built.said}")
-    say(f"path: {_path(run.model.backend, run.why_not_fused)}")
+    say(f"path: {_path(run.model.backend, run.why_not_fused, run.device)}")
     for line in run.config.remarks(len(run.train_set)):
         say(line)
     if run.epoch or run.step:
@@ -211,7 +222,9 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _path(backend: str, reasons: list[str]) -> str:
+def _path(backend: str, reasons: list[str], device: Any) -> str:
+    if reasons and device.type == "cpu":
+        return "reference, because the kernels need a GPU"
     if reasons:
         return f"reference, because {'; '.join(reasons)}"
     return "reference, as asked for" if backend == "reference" else "fused"
@@ -268,7 +281,7 @@ def _add_classify(commands: Any) -> None:
             "find photos -newer yesterday | tnt-fast classify - --checkpoint runs/mine/best.pt",
         ),
     )
-    classify.set_defaults(command=_classify)
+    classify.set_defaults(command=_classify, less_memory="to need less memory, lower --batch-size")
     classify.add_argument(
         "paths", nargs="+", metavar="PATH", help="image files, directories, patterns, or - for a list on standard input"
     )
@@ -294,11 +307,11 @@ def _add_classify(commands: Any) -> None:
 def _classify(args: argparse.Namespace) -> int:
     from tnt_fast.images import named_images
 
-    files, others = named_images(args.paths)
     if args.topk < 1 or args.batch_size < 1:
         raise ValueError(f"--topk {args.topk} and --batch-size {args.batch_size} must be at least 1")
     if not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold} must be a probability, from 0 to 1")
+    files, others = named_images(args.paths)
     for option, path, kinds in (("--page", args.page, (".png", ".svg", ".pdf")), ("--out", args.out, (".csv", ".json"))):
         if path and path.suffix not in kinds:
             raise ValueError(f"{option} {str(path)!r} must end in {', '.join(kinds[:-1])} or {kinds[-1]}")
@@ -315,7 +328,7 @@ def _classify(args: argparse.Namespace) -> int:
     kwargs = _key_values(args.model_kwargs or [])
     classifier = classify.Classifier(args.checkpoint, args.model, args.device, args.backend, names, kwargs)
     say(f"weights: {classifier.weights}", error=True)
-    say(f"path: {_path(args.backend, classifier.why_not_fused)}", error=True)
+    say(f"path: {_path(args.backend, classifier.why_not_fused, classifier.device)}", error=True)
     rows = []
     lines = not (args.json or args.out)
     results = classifier(files, args.topk, args.batch_size, args.threshold)
@@ -350,7 +363,7 @@ def _add_bench(commands: Any) -> None:
         description="Time TNT against ViT on this machine, in about a minute.",
         epilog=_examples("bench", "bench --size b --dtype float16 --batch-size 64"),
     )
-    bench.set_defaults(command=_bench)
+    bench.set_defaults(command=_bench, less_memory="take a smaller --batch-size")
     bench.add_argument("--size", default="s", help="ti | s | b (default s)")
     bench.add_argument("--device", help="such as cpu, cuda:0 (default: the GPU if there is one)")
     bench.add_argument("--dtype", help="float32 | bfloat16 | float16 (default: bfloat16 on a GPU, else float32)")
@@ -378,8 +391,8 @@ def _bench(args: argparse.Namespace) -> int:
     for name, value, accepted in (("--size", args.size, bench.PAIRS), ("--dtype", dtype, bench.DTYPES)):
         if value not in accepted:
             raise ValueError(f"{name} {value!r} is unknown{_nearest(value, accepted)}; accepted: {', '.join(accepted)}")
-    if batch < 1 or not 0 < args.seconds < 1e6:
-        raise ValueError(f"--batch-size {batch} must be at least 1, and --seconds {args.seconds} above 0 and below 1e6")
+    if not 1 <= batch <= 100_000 or not 0 < args.seconds < 1e6:
+        raise ValueError(f"--batch-size {batch} must be in [1, 100000], and --seconds {args.seconds} in (0, 1e6)")
     rows = bench.bench(args.size, str(device), dtype, batch, args.seconds, args.compile)
     if args.json:
         say_json(rows)
@@ -390,8 +403,11 @@ def _bench(args: argparse.Namespace) -> int:
     for line in bench.table(rows).split("\n"):
         say(line)
     say(f"medians of {rows[0]['rounds']} rounds in turns; random weights")
-    for reason in rows[0]["why_not_fused"]:
-        say(f"not fused: {reason}")
+    if not on_gpu:
+        say("not fused: the kernels need a GPU")
+    else:
+        for reason in rows[0]["why_not_fused"]:
+            say(f"not fused: {reason}")
     return 0
 
 

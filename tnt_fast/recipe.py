@@ -147,7 +147,9 @@ class Config:
     @property
     def has_weights(self) -> bool:
         """Whether the run starts from trained weights."""
-        return bool(self.initial or self.pretrained or "." in self.model or self.model.startswith(("hf-hub:", "hf_hub:")))
+        tag = self.model.partition(".")[2]
+        hosted = tag not in ("", "untrained") or self.model.startswith(("hf-hub:", "hf_hub:"))
+        return bool(self.initial or self.pretrained or hosted)
 
     @property
     def warmup(self) -> float:
