@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tnt_fast.checkpoints import CheckpointError
 from tnt_fast.data import evaluation_transform
-from tnt_fast.dispatch import choose, why_not_fused
+from tnt_fast.dispatch import choose, find_device, why_not_fused
 from tnt_fast.images import DataError, open_image
 from tnt_fast.tnt import TNT
 from tnt_fast.variants import check_sizes, load_tnt
@@ -44,7 +44,7 @@ class Classifier:
         self, checkpoint: str | os.PathLike | None = None, model: str | None = None, device: str | None = None,
         backend: str = "auto", class_names: Sequence[str] | None = None, model_kwargs: dict[str, Any] | None = None,
     ):  # fmt: skip
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = find_device(device)
         if checkpoint is None and model is None:
             raise ValueError(
                 "nothing to classify with: give a checkpoint (--checkpoint), or a model whose weights timm hosts (--model)"

@@ -19,8 +19,16 @@ if TYPE_CHECKING:
     from tnt_fast.variants import Loaded
 
 DIGITS = "digits"  # the name of scikit-learn's handwritten digits, in place of a directory
-MAY_CHANGE = ("data", "skip_bad", "allow_changed_data", "device", "workers")  # settings that a resumed run takes anew
+MAY_CHANGE = (
+    "data",
+    "skip_bad",
+    "allow_changed_data",
+    "grad_checkpointing",
+    "device",
+    "workers",
+)  # settings that a resumed run takes anew
 AUTOMATIC = ("batch_size", "lr")  # settings whose 0 `settled` replaces
+HUB = ("hf-hub:", "hf_hub:")  # a model's name with this in front is a repository of Hugging Face
 AMP = ("off", "bfloat16", "float16")
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "rsqrt")  # those of timm that go by steps
 POLICIES = ("rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "3a", "original", "originalr", "v0", "v0r")
@@ -103,6 +111,7 @@ class Config:
     def check(self) -> None:
         """Raise ValueError, which names the setting, for a value out of range, before anything is read or written."""
         from tnt_fast.dispatch import check_backend
+        from tnt_fast.variants import check_sizes, variant
 
         for setting in fields(self):
             _check_value(setting, getattr(self, setting.name))
@@ -119,6 +128,10 @@ class Config:
                 raise _unknown(name, getattr(self, name), accepted)
         _check_optimizer(self.opt)
         _check_policy(self.auto_augment)
+        check_sizes(self.model_kwargs)
+        if not self.model.startswith(HUB):
+            variant(self.model)
+        _require(not (self.pretrained and self.initial), "pretrained and initial both name weights to start from; give one")
         # what TNT takes, and a run on colour images with one label each does not
         channels, pool = self.model_kwargs.get("in_chans", 3), self.model_kwargs.get("global_pool", "token")
         _require(channels == 3, f"model_kwargs says in_chans={channels!r}; images are read with 3 channels: leave it out")
@@ -148,7 +161,7 @@ class Config:
     def has_weights(self) -> bool:
         """Whether the run starts from trained weights."""
         tag = self.model.partition(".")[2]
-        hosted = tag not in ("", "untrained") or self.model.startswith(("hf-hub:", "hf_hub:"))
+        hosted = tag not in ("", "untrained") or self.model.startswith(HUB)
         return bool(self.initial or self.pretrained or hosted)
 
     @property
