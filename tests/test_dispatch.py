@@ -490,17 +490,20 @@ print('ran')
     assert done.stdout.strip() == "ran", done.stderr
 
 
-def test_a_triton_that_does_not_import_is_a_reason_and_breaks_nothing(tmp_path):
-    (tmp_path / "triton").mkdir()
-    (tmp_path / "triton" / "__init__.py").write_text("raise OSError('libcuda.so.1: no such file')")  # torch takes ImportError
-    code = """
+WITH_A_MODEL = """
 import torch, tnt_fast
 model = tnt_fast.TNT(img_size=32, embed_dim=24, inner_dim=12, depth=1, num_heads_outer=2, num_classes=3, backend='reference')
 assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 print(*tnt_fast.why_not_fused(model), sep='; ')
 """
+
+
+@pytest.mark.parametrize("argv", [["-c", WITH_A_MODEL], ["-m", "tnt_fast", "info"]], ids=["package", "command"])
+def test_a_triton_that_does_not_import_is_a_reason_and_breaks_nothing(argv, tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise OSError('libcuda.so.1: no such file')")  # torch takes ImportError
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert "Triton is installed and does not import (OSError: libcuda.so.1: no such file); install " in done.stdout, done.stderr
 
 

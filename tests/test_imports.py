@@ -56,6 +56,7 @@ ALLOWED = {
     "tnt_fast/terminal.py": ("", ""),
     "tnt_fast/__main__.py": ("tnt_fast/cli.py", ""),
     "tnt_fast/cli.py": (
+        "kernels/__init__.py "
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py tnt_fast/variants.py tnt_fast/terminal.py "
         "tnt_fast/bench.py tnt_fast/check.py tnt_fast/recipe.py tnt_fast/train.py tnt_fast/images.py tnt_fast/classify.py "
         "tnt_fast/visualize.py",

@@ -23,7 +23,7 @@ def _is_command() -> bool:
 
 
 if TYPE_CHECKING or not _is_command():
-    import tnt_fast.kernels  # type: ignore[import-not-found]  # noqa: F401  first: a broken Triton is not to break timm
+    import tnt_fast.kernels  # type: ignore[import-not-found]  # noqa: F401  first: a broken Triton breaks timm else
     from tnt_fast.checkpoints import CheckpointError, from_timm, load_checkpoint, save_checkpoint
     from tnt_fast.dispatch import why_not_fused
     from tnt_fast.tnt import TNT

@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     with guarded():
         args = _parsed(argv)
         try:
+            if args.command not in (_check, _completion):
+                from tnt_fast import kernels  # noqa: F401  first, as wherever the package is imported: see there
             status = args.command(args)
             sys.stdout.flush()  # a full disk or a reader that has left shows here at the latest
             return status
