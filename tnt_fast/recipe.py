@@ -6,7 +6,6 @@ The settings are the options of ``tnt-fast train``, whose --help does not wait f
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, cast, get_origin
 
 if TYPE_CHECKING:
@@ -72,14 +71,14 @@ class Config:
     )
     opt: str = _field("optimization", "a timm optimizer", "adamw")
     weight_decay: float = _field("optimization", "not applied to biases, norms and positions", 0.05, "[0, 10]")
-    clip_grad: float = _field("optimization", "largest gradient norm; 0: off", 0.0, "[0, inf)")
+    clip_grad: float = _field("optimization", "largest gradient norm; 0: off", 0.0, "[0, 1e30]")
     ema: float = _field("optimization", "decay of averaged weights, which are then what is evaluated; 0: off", 0.0, "[0, 1)")
 
     lr: float = _field(
         "learning rate",
         "peak learning rate; 0: 1e-3 · batch / 1024, at least 2.5e-4; from trained weights 1e-4 · batch / 1024, at least 5e-5",
         0.0,
-        "[0, inf)",
+        "[0, 1e30]",
     )
     sched: str = _field("learning rate", "a timm schedule: cosine, tanh, poly, step, constant, …", "cosine")
     warmup_epochs: float = _field("learning rate", "linear warm-up; at most half of the run", 5, "[0, 1000000]")
@@ -196,13 +195,19 @@ def _check_value(setting: "Field[Any]", value: Any) -> None:
         what = {str: "a text", bool: "True or False"}.get(cast(type, kind), "a dictionary")
         _require(right, f"{setting.name}={value!r:.100} must be {what}")
         return
-    pair, number = get_origin(kind) is tuple, Integral if kind is int else Real
+    pair = get_origin(kind) is tuple
+    accepted = (int,) if kind is int else (int, float)  # of Python: what a checkpoint may hold
     numbers = value if pair and isinstance(value, (tuple, list)) else (value,)
     low, high = map(float, within[1:-1].split(","))
     right = len(numbers) == 1 + pair
     for x in numbers:
-        right = right and isinstance(x, number) and not isinstance(x, bool)
-        right = right and low <= x <= high and not (within[0] == "(" and x == low) and not (within[-1] == ")" and x == high)
+        right = (
+            right
+            and type(x) in accepted
+            and low <= x <= high
+            and not (within[0] == "(" and x == low)
+            and not (within[-1] == ")" and x == high)
+        )
     what = "two numbers, each" if pair else "a whole number" if kind is int else "a number"
     _require(right, f"{setting.name}={value!r:.100} must be {what} in {within}")
 
@@ -240,7 +245,7 @@ def _check_policy(name: str) -> None:
 DIGITS_RECIPE: dict[str, Any] = {
     "model": "tnt_fast_ti_patch16_224",
     "model_kwargs": {"img_size": 32, "embed_dim": 96, "inner_dim": 12, "depth": 3},
-    "epochs": 40, "batch_size": 32, "lr": 2e-3, "warmup_epochs": 3, "clip_grad": 1.0, "mixup": 0.0, "cutmix": 0.0, "ema": 0.99,
+    "epochs": 40, "batch_size": 32, "lr": 2e-3, "min_lr": 0.005, "warmup_epochs": 3, "clip_grad": 1.0, "mixup": 0.0, "cutmix": 0.0, "ema": 0.99,
     "scale": (0.7, 1.0), "ratio": (0.85, 1.18), "hflip": 0.0, "color_jitter": 0.0, "reprob": 0.0,
     "auto_augment": "rand-m3-n1-mstd0.5-tweights", "crop_pct": 1.0, "drop_path": 0.0, "workers": 0, "threads": 1,
 }  # fmt: skip
