@@ -37,7 +37,7 @@ REFUSED = {
     "psd.jpg": (b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 4, 4, 8, 3) + bytes(60), "it looks like PSD"),
     "dds.png": (b"DDS " + struct.pack("<I", 124) + bytes(120), "it looks like DDS"),
     "heic.jpg": (b"\0\0\0\x18ftypheic" + bytes(20), "it looks like HEIC"),
-    "text.png": (b"no image", "no image format that is known here"),
+    "text.png": (b"no", "no image format that is known here"),
     "empty.png": (b"", "the file is empty"),
     "bomb.png": (png(30000, 30000), "900000000 pixels"),
     "strip.png": (png(30000, 2), "30000 × 2 pixels; accepted: sides of 1 : 1000"),
