@@ -63,6 +63,7 @@ def spoil(data):
     (cat / "deep").mkdir()
     shutil.copy(data / "val" / "dog" / "3.png", cat / "deep" / "again.png")
     shutil.copy(cat / "0.png", data / "train" / "stray.png")
+    (data / "train" / ".git").mkdir()
     for leftover in ("._0.png", ".DS_Store", "Thumbs.db", ".ipynb_checkpoints/0-checkpoint.png", "__MACOSX/0.png"):
         for folder in (cat, data / "train", data):
             (folder / leftover).parent.mkdir(exist_ok=True)

@@ -61,6 +61,14 @@ def test_a_file_that_is_no_picture_ends_with_its_name_and_reason(tmp_path, monke
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("start", [b"x", b"BM", b"GIF89a", b"\xff\xd8", b"\x89PNG", b"II*\0", b"RIFF", b"P6 ", b"%!PS"])
+def test_a_file_of_few_bytes_is_one_error(tmp_path, start):
+    for length in range(1, 20):
+        (tmp_path / "short.png").write_bytes((start + bytes(20))[:length])
+        with pytest.raises(DataError, match="cannot read the image"):
+            open_image(tmp_path / "short.png")
+
+
 def test_what_is_no_file_is_said_to_be_so_and_never_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     os.symlink("/dev/zero", tmp_path / "zero.png")

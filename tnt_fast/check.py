@@ -116,7 +116,7 @@ def find(data: str | os.PathLike) -> Files:
             f"and --val-fraction ({str(root / there)!r} with --val-fraction 0.2 holds a fifth of it out)"
         )
     if len(parts) != len(PARTS):
-        if not root.exists():
+        if not (root.is_dir() or root.is_file()):
             raise DataError(
                 f"no directory {str(root)!r}; expected {root}/train/CLASS and {root}/val/CLASS with images in them, "
                 f"{root}/CLASS, or a CSV file with the columns file,label"
@@ -144,7 +144,7 @@ def _in_folders(files: Files, source: Path, root: Path) -> list[Picture]:
     """The pictures of a folder of class folders."""
     found, classes = [], []
     for entry in sorted(source.iterdir()):
-        if is_leftover(entry):
+        if is_leftover(entry) or entry.name.startswith("."):  # such as .git
             continue
         if not entry.is_dir():
             if is_image_name(entry):
@@ -195,7 +195,8 @@ def _picture(files: Files, path: Path, root: Path, label: str) -> Picture | None
     try:
         status = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        files.bad[name] = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        files.bad[name] = "there is no such file" if isinstance(error, FileNotFoundError) else str(reason)
         return None
     return Picture(name, str(path), label, status.st_size, status.st_mtime_ns)
 

@@ -9,6 +9,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,9 @@ def _format(path: str | os.PathLike) -> str | None:
         return "HEIC"
     Image.init()
     for name, (_, accepts) in Image.OPEN.items():
-        if name not in FORMATS and accepts and accepts(prefix) is True:
-            return name
+        with suppress(Exception):  # few bytes may be too few for it
+            if name not in FORMATS and accepts and accepts(prefix) is True:
+                return name
     return None
 
 
