@@ -245,7 +245,8 @@ def _check_policy(name: str) -> None:
 DIGITS_RECIPE: dict[str, Any] = {
     "model": "tnt_fast_ti_patch16_224",
     "model_kwargs": {"img_size": 32, "embed_dim": 96, "inner_dim": 12, "depth": 3},
-    "epochs": 40, "batch_size": 32, "lr": 2e-3, "min_lr": 0.005, "warmup_epochs": 3, "clip_grad": 1.0, "mixup": 0.0, "cutmix": 0.0, "ema": 0.99,
+    "epochs": 40, "batch_size": 32, "lr": 2e-3, "min_lr": 0.005, "warmup_epochs": 3, "clip_grad": 1.0,
+    "mixup": 0.0, "cutmix": 0.0, "ema": 0.99,
     "scale": (0.7, 1.0), "ratio": (0.85, 1.18), "hflip": 0.0, "color_jitter": 0.0, "reprob": 0.0,
     "auto_augment": "rand-m3-n1-mstd0.5-tweights", "crop_pct": 1.0, "drop_path": 0.0, "workers": 0, "threads": 1,
 }  # fmt: skip
