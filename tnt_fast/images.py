@@ -9,7 +9,6 @@ import os
 import stat
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +192,8 @@ def _format(path: str | os.PathLike) -> str | None:
         return "HEIC"
     Image.init()
     for name, (_, accepts) in Image.OPEN.items():
-        with suppress(Exception):  # few bytes may be too few for it
-            if name not in FORMATS and accepts and accepts(prefix) is True:
-                return name
+        if name not in FORMATS and accepts and accepts(prefix) is True:
+            return name
     return None
 
 
