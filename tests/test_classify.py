@@ -22,6 +22,7 @@ from PIL import Image
 from tnt_fast import classify, kernels, variants
 from tnt_fast.checkpoints import load_checkpoint, read_checkpoint
 from tnt_fast.cli import main
+from tnt_fast.tnt import TNT
 
 TINY = ["img_size=32", "embed_dim=24", "inner_dim=12", "depth=1", "num_heads_outer=2", "num_heads_inner=2"]
 CLASSES = ["cat", "dog", "eel"]
@@ -600,14 +601,14 @@ def test_weights_that_are_not_finite_are_an_error_that_names_the_first(checkpoin
 
 
 def test_outputs_that_are_not_finite_end_one_image(checkpoint, images, capsys, monkeypatch):
-    forward = classify.TNT.forward
+    forward = TNT.forward
 
     def overflow(model, image):
         logits = forward(model, image)
         logits[0, 1] = float("inf")
         return logits
 
-    monkeypatch.setattr(classify.TNT, "forward", overflow)
+    monkeypatch.setattr(TNT, "forward", overflow)
     assert run(images / "rgb.png", images / "gray.png", "--checkpoint", checkpoint, "--json") == 1
     first, second = json.loads(capsys.readouterr().out)
     assert first["error"] == f"the model's outputs for {str(images / 'rgb.png')!r} are not finite"

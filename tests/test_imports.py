@@ -50,7 +50,7 @@ ALLOWED = {
         "torch timm numpy tqdm",
     ),
     "tnt_fast/classify.py": (
-        "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py tnt_fast/images.py",
+        "tnt_fast/dispatch.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py tnt_fast/images.py",
         "torch timm",
     ),
     "tnt_fast/terminal.py": ("", ""),

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import ImageNetInfo, resolve_data_config
+from timm.data import ImageNetInfo
 from torch import Tensor
 
 from tnt_fast.checkpoints import CheckpointError
 from tnt_fast.data import evaluation_transform
 from tnt_fast.dispatch import choose, find_device, why_not_fused
 from tnt_fast.images import DataError, open_image
-from tnt_fast.tnt import TNT
 from tnt_fast.variants import check_sizes, load_tnt
 
 READERS = min(8, os.cpu_count() or 1)  # threads that decode; Pillow lets the others run meanwhile
@@ -186,11 +185,6 @@ def summary(rows: Sequence[dict[str, Any]], others: Mapping[Path, str]) -> list[
         right = sum(row["truth"] == row["predictions"][0]["class"] for row in judged)
         lines.append(f"{right} of {len(judged)} as their folders say ({right / len(judged):.2%})")
     return lines
-
-
-def _default_config(model: TNT) -> dict[str, Any]:
-    """timm's transform for these weights, at the size that the model was built with."""
-    return {**resolve_data_config({}, model=model), "input_size": (model.in_chans, *model.pixel_embed.img_size)}
 
 
 def _imagenet_classes(count: int) -> list[str]:
