@@ -176,19 +176,6 @@ def test_the_learning_rate_rises_then_falls_whatever_the_batch_and_however_short
         assert found[-1] < 0.1 * settings.lr
 
 
-def test_settings_from_before_the_minimum_was_a_fraction_are_read():
-    old = {**vars(config(batch_size=8)), "min_lr": 1e-5}
-    for name in ("pretrained", "freeze_blocks", "grad_checkpointing", "layer_decay", "class_weights"):
-        del old[name]
-    read = recipe.Config.of_checkpoint(old, config(device="cpu"))
-    read.check()
-    assert read.lr == pytest.approx(1e-3 * 8 / 1024)
-    assert read.min_lr == 1.0
-    assert read.device == "cpu"
-    assert recipe.Config.of_checkpoint({**old, "lr": 1e-3}, config()).min_lr == pytest.approx(0.01)
-    assert recipe.Config.of_checkpoint(vars(config(min_lr=0.5)), config()).min_lr == 0.5
-
-
 @pytest.mark.parametrize(
     ("changed", "images", "said"),
     [

@@ -20,7 +20,7 @@ from PIL import Image
 from timm.loss import SoftTargetCrossEntropy
 
 from tnt_fast import data as images_of
-from tnt_fast import kernels, recipe, train, variants
+from tnt_fast import kernels, recipe, runs, train, variants
 from tnt_fast.checkpoints import read_checkpoint
 from tnt_fast.cli import main
 
@@ -75,7 +75,7 @@ def flat(value, name="") -> dict:
 def differing(first: Path, second: Path) -> list[str]:
     """What differs, bit for bit, between two checkpoints; times and where data are loaded are left aside."""
     a, b = flat(read_checkpoint(first)), flat(read_checkpoint(second))
-    aside = ("/seconds", "config/workers")
+    aside = ("/seconds", "config/workers", "/seals/history", "/seals/config")
     names = [name for name in sorted(a.keys() | b.keys()) if not name.endswith(aside)]
     assert any(name.startswith("/state_dict/") for name in names)
 
@@ -202,18 +202,18 @@ def test_a_second_signal_stops_at_once_and_leaves_the_last_checkpoint(data, tmp_
     assert main(arguments(data, tmp_path)) == 130
     assert "interrupted" in capsys.readouterr().err
     assert read_checkpoint(tmp_path / "last.pt")["epoch"] == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "best.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "best.pt", "history.json", "history.csv"}
 
 
 def test_a_run_killed_between_its_two_files_still_gets_its_best(data, whole, tmp_path, monkeypatch):
-    real = train.save_checkpoint
+    real = runs.save_checkpoint
 
     def first_only(checkpoint, path):
         real(checkpoint, path)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", first_only)
+        patch.setattr(runs, "save_checkpoint", first_only)
         assert main(arguments(data, tmp_path, *RANDOM, model=DEEP)) == 130
     assert main(arguments(data, tmp_path, *RANDOM, "--resume", model=DEEP)) == 0
     assert differing(whole, tmp_path / "last.pt") == []
@@ -390,7 +390,7 @@ def test_an_existing_run_is_refused_without_resume(data, begun, capsys):
 
 @pytest.mark.parametrize(
     ("option", "value", "named"),
-    [("--lr", "0.5", "lr=0.00025"), ("--epochs", "9", "epochs=2"), ("--mixup", "0", "mixup=0.8"), ("--seed", "3", "seed=0")],
+    [("--lr", "0.5", "lr=0.00025"), ("--opt", "sgd", "opt='adamw'"), ("--mixup", "0", "mixup=0.8"), ("--seed", "3", "seed=0")],
 )
 def test_resume_with_another_setting_is_refused(data, begun, capsys, option, value, named):
     before = contents(begun)
@@ -581,8 +581,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays_t
         AtStep(patch, 5, lambda: float("nan"))
         assert main(arguments(data, tmp_path)) == 2
     said = capsys.readouterr().err
-    assert "FloatingPointError: the loss is nan in epoch 2, step 2; lower the learning rate, clip gradients" in said
-    assert f"{str(tmp_path / 'last.pt')!r} holds the last good" in said
+    assert "FloatingPointError: the loss is nan in epoch 2, step 2, at a learning rate of " in said
+    assert "; lower the learning rate (--lr), clip gradients (--clip-grad 1)" in said
+    assert f"{str(tmp_path / 'last.pt')!r} holds the last good state: --initial" in said
     saved = read_checkpoint(tmp_path / "last.pt")
     assert saved["epoch"] == 1
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
@@ -601,7 +602,7 @@ def test_weights_that_the_last_step_of_an_epoch_ruined_are_not_saved(data, tmp_p
     """One step an epoch: the loss before it is finite, the weights after it are not."""
     assert main(arguments(data, tmp_path, "--lr", "1e30", "--warmup-epochs", "0", "--batch-size", "12")) == 2
     said = capsys.readouterr().err
-    assert "the held-out loss is nan in epoch 1, step 1;" in said
+    assert "the held-out loss is nan in epoch 1, step 1, at a learning rate of 1.0e+30;" in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -611,7 +612,7 @@ def test_weights_that_the_last_step_of_an_epoch_ruined_are_not_saved(data, tmp_p
 def test_a_run_writes_its_picture_history_and_checkpoints(data, tmp_path, capsys):
     assert main(arguments(data, tmp_path / "deep" / "run")) == 0
     out = tmp_path / "deep" / "run"
-    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "history.json", "last.pt", "training.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "history.csv", "history.json", "last.pt", "training.png"]
     with Image.open(out / "training.png") as image:
         image.load()
         assert image.format == "PNG"

@@ -4,9 +4,11 @@ What a file holds is read by ``reading.py``; here is what it means. Nothing is l
 Writing never loses what was there: a new file is written beside the old one and renamed over it when it is complete.
 """
 
+import contextlib
 import copy
 import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,16 +30,26 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> N
 
     A full disk, an interrupt or a crash on the way leaves the old file as it was.
     """
+    with replacing(path) as temporary, open(temporary, "xb") as file:
+        torch.save(dict(checkpoint), file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A new name beside ``path`` to write a file under, which is renamed to ``path`` at the end, or removed where that fails.
+
+    No two writers share the name, and where ``path`` is a link, the link is replaced, not what it points to.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is replaced by the next
+    temporary = path.with_name(f".tmp-{secrets.token_hex(6)}-{path.name}")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(dict(checkpoint), file)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
 
 

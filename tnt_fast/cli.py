@@ -158,6 +158,8 @@ def _add_train(commands: Any) -> None:
         elif get_origin(kind) is tuple:
             default = " ".join(f"{x:g}" for x in cast(tuple, field.default))
             add(option, nargs=len(get_args(kind)), type=float, metavar="X", help=f"{text} (default {default})")
+        elif kind is bool:
+            add(option, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             default = "" if field.default == "" else f" (default {field.default})"
             add(option, type=kind, metavar={int: "N", float: "X"}.get(kind), help=text + default)
@@ -191,14 +193,7 @@ def _train(args: argparse.Namespace) -> int:
     if "model_kwargs" in given:
         given["model_kwargs"] = {**defaults.get("model_kwargs", {}), **_key_values(given["model_kwargs"])}
     config = recipe.Config(**{**defaults, **given})
-    run = train.Run(config, args.out, resume=args.resume)
-    taken = [n for n in given if n not in recipe.MAY_CHANGE and (given[n] or n not in recipe.AUTOMATIC)]
-    changed = [n for n in taken if getattr(run.config, n) != getattr(config, n)]
-    if changed:
-        was = ", ".join(f"{n}={getattr(run.config, n)!r} (now {getattr(config, n)!r})" for n in changed)
-        raise ValueError(
-            f"the run in {str(args.out)!r} was begun with {was}; leave that out to continue it, or take another --out"
-        )
+    run = train.Run(config, args.out, resume=args.resume, given=given)
     say(f"{run.config.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, {len(run.classes)} classes")
     say(f"images: {len(run.train_set)} to train on, {len(run.val_set)} held out; device {run.device}")
     say(f"weights: {run.built.said}")
@@ -206,7 +201,7 @@ def _train(args: argparse.Namespace) -> int:
     for line in run.config.remarks(len(run.train_set)):
         say(line)
     if run.epoch or run.step:
-        say(f"continuing at epoch {run.epoch + 1}, step {run.step + 1}" if run.epoch < run.config.epochs else "already trained")
+        say("already trained" if run.done() else f"continuing at epoch {run.epoch + 1}, step {run.step + 1}")
     try:
         run.train()
     except train.Interrupted as stop:
@@ -214,13 +209,6 @@ def _train(args: argparse.Namespace) -> int:
         return stop.exit_code
     for line in train.summary(run).split("\n"):
         say(line)
-    try:
-        from tnt_fast import visualize
-
-        title = f"{run.config.model} on {run.config.data}"
-        say(f"picture: {visualize.training_curve(run.history, args.out / 'training.png', title)}")
-    except ImportError as error:
-        say(f"no picture: {error}")
     return 0
 
 

@@ -28,6 +28,7 @@ MAY_CHANGE = (
 )  # settings that a resumed run takes anew
 AUTOMATIC = ("batch_size", "lr")  # settings whose 0 `settled` replaces
 HUB = ("hf-hub:", "hf_hub:")  # a model's name with this in front is a repository of Hugging Face
+MAY_EXTEND = ("epochs", "patience", "batch_size", "accumulate", "amp", "threads", "compile", "tensorboard")  # if it is told to
 AMP = ("off", "bfloat16", "float16")
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "rsqrt")  # those of timm that go by steps
 POLICIES = ("rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "3a", "original", "originalr", "v0", "v0r")
@@ -66,9 +67,13 @@ class Config:
     grad_checkpointing: bool = _field("model", "compute activations twice instead of keeping them: less memory", False)
 
     epochs: int = _field("optimization", "passes over the training images", 300, "[1, 1000000]")
-    batch_size: int = _field(
-        "optimization", "images a step; 0: 256, or less where an epoch would have fewer than 10 steps", 0, "[0, 1000000]"
+    patience: int = _field(
+        "optimization", "epochs without a better held-out accuracy after which to stop; 0: off", 0, "[0, 1000000]"
     )
+    batch_size: int = _field(
+        "optimization", "images at a time; 0: 256, or less where an epoch would have fewer than 10 steps", 0, "[0, 1000000]"
+    )
+    accumulate: int = _field("optimization", "batches a step, whose gradients are averaged", 1, "[1, 1000000]")
     opt: str = _field("optimization", "a timm optimizer", "adamw")
     weight_decay: float = _field("optimization", "not applied to biases, norms and positions", 0.05, "[0, 10]")
     clip_grad: float = _field("optimization", "largest gradient norm; 0: off", 0.0, "[0, 1e30]")
@@ -106,6 +111,8 @@ class Config:
     device: str = _field("machine", "such as cpu, cuda:0; default: a GPU if there is one", "")
     workers: int = _field("machine", "processes that read images; 0: none", 2, "[0, 512]")
     threads: int = _field("machine", "CPU threads of PyTorch; 0: its default. Tiny models are fastest with 1", 0, "[0, 1024]")
+    compile: bool = _field("machine", "through torch.compile", False)
+    tensorboard: bool = _field("machine", "write the history for TensorBoard, too", False)
 
     def check(self) -> None:
         """Raise ValueError, which names the setting, for a value out of range, before anything is read or written."""
@@ -136,14 +143,6 @@ class Config:
         _require(channels == 3, f"model_kwargs says in_chans={channels!r}; images are read with 3 channels: leave it out")
         _require(pool != "", "model_kwargs says global_pool='', which gives no logits; accepted: 'token', 'avg'")
 
-    @classmethod
-    def of_checkpoint(cls, saved: dict[str, Any], now: "Config") -> "Config":
-        """The settings of a saved run, with those that may change taken from ``now``."""
-        if "pretrained" not in saved:  # from before min_lr was a fraction of the peak and `settled` filled the peak in
-            lr = saved["lr"] or 1e-3 * saved["batch_size"] / 1024
-            saved = {**saved, "lr": lr, "min_lr": min(1.0, saved["min_lr"] / lr)}
-        return cls(**{**saved, **{name: getattr(now, name) for name in MAY_CHANGE}})
-
     def settled(self, images: int) -> "Config":
         """With batch size and learning rate for so many training images where they are 0.
 
@@ -153,7 +152,8 @@ class Config:
         """
         few = min(8, max(2, images // 2 * 2))
         batch = self.batch_size or next((b for b in (256, 128, 64, 32, 16) if 10 * b <= images), few)
-        lr = self.lr or (max(1e-4 * batch / 1024, 5e-5) if self.has_weights else max(1e-3 * batch / 1024, 2.5e-4))
+        step = batch * self.accumulate
+        lr = self.lr or (max(1e-4 * step / 1024, 5e-5) if self.has_weights else max(1e-3 * step / 1024, 2.5e-4))
         return replace(self, batch_size=batch, lr=lr)
 
     @property
@@ -170,9 +170,10 @@ class Config:
 
     def remarks(self, images: int) -> list[str]:
         """What a user should know of settled settings on so many training images, a line each."""
-        steps, left = divmod(images, self.batch_size)
+        steps, left = divmod(images, self.batch_size * self.accumulate)
         dropped = f", {left} of {images} images left out of each (others each time)" if left else ""
-        lines = [f"batches of {self.batch_size}: {steps} steps an epoch{dropped}; learning rate up to {self.lr:.3g}"]
+        times = f", {self.accumulate} a step" if self.accumulate > 1 else ""
+        lines = [f"batches of {self.batch_size}{times}: {steps} steps an epoch{dropped}; learning rate up to {self.lr:.3g}"]
         if steps < 5:
             lines.append(f"an epoch has few steps ({steps}): with a smaller --batch-size a run learns more from as many epochs")
         if self.warmup < self.warmup_epochs:
@@ -240,6 +241,24 @@ def _check_policy(name: str) -> None:
             f"auto_augment={name!r:.100} is no policy of timm ({error}); {f'nearest: {near[0]}; ' if near else ''}accepted: "
             f"{', '.join(POLICIES)}, their numbers as you like; '' turns it off"
         ) from error
+
+
+def continued(begun: Config, asked: Config, given: Collection[str]) -> tuple[Config, list[str]]:
+    """The settings to go on with in a run that was begun with ``begun``, and in words what of them changed.
+
+    Args:
+        given: names of those settings in ``asked`` that were asked for, not left as they are by default.
+
+    Raises:
+        ValueError: one was asked for that a run cannot change.
+    """
+    taken = [name for name in given if name not in MAY_CHANGE and (getattr(asked, name) or name not in AUTOMATIC)]
+    differ = [name for name in taken if getattr(asked, name) != getattr(begun, name)]
+    if fixed := [name for name in differ if name not in MAY_EXTEND]:
+        was = ", ".join(f"{name}={getattr(begun, name)!r} (now {getattr(asked, name)!r})" for name in fixed)
+        raise ValueError(f"the run was begun with {was}; leave that out to continue it (it may change {', '.join(MAY_EXTEND)})")
+    anew = {name: getattr(asked, name) for name in (*MAY_CHANGE, *differ)}
+    return replace(begun, **anew), [f"{name}={getattr(asked, name)!r} (was {getattr(begun, name)!r})" for name in differ]
 
 
 DIGITS_RECIPE: dict[str, Any] = {

@@ -6,15 +6,15 @@ that the checkpoint holds.
 """
 
 import contextlib
-import json
 import os
 import random
 import signal
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -22,13 +22,15 @@ from timm.data import resolve_data_config
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 import tnt_fast
 from tnt_fast.check import differences
-from tnt_fast.checkpoints import FORMAT, CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from tnt_fast.checkpoints import FORMAT, CheckpointError, load_checkpoint, replacing
 from tnt_fast.data import DataError, DataSet, Order, batches, readers_named
 from tnt_fast.dispatch import choose, find_device
-from tnt_fast.recipe import Config, build_loss, build_model, build_optimizer, build_schedule
+from tnt_fast.recipe import DIGITS, Config, build_loss, build_model, build_optimizer, build_schedule, continued
+from tnt_fast.runs import PICTURE, Folder, first_not_finite, structure
 from tnt_fast.terminal import say
 
 
@@ -48,12 +50,11 @@ def _set_random_state(state: dict[str, Any]) -> None:
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])  # there may be fewer GPUs here
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; the run was saved and can be continued."""
+    """SIGINT, SIGTERM or SIGHUP arrived; the run was saved and can be continued."""
 
     def __init__(self, signum: int, checkpoint: Path):
         super().__init__(f"interrupted; {str(checkpoint)!r} holds the run: continue it with --resume")
@@ -61,15 +62,17 @@ class Interrupted(Exception):
 
 
 class Run:
-    """One training run in a directory: ``last.pt`` (to continue or classify with), ``best.pt``, ``history.json``.
+    """One training run in a directory (``tnt_fast.runs`` says what is in it).
 
     Args:
         config: what to train. out: directory of the run.
-        resume: continue ``out/last.pt`` if it exists; its config holds, but for ``device`` and ``workers``.
+        resume: continue ``out/last.pt`` if it exists; the settings that it was begun with hold.
+        given: settings in ``config`` to change in a run that is continued (``recipe.MAY_EXTEND``); others may be named, if
+            they are as they were. ``data``, ``device`` and ``workers`` are always taken from ``config``.
         log: called with a line of text. progress: show a bar for the steps of an epoch (default: on a terminal).
 
     Raises:
-        ValueError, DataError, CheckpointError: before anything was written.
+        ValueError, DataError, CheckpointError, RunError, ImportError: before anything was written.
         FileExistsError: ``out`` holds a run and ``resume`` is False.
     """
 
@@ -79,22 +82,20 @@ class Run:
         out: str | os.PathLike,
         *,
         resume: bool = False,
+        given: Collection[str] = (),
         log: Callable[[str], None] = say,
         progress: bool | None = None,
     ):
         self.out, self.log, self.progress = Path(out), log, progress
-        self.last = self.out / "last.pt"
-        saved = None
-        if self.last.exists():
-            if not resume:
-                raise FileExistsError(f"{str(self.last)!r} holds a run; continue it with --resume, or choose another --out")
-            saved = read_checkpoint(self.last)
-            if saved.get("format") != FORMAT:
-                raise CheckpointError(
-                    f"{str(self.last)!r} was not written by this version's 'tnt-fast train' and cannot be continued; "
-                    "take another --out (--initial starts from its weights)"
-                )
-            config = Config.of_checkpoint(saved["config"], config)
+        self.folder = Folder(out, log)
+        self.last = self.folder.last
+        if os.path.lexists(self.last) and not resume:
+            raise FileExistsError(f"{str(self.last)!r} holds a run; continue it with --resume, or choose another --out")
+        self.folder.check_free()
+        self.changed: list[str] = []  # settings, since the last epoch that the history has
+        saved = self.folder.read_last()
+        if saved:
+            config = self._continued(saved, config, given)
         config.check()
         self.config = config
         if config.threads:
@@ -116,12 +117,16 @@ class Run:
         self.data_config = resolve_data_config({"crop_pct": config.crop_pct or None}, model=self.model)
         self.data_config |= {k: v for k, v in self.built.data_config.items() if k in ("mean", "std", "interpolation")}
         self.data_config["input_size"] = (self.model.in_chans, *size)
-        self.train_set, self.val_set = data.images(self.data_config)
+        with self.folder.locked() if config.data == DIGITS else contextlib.nullcontext():  # they are written there
+            self.train_set, self.val_set = data.images(self.data_config)
         self.classes, self.fingerprint = data.classes, data.fingerprint
         config = self.config = config.settled(len(self.train_set))
-        self.steps = len(self.train_set) // config.batch_size
+        self.steps = len(self.train_set) // (config.batch_size * config.accumulate)
         if self.steps == 0:
-            raise DataError(f"batch_size={config.batch_size} is more than the {len(self.train_set)} training images; lower it")
+            times = f" × accumulate={config.accumulate}" if config.accumulate > 1 else ""
+            raise DataError(
+                f"batch_size={config.batch_size}{times} is more than the {len(self.train_set)} training images; lower it"
+            )
 
         self.optimizer = build_optimizer(config, self.model)
         self.scheduler = build_schedule(config, self.optimizer, self.steps)
@@ -130,11 +135,46 @@ class Run:
         counts = np.bincount(self.train_set.targets, minlength=len(self.classes))
         self.mixup, criterion = build_loss(config, counts.tolist())
         self.criterion = criterion.to(self.device)
+        if config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+            except ImportError as error:
+                raise ImportError(f"--tensorboard needs one more package ({error}): pip install tensorboard") from error
+        if config.compile:
+            self.model.compile()  # in place: parameters keep their names
         # where the run stands: the next step is `step` of `epoch`
         self.epoch, self.step, self.loss_sum = 0, 0, 0.0
         self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None  # the row of the history that best.pt is of
         if saved:
-            self._restore(saved)
+            try:
+                self._restore(saved)
+            except (LookupError, TypeError, ValueError, RuntimeError) as error:
+                if isinstance(error, CheckpointError):
+                    raise
+                raise CheckpointError(  # of another version of us, timm or torch
+                    f"{str(self.last)!r} does not fit the run that it describes ({' '.join(str(error).split())[:300]}) and "
+                    f"cannot be continued; {self.folder.way_on(self.last)}"
+                ) from error
+
+    def _continued(self, saved: dict[str, Any], config: Config, given: Collection[str]) -> Config:
+        """The settings to continue with."""
+        try:
+            begun = Config(**saved["config"])
+        except TypeError as error:
+            raise CheckpointError(
+                f"{str(self.last)!r} has settings of another version ({error}) and cannot be continued; "
+                f"{self.folder.way_on(self.last)}"
+            ) from error
+        try:
+            config, changed = continued(begun, config, given)
+        except ValueError as error:
+            raise ValueError(f"{str(self.last)!r} cannot be continued: {error}, or {self.folder.way_on(self.last)}") from error
+        done = saved["epoch"] + (saved["step"] > 0)
+        if config.epochs < done:
+            raise ValueError(f"epochs={config.epochs} is less than the {done} that {str(self.last)!r} was trained for")
+        self.changed = saved["changed"] + changed
+        return config
 
     def _restore(self, saved: dict[str, Any]) -> None:
         if saved["classes"] != self.classes:
@@ -150,16 +190,22 @@ class Run:
                 raise CheckpointError(f"{text}; restore them, start anew in another --out, or go on with --allow-changed-data")
             self.log(f"{text}; going on from the start of epoch {saved['epoch'] + 1}")
         self.optimizer.load_state_dict(saved["optimizer"])
-        if not changed:  # else the epochs may have another number of steps
-            self.scheduler.load_state_dict(saved["scheduler"])
-        self.scaler.load_state_dict(saved["scaler"])
+        if self.scaler.is_enabled() and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
         if self.ema:
             load_checkpoint(cast(Any, self.ema.module), {"state_dict": saved["state_dict_ema"]})
         self.epoch, self.step, self.loss_sum = saved["epoch"], saved["step"], saved["loss_sum"]
         if changed:  # another order
             self.step, self.loss_sum = 0, 0.0
+            self.changed.append("other images")
+        elif self.step and saved["images_a_step"] != self._images_a_step():  # from the last image that was seen, or before
+            self.step = self.step * saved["images_a_step"] // self._images_a_step()
+            self.loss_sum *= self.step / saved["step"]
         self.history = saved["history"]
         _set_random_state(saved["random"])
+
+    def _images_a_step(self) -> int:
+        return self.config.batch_size * self.config.accumulate
 
     def _weights(self) -> dict[str, Any]:
         """What ``classify`` and ``load_checkpoint`` need."""
@@ -176,30 +222,49 @@ class Run:
         }
 
     def _save(self) -> None:
-        self._write(
+        self.folder.save_last(
             {
                 **self._weights(),
                 "config": asdict(self.config),
                 "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "epoch": self.epoch,
                 "step": self.step,
                 "fingerprint": self.fingerprint,
+                "images_a_step": self._images_a_step(),
                 "loss_sum": self.loss_sum,
                 "history": self.history,
+                "changed": self.changed,
                 "random": _random_state(),
-            },
-            self.last,
+            }
         )
 
-    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+    def _save_best(self, row: dict[str, Any]) -> None:
+        self.folder.save_best({**self._weights(), "epoch": row["epoch"], "accuracy": row["val_accuracy"]})
+        self.best = row
+
+    def _find_best(self) -> None:
+        """Hold best.pt against the history; make it again where it is damaged and can be."""
+        if not self.history:
+            return
         try:
-            save_checkpoint(checkpoint, path)
-        except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError where a disk is full
-            raise OSError(
-                f"cannot save {str(path)!r}: {error}. What was there before is whole; make room on the disk, then --resume"
-            ) from error
+            found = self.folder.read_best()
+            rows = [row for row in self.history if (row["epoch"], row["val_accuracy"]) == (found["epoch"], found["accuracy"])]
+            same = found["classes"] == self.classes and structure(found["state_dict"]) == structure(self.model.state_dict())
+            if rows and same:
+                self.best = rows[0]
+                return
+            if same and found["epoch"] == self.epoch + 1:  # killed between its two files: this epoch is repeated
+                return
+            problem = f"{str(self.folder.best)!r} is of another run"
+        except (CheckpointError, OSError, KeyError) as error:
+            problem = str(error)
+        best = max(self.history, key=lambda row: row["val_accuracy"])
+        if (best["epoch"], 0) == (self.epoch, self.step):
+            self._save_best(best)
+            self.log(f"{problem} It is made again from {str(self.last)!r}, which is of the same epoch.")
+        else:
+            self.log(f"{problem} The weights of epoch {best['epoch']} are lost; it will be the best epoch from here on.")
 
     def _autocast(self) -> torch.autocast:
         amp = self.config.amp
@@ -207,67 +272,150 @@ class Run:
 
     def _check_finite(self, what: str, value: float) -> None:
         if not np.isfinite(value):
-            good = f"{str(self.last)!r} holds the last good state" if self.last.exists() else "nothing was saved yet"
-            raise FloatingPointError(
-                f"the {what} is {value} in epoch {self.epoch + 1}, step {min(self.step + 1, self.steps)}; lower the "
-                f"learning rate, clip gradients (--clip-grad 1) or change --amp; {good}"
-            )
+            self._diverged(f"the {what} is {value}", min(self.step + 1, self.steps))
+
+    def _check_weights(self) -> None:
+        """What is not finite must never replace what is; one wait for the device, at a save."""
+        state = {"weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
+        if self.ema:
+            state["averaged weights"] = self.ema.module.state_dict()
+        if name := first_not_finite(state):
+            self._diverged(f"{name} is not finite", self.step)
+
+    @torch.no_grad()
+    def _check_outputs(self, image: Tensor) -> None:
+        """Finite weights may still be too large: at the end of an epoch the held-out loss says so, in the middle this."""
+        self.model.eval()  # which draws nothing
+        with self._autocast():
+            outputs = self.model(image.to(self.device))
+        if not outputs.isfinite().all():
+            self._diverged("an output is not finite", self.step)
+
+    def _diverged(self, what: str, step: int) -> NoReturn:
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        if self.last.exists():
+            good = f"{str(self.last)!r} holds the last good state: {self.folder.way_on(self.last)}"
+        else:
+            good = "nothing was saved yet"
+        raise FloatingPointError(
+            f"{what} in epoch {self.epoch + 1}, step {step}, at a learning rate of {lr:.1e}; lower the learning rate (--lr), "
+            f"clip gradients (--clip-grad 1) or change --amp; {good}"
+        )
+
+    def done(self) -> bool:
+        """Whether all epochs are trained, or ``patience`` of them brought no better held-out accuracy."""
+        accuracy = [row["val_accuracy"] for row in self.history]
+        waited = len(accuracy) - 1 - accuracy.index(max(accuracy)) if accuracy else 0
+        return self.epoch >= self.config.epochs or 0 < self.config.patience <= waited
 
     def train(self) -> list[dict[str, Any]]:
-        """Train to the end of the last epoch, evaluating and saving at each; returns the history.
+        """Train until ``done``, evaluating and saving after each epoch; returns the history.
 
         Raises:
-            Interrupted: by SIGINT or SIGTERM, after the step at hand and a save. OSError: a save failed; the old file is whole.
-            FloatingPointError: a loss that is not finite; it is not saved.
+            Interrupted: by SIGINT, SIGTERM or SIGHUP, after the step at hand and a save.
+            RunError: another process trains in the directory. OSError: it cannot be written to, or has too little room; a save
+            failed; the old file is whole.
+            FloatingPointError: a loss, or weights, that are not finite; they are not saved.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        with _caught_signals() as caught:
-            while self.epoch < self.config.epochs:
+        with _caught_signals() as caught, self.folder.locked(), self._tensorboard() as events:
+            self._find_best()
+            for line in self.changed:
+                self.log(f"continuing with {line}")
+            if self.history:
+                self.folder.save_history(self.history)  # which a killed process may have left behind
+            if not self.done():
+                self.folder.check_room(*self._sizes())
+            drawn, cost = time.perf_counter(), 1.0
+            while not self.done():
                 started = time.perf_counter()
                 with readers_named():
                     self._train_epoch(caught)
-                    loss, accuracy = self.evaluate()
-                self._check_finite("held-out loss", loss)
-                row = {
-                    "epoch": self.epoch + 1,
-                    "train_loss": self.loss_sum / self.steps,
-                    "val_loss": loss,
-                    "val_accuracy": accuracy,
-                    "lr": self.optimizer.param_groups[0]["lr"],
-                    "seconds": time.perf_counter() - started,
-                }
-                best = all(accuracy > old["val_accuracy"] for old in self.history)
-                self.history.append(row)
-                self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
-                if best:  # before last.pt: a run killed in between repeats the epoch
-                    self._write(self._weights(), self.out / "best.pt")
-                self._save()
-                self.log(
-                    f"epoch {row['epoch']:3d}/{self.config.epochs}  loss {row['train_loss']:.4f}  "
-                    f"held out: loss {loss:.4f}, accuracy {accuracy:.2%}  ({row['seconds']:.1f} s)"
-                )
-        (self.out / "history.json").write_text(json.dumps(self.history, indent=1) + "\n", "utf-8")
+                    held_out = self.evaluate()
+                self._end_epoch(time.perf_counter() - started, *held_out)
+                if events:
+                    for name, value in self.history[-1].items():
+                        if name not in ("epoch", "changed"):
+                            events.add_scalar(name, value, self.epoch)
+                    events.flush()
+                if caught and not self.done():
+                    raise Interrupted(caught[0], self.last)
+                now = time.perf_counter()
+                if now - drawn > 50 * cost:  # at most a fiftieth of the time
+                    self._draw()
+                    drawn = time.perf_counter()
+                    cost = drawn - now
+            if self.epoch < self.config.epochs:
+                self.log(f"stopped early: {self.config.patience} epochs without a better held-out accuracy")
+            self.log(self._draw())
         return self.history
+
+    def _end_epoch(self, seconds: float, loss: float, accuracy: float) -> None:
+        self._check_finite("held-out loss", loss)
+        self._check_weights()
+        row = {
+            "epoch": self.epoch + 1,
+            "train_loss": self.loss_sum / self.steps,
+            "val_loss": loss,
+            "val_accuracy": accuracy,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": seconds,
+            **({"changed": "; ".join(self.changed)} if self.changed else {}),
+        }
+        self.history.append(row)
+        self.changed = []
+        self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
+        if not self.best or accuracy > self.best["val_accuracy"]:  # before last.pt: a run killed in between repeats the epoch
+            self._save_best(row)
+        self._save()
+        self.folder.save_history(self.history)
+        self.log(
+            f"epoch {row['epoch']:3d}/{self.config.epochs}  loss {row['train_loss']:.4f}  "
+            f"held out: loss {loss:.4f}, accuracy {accuracy:.2%}  ({seconds:.1f} s{self._time_left()})"
+        )
+
+    def _time_left(self) -> str:
+        seconds = (self.config.epochs - self.epoch) * statistics.median(row["seconds"] for row in self.history[-5:])
+        return f", {tqdm.format_interval(seconds)} left" if seconds else ""
+
+    def _sizes(self) -> tuple[int, int]:
+        """Bytes of last.pt and of best.pt."""
+        weights = sum(value.nbytes for value in self.model.state_dict().values()) * (2 if self.ema else 1)
+        moments = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        state = sum(value.nbytes for value in moments) or 2 * sum(value.nbytes for value in self.model.parameters())
+        return weights + state, weights
+
+    def _tensorboard(self) -> Any:
+        if not self.config.tensorboard:
+            return contextlib.nullcontext()
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch + 1)
+
+    def _draw(self) -> str:
+        from tnt_fast import visualize
+
+        path = self.out / PICTURE
+        try:
+            with replacing(path) as temporary:
+                visualize.training_curve(self.history, temporary, f"{self.config.model} on {self.config.data}")
+        except Exception as error:  # without matplotlib, say; no picture is worth a run
+            return f"no picture: {error}"
+        return f"picture: {path}"
 
     def _train_epoch(self, caught: list[int]) -> None:
         config = self.config
         order = Order(len(self.train_set), config.batch_size, config.seed)
         self.train_set.epoch = order.epoch = self.epoch
-        order.start = self.step
+        order.start = self.step * config.accumulate
         loader = self._loader(self.train_set, sampler=order, drop_last=True)
         self.model.train()
-        bar = _bar(batches(loader), self.steps, self.step, f"epoch {self.epoch + 1}", self.progress)
-        for image, target in bar:
-            image, target = image.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
-            if self.mixup:
-                image, target = self.mixup(image, target)
+        steps = zip(*[batches(loader)] * config.accumulate, strict=False)  # the last, smaller one is dropped
+        bar = _bar(steps, self.steps, self.step, f"epoch {self.epoch + 1}/{config.epochs}", self.progress)
+        for parts in bar:
             self.scheduler.step_update(self.epoch * self.steps + self.step)
-            with self._autocast():
-                loss = self.criterion(self.model(image), target)
-            value = loss.item()
-            self._check_finite("loss", value)
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
+            value = self._gradients(parts)
+            self._check_finite("loss", value)
             if config.clip_grad:
                 self.scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
@@ -279,8 +427,23 @@ class Run:
                 self.ema.update(self.model, self.epoch * self.steps + self.step)
             bar.set_postfix(loss=f"{value:.3f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}")
             if caught:
+                self._check_weights()
+                self._check_outputs(parts[-1][0])
                 self._save()
                 raise Interrupted(caught[0], self.last)
+
+    def _gradients(self, parts: Sequence[list[Tensor]]) -> float:
+        """Gradients of the mean loss over batches of one size, which is returned: the one wait for the device in a step."""
+        total = torch.zeros((), device=self.device)
+        for image, target in parts:
+            image, target = image.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
+            if self.mixup:
+                image, target = self.mixup(image, target)
+            with self._autocast():
+                loss = self.criterion(self.model(image), target) / len(parts)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total.item()
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
@@ -300,29 +463,45 @@ class Run:
         generator = torch.Generator().manual_seed(self.config.seed)  # else a loader draws from the run's own generator
         return DataLoader(
             dataset, batch_size=self.config.batch_size, num_workers=self.config.workers, generator=generator,
-            pin_memory=self.device.type == "cuda", **kwargs,
+            pin_memory=self.device.type == "cuda", worker_init_fn=_leave_signals_to_the_run, **kwargs,
         )  # fmt: skip
+
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """For a process that reads images: a terminal sends its signals to all, but the run ends its processes itself."""
+    for s in set(_SIGNALS) - {signal.SIGTERM}:
+        signal.signal(s, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def _caught_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM are added to; a second one acts at once. Only in the main thread."""
+    """A list that SIGINT, SIGTERM and SIGHUP are added to; a second one acts at once. Only in the main thread.
+
+    SIGHUP stays ignored under nohup.
+    """
     caught: list[int] = []
 
     owner = os.getpid()
 
     def handle(signum: int, frame: Any) -> None:
-        if os.getpid() != owner:  # a process that reads images: the run tells it when to end
+        if os.getpid() != owner:  # a process that reads images, which has just been forked
             if signum == signal.SIGTERM:
                 os._exit(128 + signum)
             return
         if caught:
             raise KeyboardInterrupt
         caught.append(signum)
-        os.write(2, b"\nstopping after this step (again: at once)\n")  # print is not safe in a handler
+        with contextlib.suppress(OSError):  # the terminal is gone
+            os.write(2, b"\nstopping after this step (again: at once)\n")  # print is not safe in a handler
 
     try:
-        old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        hangup = getattr(signal, "SIGHUP", None)
+        kept = [s for s in _SIGNALS if s == hangup and signal.getsignal(s) == signal.SIG_IGN]
+        old = {s: signal.signal(s, handle) for s in _SIGNALS if s not in kept}
     except ValueError:  # not the main thread
         old = {}
     try:
@@ -332,17 +511,16 @@ def _caught_signals() -> Iterator[list[int]]:
             signal.signal(s, handler)
 
 
-def _bar(batches: Iterator[list[Tensor]], steps: int, start: int, text: str, progress: bool | None) -> Any:
-    from tqdm import tqdm
-
+def _bar(batches: Iterable, steps: int, start: int, text: str, progress: bool | None) -> Any:
     disable = None if progress is None else not progress  # None: only on a terminal
     return tqdm(batches, total=steps, initial=start, desc=text, disable=disable, leave=False, unit="step")
 
 
 def summary(run: Run) -> str:
-    """Two lines for the end of a run."""
-    final = run.history[-1]
+    """Lines for the end of a run."""
+    final, best = run.history[-1], run.best
+    named = f"best epoch: {best['epoch']}, {best['val_accuracy']:.2%}; checkpoint: {run.folder.best}\n" if best else ""
     return (
-        f"held-out accuracy after epoch {final['epoch']}: {final['val_accuracy']:.2%} of {len(run.val_set)} images\n"
+        f"held-out accuracy after epoch {final['epoch']}: {final['val_accuracy']:.2%} of {len(run.val_set)} images\n{named}"
         f"training took {sum(row['seconds'] for row in run.history):.0f} s; checkpoint: {run.last}"
     )
