@@ -69,7 +69,7 @@ def fuse(model: nn.Module, operations: Iterable[str]) -> nn.Module:
     if "pixel_embed" in operations:
         model.pixel_embed.forward = lambda x, pos, fused=False: PixelEmbed.forward(model.pixel_embed, x, pos, True)
     if "fold" in operations:
-        model._stem = lambda pixel, fused=False: tnt_fast.TNT._stem(model, pixel, True)
+        model._stem = lambda pixel, fused=False, image=None: tnt_fast.TNT._stem(model, pixel, True, image)
     for block in model.blocks:
         for name in {"inner", "fold", "outer"} & set(operations):
             method = getattr(Block, name)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from timm.models.tnt import TNT as TimmTNT
 
 from tnt_fast import TNT, CheckpointError, load_checkpoint, save_checkpoint
-from tnt_fast.checkpoints import convert_state_dict, read_checkpoint
+from tnt_fast.checkpoints import convert_state_dict, fit, read_checkpoint
 
 
 def tiny(**kwargs) -> TNT:
@@ -275,6 +275,118 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, legacy_format):
     with pytest.raises(CheckpointError, match=r"is refused.*could execute code.*tnt_fast reads weights only"):
         load_checkpoint(tiny(), file)
     assert not trace.exists()
+
+
+# ---- weights that are none ----
+
+
+def expanded(t):
+    return t.flatten()[0].clone().expand(t.shape)
+
+
+def odd_positions(t):
+    return torch.zeros(1, 0, 24)
+
+
+ODD = {
+    "integers": (lambda t: t.long(), r"not weights: NAME is int64"),
+    "booleans": (lambda t: t > 0, r"not weights: NAME is bool"),
+    "complex numbers": (lambda t: t.to(torch.complex64), r"not weights: NAME is complex64"),
+    "a meta tensor": (lambda t: t.to("meta"), r"on the device 'meta'"),
+    "a sparse tensor": (lambda t: t.to_sparse(), r"laid out as torch\.sparse_coo"),
+    "a quantised tensor": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), r"NAME is qint8"),
+    "less than it seems": (expanded, r"expanded from less"),
+    "one number": (lambda t: t.flatten()[0].clone(), r"other shapes: NAME \(\)"),
+    "a flat tensor": (lambda t: t.flatten(), r"other shapes: NAME \(\d+,\)"),
+    "nothing": (odd_positions, r"other shapes: NAME \(1, 0, 24\)"),
+    "NaN": (lambda t: t * torch.nan, r"NAME holds values that are not finite"),
+    "infinity": (lambda t: t / 0, r"NAME holds values that are not finite"),
+    "too large for float32": (lambda t: t.double() * 1e300, r"NAME holds values that are as float32 not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", ["patch_pos", "head.weight"])
+def test_what_is_no_weight_is_named_and_changes_nothing(kind, name):
+    change, message = ODD[kind]
+    state = perturb(tiny(), 0.3).state_dict()
+    model = perturb(tiny())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message.replace("NAME", re.escape(name))):
+        load_checkpoint(model, {**state, name: change(state[name])})
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("origin", [as_authors, as_mmpretrain])
+def test_odd_tensors_of_other_origins_are_no_other_error(origin):
+    model = tiny(legacy=origin is as_mmpretrain, depth=1)
+    state = origin(model.state_dict())
+    state.pop("outer_tokens", None)  # which is not read
+    for key in state:
+        changed = [{**state, key: odd} for odd in (torch.zeros(()), torch.zeros(0), torch.zeros(1, 2, 3, 4, 5))]
+        for contents in (*changed, {k: v for k, v in state.items() if k != key}):
+            with pytest.raises(CheckpointError):
+                load_checkpoint(model, contents)
+
+
+def test_a_key_of_a_million_characters_is_shown_short():
+    with pytest.raises(CheckpointError, match=r"unexpected: x+…x+ \(1,000,000 characters\)") as caught:
+        load_checkpoint(tiny(), {**tiny().state_dict(), "x" * 10**6: torch.zeros(1)})
+    assert len(str(caught.value)) < 500
+
+
+# ---- checkpoints of the world ----
+
+
+PREFIXES = ["model.", "net.", "student.", "timm_model.", "base_model.model.", "module._orig_mod.", "any.thing.at.all."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("origin", ["timm", "authors", "mmpretrain"])
+def test_the_prefix_is_found_by_the_keys(prefix, origin):
+    theirs = perturb(tiny(legacy=origin == "mmpretrain"))
+    state = {"timm": dict, "authors": as_authors, "mmpretrain": as_mmpretrain}[origin](theirs.state_dict())
+    state = {f"{prefix}{key}": value for key, value in state.items()} | {"criterion.weight": torch.ones(5)}
+    ours = load_checkpoint(tiny(legacy=origin == "mmpretrain"), state)
+    assert all(torch.equal(value, ours.state_dict()[name]) for name, value in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("place", ["model_state_dict", "net", "weights", "params", "module", "trainer.state.model"])
+def test_the_dict_is_found_by_the_keys(place):
+    theirs = perturb(tiny())
+    contents = theirs.state_dict()
+    for key in reversed(place.split(".")):
+        contents = {key: contents, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}}
+    assert torch.equal(load_checkpoint(tiny(), contents).cls_token, theirs.cls_token)
+
+
+@pytest.mark.parametrize("name", ["averaged", "ema", "model_ema", "ema_state_dict", "swa_model", "averaging_state"])
+def test_averaged_weights_are_preferred_and_it_is_said(name):
+    plain, averaged = perturb(tiny(), 0.1), perturb(tiny(), 0.2).state_dict()
+    contents = {
+        "model": plain.state_dict(),
+        name: {"n_averaged": torch.tensor(3)} | {f"module.{k}": v for k, v in averaged.items()},
+    }
+    fitted = fit(tiny(), contents)
+    assert torch.equal(fitted.state["cls_token"], averaged["cls_token"])
+    assert fitted.said == "loaded 2 blocks (the averaged weights of the two that it holds)"
+    fitted = fit(tiny(), contents, use_ema=False)
+    assert torch.equal(fitted.state["cls_token"], plain.cls_token)
+    assert fitted.said == "loaded 2 blocks (not the averaged weights of the two that it holds)"
+
+
+def test_several_models_are_asked_about():
+    state = tiny().state_dict()
+    contents = {f"{who}.{key}": value for who in ("student", "teacher") for key, value in state.items()}
+    with pytest.raises(CheckpointError, match=r"weights of 2 TNTs, at 'student\.', 'teacher\.'"):
+        load_checkpoint(tiny(), contents)
+
+
+def test_a_dict_that_holds_itself_ends():
+    contents: dict = {"state_dict": {"conv.weight": torch.zeros(1)}}
+    contents["me"] = contents
+    with pytest.raises(CheckpointError, match="does not look like a TNT"):
+        load_checkpoint(tiny(), contents)
 
 
 # ---- saving ----

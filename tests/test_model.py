@@ -150,6 +150,51 @@ def test_sizes_that_are_not_square(size, legacy):
     assert maps[0].shape == (2, 24, size[0] // 16, size[1] // 16)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (64, 32), (48, 80), (16, 16)])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_another_size_is_set_once_or_taken_in_each_forward(size, legacy):
+    model = perturb(tiny(legacy=legacy))
+    dynamic = tiny(legacy=legacy, dynamic_img_size=True)
+    dynamic.load_state_dict(model.state_dict())
+    model.patch_pos.requires_grad_(False)
+    expected = timm.layers.resample_abs_pos_embed(model.patch_pos, [size[0] // 16, size[1] // 16], [2, 2])
+    model.set_input_size(size)
+    assert torch.equal(model.patch_pos, expected)
+    assert not model.patch_pos.requires_grad
+    assert (model.num_patches, model.pixel_embed.grid_size) == (size[0] * size[1] // 256, (size[0] // 16, size[1] // 16))
+    built = tiny(legacy=legacy, img_size=size)
+    built.load_state_dict(model.state_dict())
+    image = torch.randn(2, 3, *size)
+    assert torch.equal(model(image), built(image))
+    assert relative_error(dynamic(image), built(image)) <= 1e-6
+    assert dynamic.forward_intermediates(image, intermediates_only=True)[0].shape == (2, 24, size[0] // 16, size[1] // 16)
+    assert dynamic.sizes(image)["N"] == built.sizes()["N"]
+
+
+def test_dynamic_sizes_compile_to_one_graph_and_as_a_script():
+    dynamic = tiny(dynamic_img_size=True, depth=1)
+    image = torch.randn(2, 3, 64, 32)
+    assert relative_error(torch.jit.script(dynamic)(image), dynamic(image)) <= 1e-6
+    compiled = torch.compile(dynamic, fullgraph=True, backend="eager")
+    for size in ((32, 32), (64, 32), (48, 80)):
+        image = torch.randn(2, 3, *size)
+        assert relative_error(compiled(image), dynamic(image)) <= 1e-6
+
+
+def test_a_size_that_cannot_be_set_changes_nothing():
+    model = tiny()
+    for given, message in (
+        (dict(img_size=(40, 32)), "img_size 40 (height) is not covered by patches of 16 every 16; accepted near it: 32, 48"),
+        (dict(patch_size=8), "patch_size=8 cannot be changed"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            model.set_input_size(**given)
+    assert model.pixel_embed.img_size == (32, 32)
+    assert model.patch_pos.shape[1] == 5
+    with pytest.raises(ValueError, match=re.escape("img_size 40 (height) is not covered")):
+        tiny(dynamic_img_size=True)(torch.randn(1, 3, 40, 32))
+
+
 # ---- what users do with a model ----
 
 
@@ -325,7 +370,7 @@ def test_arguments_that_do_not_fit(kwargs, message):
     [
         (
             (2, 3, 32, 48),
-            "the image is 32×48 (height×width); this model takes 32×32: resize the image, or build the model with",
+            "the image is 32×48 (height×width); this model takes 32×32: resize the image, or call model.set_input_size",
         ),
         ((2, 1, 32, 32), "the image has 1 channels (shape (2, 1, 32, 32)); this model takes (batch, 3, 32, 32)"),
         ((3, 32, 32), "the image has shape (3, 32, 32); this model takes (batch, 3, 32, 32)"),

@@ -306,8 +306,8 @@ def _resample(patch_pos: Tensor, model: TNT, source_grid: tuple[int, int] | None
     shape = tuple(patch_pos.shape)
     if len(shape) != 3 or shape[0] != 1 or shape[1] < 2 or shape[2] != model.embed_dim:
         return patch_pos  # which _check_fit then names
-    count, grid = shape[1] - 1, tuple(model.pixel_embed.grid_size)
-    square = (round(count**0.5),) * 2
+    count, grid, side = shape[1] - 1, model.pixel_embed.grid_size, round((shape[1] - 1) ** 0.5)
+    square = (side, side)
     if source_grid is None and square[0] * square[1] == count:
         if count == grid[0] * grid[1] and square != grid:
             raise CheckpointError(

@@ -149,7 +149,7 @@ def why_not_fused(model: Any, image: Tensor | None = None, gradients: bool = Fal
 def _gradient_reasons(model: Any, image: Tensor | None) -> list[str]:
     """Why PyTorch computes the gradients of an operation that is fused."""
     like = model.cls_token if image is None else image
-    sizes, dtype = model.sizes(), _computed(like)
+    sizes, dtype = model.sizes(image), _computed(like)
     return [
         f"{name}: {reason}"
         for name, operation in kernels.OPERATIONS.items()
@@ -280,9 +280,9 @@ def _check_arguments(model: Any, handed: list[tuple], image: Tensor | None, reas
     """Hold what the operations will be given to their own descriptions, once for blocks that hand over the same."""
     like = model.cls_token if image is None else image
     dtype, autocast = _computed(like), like.device.type != "meta" and torch.is_autocast_enabled(like.device.type)
-    sizes, embed = model.sizes(), model.pixel_embed
+    sizes = model.sizes(image)
     known = {letter: sizes[letter] for letter in ("channels", "S", "C", "E")}
-    known |= dict(zip(("height", "width"), embed.img_size, strict=True))
+    known |= dict(zip(("height", "width"), model.image_size(image), strict=True))
     for prefix, owner, name, given in handed:
         operation = kernels.OPERATIONS[name]
         # without a second norm (legacy) the first is over each pixel, else over all of a patch

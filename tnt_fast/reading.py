@@ -66,7 +66,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         try:
             start = file.read(9)
             file.seek(0)
-            if path.suffix == ".safetensors" or (start[8:] == b"{" and not start.startswith((b"PK", b"\x80"))):
+            if path.suffix == ".safetensors" or (start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size):
                 return _read_safetensors(path, start, size)
             _check_torch_file(file, start, size)
             file.seek(0)

@@ -9,12 +9,18 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from tnt_fast import attention, dispatch, reference
+
+update_model_input_size: Any
+try:
+    from timm.models._input import update_model_input_size
+except ImportError:  # before timm 1.0.31, which keeps no record of a model's input
+    update_model_input_size = None
 
 __all__ = ["TNT"]
 
@@ -283,6 +289,7 @@ class PixelEmbed(nn.Module):
     Args:
         img_size, patch_size, patch_stride: in image pixels, int or (vertical, horizontal). ``patch_stride`` smaller than the
             patch makes neighbouring patches overlap; None: they touch.
+        strict_img_size: False takes images of any size that the patches cover.
         stride: of the 7×7 convolution; divides patch and patch stride. S = (patch / stride)².
         legacy: zero padding at the image border only (else at every patch border).
     """
@@ -299,13 +306,13 @@ class PixelEmbed(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         patch_stride: int | tuple[int, int] | None = None,
+        strict_img_size: bool = True,
     ):
         super().__init__()
-        self.img_size: tuple[int, int] = to_2tuple(img_size)
+        self.strict_img_size = strict_img_size
         self.patch_size: tuple[int, int] = to_2tuple(patch_size)
         self.patch_stride: tuple[int, int] = self.patch_size if patch_stride is None else to_2tuple(patch_stride)
-        sizes = (self.img_size, self.patch_size, self.patch_stride)
-        for axis, image, patch, step in zip(("height", "width"), *sizes, strict=True):
+        for axis, patch, step in zip(("height", "width"), self.patch_size, self.patch_stride, strict=True):
             _require(patch >= 1, f"patch_size {patch} ({axis}) is not positive")
             divisors = ", ".join(str(d) for d in range(1, patch + 1) if patch % d == 0)
             _require(
@@ -316,14 +323,7 @@ class PixelEmbed(nn.Module):
                 1 <= step <= patch and step % stride == 0,
                 f"patch_stride {step} ({axis}) must be a multiple of first_stride={stride}, at most the patch {axis} {patch}",
             )
-            below = patch + max(image - patch, 0) // step * step
-            _require(
-                image >= patch and (image - patch) % step == 0,
-                f"img_size {image} ({axis}) is not covered by patches of {patch} every {step}; "
-                f"accepted near it: {below}, {below + step}",
-            )
-        self.grid_size = tuple((i - p) // s + 1 for i, p, s in zip(*sizes, strict=True))
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.set_input_size(to_2tuple(img_size))
         self.in_chans = in_chans
         self.in_dim = in_dim
         self.stride = stride
@@ -331,6 +331,28 @@ class PixelEmbed(nn.Module):
         self.new_patch_size = (self.patch_size[0] // stride, self.patch_size[1] // stride)
         self.pixel_step = (self.patch_stride[0] // stride, self.patch_stride[1] // stride)
         self.proj = nn.Conv2d(in_chans, in_dim, kernel_size=7, padding=3, stride=stride, device=device, dtype=dtype)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: tuple[int, int]) -> None:
+        """Take images of another height and width.
+
+        Raises:
+            ValueError: patches do not cover them.
+        """
+        self._check_covered(img_size)
+        self.img_size: tuple[int, int] = img_size
+        self.grid_size = self.dynamic_feat_size(img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    @torch.jit.unused
+    def _check_covered(self, img_size: tuple[int, int]) -> None:
+        for axis, image, patch, step in zip(("height", "width"), img_size, self.patch_size, self.patch_stride, strict=True):
+            below = patch + max(image - patch, 0) // step * step
+            _require(
+                image >= patch and (image - patch) % step == 0,
+                f"img_size {image} ({axis}) is not covered by patches of {patch} every {step}; "
+                f"accepted near it: {below}, {below + step}",
+            )
 
     def feat_ratio(self, as_scalar: bool = True) -> tuple[int, int] | int:
         return max(self.patch_stride) if as_scalar else self.patch_stride
@@ -380,11 +402,13 @@ class PixelEmbed(nn.Module):
             f"the image has {x.shape[1]} channels (shape {tuple(x.shape)}); this model takes {expected}: "
             f"convert the image, or build the model with in_chans={x.shape[1]}",
         )
+        if not self.strict_img_size:
+            self._check_covered((x.shape[2], x.shape[3]))
         _require(
-            tuple(x.shape[2:]) == tuple(self.img_size),
+            not self.strict_img_size or tuple(x.shape[2:]) == tuple(self.img_size),
             f"the image is {x.shape[2]}×{x.shape[3]} (height×width); this model takes {self.img_size[0]}×{self.img_size[1]}: "
-            f"resize the image, or build the model with img_size=({x.shape[2]}, {x.shape[3]}) "
-            "(tnt_fast.load_checkpoint resamples positions)",
+            f"resize the image, or call model.set_input_size(({x.shape[2]}, {x.shape[3]})), which resamples the positions; "
+            "a model built with dynamic_img_size=True takes images of any size",
         )
         weight = self.proj.weight
         if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
@@ -419,6 +443,8 @@ class TNT(nn.Module):
         inner_mlp_ratio: of the inner MLP (timm: always 4).
         patch_stride: smaller than the patch, neighbouring patches share pixels; None: patches touch.
         use_pixel_pos, use_patch_pos: position encodings (Table 6).
+        dynamic_img_size: take images of any size that the patches cover; patch positions are resampled (bicubic) in each
+            forward. ``set_input_size`` does it once.
         se_ratio: above 0, squeeze-and-excitation after the outer MLP (Table 12; the authors take 0.25).
 
     Shapes: image ``(B, in_chans, H, W)`` → ``forward_features`` ``(B, 1 + N, E)`` → logits ``(B, num_classes)``.
@@ -426,6 +452,8 @@ class TNT(nn.Module):
     Raises:
         ValueError: sizes that do not fit each other; the message names the value and what is accepted.
     """
+
+    dynamic_img_size: Final[bool]
 
     def __init__(
         self,
@@ -460,6 +488,7 @@ class TNT(nn.Module):
         use_pixel_pos: bool = True,
         use_patch_pos: bool = True,
         se_ratio: float = 0.0,
+        dynamic_img_size: bool = False,
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -494,10 +523,12 @@ class TNT(nn.Module):
         self.num_prefix_tokens = 1
         self.grad_checkpointing = False
         self.backend = backend
+        self.dynamic_img_size = dynamic_img_size
 
         self.pixel_embed = PixelEmbed(
-            img_size, patch_size, in_chans, inner_dim, first_stride, legacy, **dd, patch_stride=patch_stride
-        )
+            img_size, patch_size, in_chans, inner_dim, first_stride, legacy, **dd,
+            patch_stride=patch_stride, strict_img_size=not dynamic_img_size,
+        )  # fmt: skip
         self.num_patches = self.pixel_embed.num_patches
         height, width = self.pixel_embed.new_patch_size
         num_pixel = height * width
@@ -560,18 +591,57 @@ class TNT(nn.Module):
                 nn.init.zeros_(m.bias)
 
     @torch.jit.ignore
-    def sizes(self) -> dict[str, int | bool]:
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Take images of another height and width from now on: the patch positions are resampled (bicubic), as in timm's ViT.
+
+        Build optimizers afterwards: the positions are a new parameter.
+
+        Args:
+            img_size: int or pair; None: as it is. patch_size: None, or as it is, for the pixels of a patch are the width of
+                ``proj``.
+
+        Raises:
+            ValueError: patches do not cover the image, or another patch size; the model is as before.
+        """
+        embed = self.pixel_embed
+        _require(
+            patch_size is None or to_2tuple(patch_size) == embed.patch_size,
+            f"patch_size={patch_size} cannot be changed: the pixels of a patch are the width of proj; this model has "
+            f"{embed.patch_size}, build another with patch_size={patch_size}",
+        )
+        before = embed.grid_size
+        embed.set_input_size(embed.img_size if img_size is None else to_2tuple(img_size))
+        self.num_patches = embed.num_patches
+        if self.patch_pos is not None and embed.grid_size != before:
+            with torch.no_grad():
+                resampled = resample_abs_pos_embed(self.patch_pos, list(embed.grid_size), list(before), num_prefix_tokens=1)
+            self.patch_pos = nn.Parameter(resampled, requires_grad=self.patch_pos.requires_grad)
+        if update_model_input_size is not None:
+            update_model_input_size(self, embed.img_size)
+
+    @torch.jit.ignore
+    def sizes(self, image: Tensor | None = None) -> dict[str, int | bool]:
         """What the kernels' limits depend on; sizes by the paper's letters (M: hidden width of the inner MLP)."""
         embed = self.pixel_embed
+        rows, columns = embed.dynamic_feat_size(self.image_size(image))
         inner: Any = None
         for block in self.blocks:
             inner = block if getattr(block, "has_inner", False) else inner
         return {
-            "channels": self.in_chans, "stride": embed.stride, "legacy": embed.legacy, "N": self.num_patches,
+            "channels": self.in_chans, "stride": embed.stride, "legacy": embed.legacy, "N": rows * columns,
             "S": embed.new_patch_size[0] * embed.new_patch_size[1], "C": embed.proj.weight.shape[0],
             "E": self.cls_token.shape[-1], "H": inner.attn_in.num_heads if inner else 1,
             "M": inner.mlp_in.fc1.weight.shape[0] if inner else 4 * embed.proj.weight.shape[0],
         }  # fmt: skip
+
+    @torch.jit.ignore
+    def image_size(self, image: Tensor | None = None) -> tuple[int, int]:
+        """Height and width of what a forward takes."""
+        if image is None or not self.dynamic_img_size or image.ndim != 4:
+            return self.pixel_embed.img_size
+        return (image.shape[2], image.shape[3])
 
     @torch.jit.ignore
     def fused_arguments(self) -> dict[str, dict[str, Any]]:
@@ -616,15 +686,22 @@ class TNT(nn.Module):
         head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
         self.head = head.train(self.training)
 
-    def _stem(self, pixel: Tensor, fused: bool = False) -> Tensor:
-        """The first fold, onto ``[cls; 0] + patch_pos``: ``(B, 1 + N, E)``."""
-        base = nn.functional.pad(self.cls_token, (0, 0, 0, self.num_patches))
-        if self.patch_pos is not None:
-            base = base + self.patch_pos
-        patch = base.expand(pixel.shape[0] // self.num_patches, -1, -1)
+    def _stem(self, pixel: Tensor, fused: bool = False, image: Tensor | None = None) -> Tensor:
+        """The first fold, onto ``[cls; 0] + patch_pos``: ``(B, 1 + N, E)``; ``image``: of a size of its own."""
+        patch_pos, num_patches = self.patch_pos, self.num_patches
+        if self.dynamic_img_size and image is not None:
+            grid = self.pixel_embed.dynamic_feat_size((image.shape[2], image.shape[3]))
+            num_patches = grid[0] * grid[1]
+            if patch_pos is not None:
+                before = self.pixel_embed.grid_size
+                patch_pos = resample_abs_pos_embed(patch_pos, [grid[0], grid[1]], [before[0], before[1]], num_prefix_tokens=1)
+        base = nn.functional.pad(self.cls_token, (0, 0, 0, num_patches))
+        if patch_pos is not None:
+            base = base + patch_pos
+        patch = base.expand(pixel.shape[0] // num_patches, -1, -1)
         if fused and not torch.jit.is_scripting():
             return self.pos_drop(_fused_fold(self, pixel, patch))
-        flat = pixel.reshape(patch.shape[0], self.num_patches, pixel.shape[1] * pixel.shape[2])
+        flat = pixel.reshape(patch.shape[0], num_patches, pixel.shape[1] * pixel.shape[2])
         x = self.norm2_proj(self.proj(self.norm1_proj(flat)))
         return self.pos_drop(torch.cat([patch[:, :1], patch[:, 1:] + x], dim=1))
 
@@ -654,7 +731,7 @@ class TNT(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         fused = self._fused(x)
         pixel = self.pixel_embed(x, self.pixel_pos, fused=fused)
-        patch = self._stem(pixel, fused)
+        patch = self._stem(pixel, fused, x)
         blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
         for i, block in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -668,6 +745,8 @@ class TNT(nn.Module):
         intermediates = [y[:, self.num_prefix_tokens :] for y in intermediates]
         if output_fmt == "NCHW":
             rows, columns = self.pixel_embed.grid_size
+            if self.dynamic_img_size:
+                rows, columns = self.pixel_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
             intermediates = [
                 y.reshape(y.shape[0], rows, columns, self.embed_dim).permute(0, 3, 1, 2).contiguous() for y in intermediates
             ]
@@ -700,7 +779,7 @@ class TNT(nn.Module):
         """Image ``(B, in_chans, H, W)`` → normalised tokens ``(B, 1 + N, E)``, class token first."""
         fused = self._fused(x)
         pixel = self.pixel_embed(x, self.pixel_pos, fused=fused)
-        patch = self._stem(pixel, fused)
+        patch = self._stem(pixel, fused, x)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 pixel, patch = checkpoint(partial(block, fused=fused), pixel, patch)

@@ -266,7 +266,8 @@ def load_tnt(
         sizes = {**({} if classes is None else {"num_classes": classes}), **told.sizes, **sizes}
         shape = create_tnt(chosen, device="meta", **sizes)
         data_config = _data_config(told.data_config, shape, whole="format" in weights)
-        names = _class_names(told.classes, classes) if shape.num_classes == classes else []
+        names = [] if told.classes is None and "format" not in weights else _class_names(told.classes, classes)
+        names = names if shape.num_classes == classes else []
     except CheckpointError as error:
         raise CheckpointError(f"{where} is refused: {error}") from error
     fitted = fit(shape, weights, use_ema=use_ema, adapt=True, what=where)
@@ -321,8 +322,6 @@ def _declared(name: Any, sizes: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _class_names(names: Any, count: int | None) -> list[str]:
-    if names is None:
-        return []
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) and len(name) <= 1000 for name in names):
         raise CheckpointError("its entry 'classes' is no list of names of at most 1,000 characters")
     if len(names) != count:
