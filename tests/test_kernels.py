@@ -305,7 +305,7 @@ def test_addresses_past_two_to_the_31(path, dtype, monkeypatch):
     weights = {k: None if v is None else v.to(path.device, dtype) for k, v in inner_tensors(1, S, C, 160).items()}
     del weights["pixel"]
     inner, tail = kernels.OPERATIONS["inner"], torch.randn(50, S, C).to(path.device, dtype)
-    expected = inner(tail, **weights, num_heads=4)
+    expected = call(inner, pixel=tail, **weights, num_heads=4)
     if path.executor:
         pixel = torch.frombuffer(mmap.mmap(-1, 2 * P * S * C), dtype=dtype).view(P, S, C)
         monkeypatch.setattr(path.executor, "multiprocessors", 2**31)  # a turn for each program
@@ -314,7 +314,7 @@ def test_addresses_past_two_to_the_31(path, dtype, monkeypatch):
         pixel = torch.zeros(P, S, C, device=path.device, dtype=dtype)
     pixel[-50:] = tail
     last = 12 if path.executor else 48
-    assert torch.equal(inner(pixel, **weights, num_heads=4)[-last:], expected[-last:])
+    assert torch.equal(call(inner, pixel=pixel, **weights, num_heads=4)[-last:], expected[-last:])
     monkeypatch.undo()
 
 
