@@ -1,5 +1,5 @@
-"""The pages say what is there: the API's lists what is public, and nothing else (``make docs`` renders it and fails where a name is
-not there); commands have options that exist."""
+"""The pages say what is there: the API's lists what is public, and nothing else (``make docs`` renders it and fails where a
+name is not there); commands have options that exist."""
 
 import inspect
 import re
