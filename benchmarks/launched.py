@@ -29,6 +29,19 @@ class Launched(NamedTuple):
     constants: dict[str, Any]
     options: dict[str, Any]
 
+    @property
+    def bytes(self) -> int:
+        """Of the tensors, each once."""
+
+        def tensors(given: Any) -> Iterator[Tensor]:
+            for each in given:
+                if isinstance(each, Tensor):
+                    yield each
+                elif isinstance(each, tuple):
+                    yield from tensors(each)
+
+        return sum(x.numel() * x.element_size() for x in tensors(self.arguments))
+
 
 class Recorder:
     """In the place of ``operation.runner``: a GPU with so many multiprocessors, on which nothing runs.

@@ -1,7 +1,7 @@
 """What the compiled kernels cost, read from their machine code; needs no GPU.
 
-    python -m benchmarks.static_cost [--kernel inner] [--variant s] [--dtype bf16] [--target sm_90] [--dynamic] [--json FILE]
-        [--sass DIR]
+    python -m benchmarks.static_cost [--kernel inner] [--variant s] [--dtype bf16] [--target sm_90] [--dynamic] [--time h200]
+        [--json FILE] [--sass DIR]
     python -m benchmarks.static_cost --compare OLD NEW
 
 Every configuration that the kernels ship (``launches()`` of each of ``tnt_fast.kernels.OPERATIONS``) is compiled ahead
@@ -24,6 +24,8 @@ What the numbers mean, and what they do not:
 - ``--dynamic`` runs the PTX, too (sm_90's, or of the targets asked for), and shows beside what was counted what is executed
   for a patch and how memory is accessed (dynamic_cost.py): instructions, turns of shared memory and those of them that bank
   conflicts cost, sectors of global memory against those that the bytes asked for would fill.
+- ``--time GPU`` simulates the machine code of that GPU's target (simulate.py): microseconds of a launch at batch 256 with a
+  band, what binds, and what the warps wait for. What is not modelled, and how wrong it is, is said below the table.
 - "risky" is an asynchronous matrix instruction of sm_90 (wgmma) with its left operand in registers: ptxas before 13.3 reuses
   such registers too early (triton issues 9433 and 11781), so its results need a test on the card.
 """
@@ -52,7 +54,7 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import dynamic_cost
+from benchmarks import dynamic_cost, machine_code, simulate
 from benchmarks.dynamic_cost import VARIANTS, aligned
 from benchmarks.launched import BATCH, Launched, launched
 from benchmarks.measure import DTYPES
@@ -60,7 +62,10 @@ from tnt_fast import kernels as shipped
 from tnt_fast.kernels.operation import Operation
 
 CACHE = Path(__file__).parents[1] / ".cache" / "static_cost"
-READERS = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (Path(__file__),)]
+READERS = [
+    hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest()
+    for name in ("static_cost.py", "machine_code.py", "simulate.py")
+]
 PATCHES = 256 * 196 * 12
 SLOTS_PER_US = 132 * 4 * 1980
 TIMED_TARGET = "sm_90"
@@ -257,7 +262,7 @@ def _as_launched(kernel: str, variant: str, dtype: str, launch: Any, target: str
     raise ValueError(f"{kernel} does not launch {launch.kernel.__name__} with {launch.constants} at batch {BATCH}")
 
 
-def _compile(found: Launched, target: Target) -> Any:
+def compile_launch(found: Launched, target: Target) -> Any:
     """Triton's compiled kernel, through its launcher, which specialises: what is divisible by 16 or equal to 1 is known."""
     constants = found.constants
     if target.backend == "hip":  # the fast forms are PTX
@@ -267,7 +272,7 @@ def _compile(found: Launched, target: Target) -> Any:
     return found.kernel.run(*found.arguments, grid=(1,), warmup=True, **constants, **found.options)
 
 
-def _read_nvidia(compiled: Any, arch: int) -> tuple[str, dict[str, Any]]:
+def read_nvidia(compiled: Any, arch: int) -> tuple[str, dict[str, Any]]:
     """Disassembly, and what the cubin and the PTX say."""
     tools = triton.knobs.nvidia
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -301,17 +306,37 @@ def _read_amd(compiled: Any) -> tuple[str, dict[str, Any]]:
     return text, found | {"risky": False, "compiler": f"triton {triton.__version__}"}
 
 
-def _row(kernel: str, number: int, target: str, sass: Path | None) -> dict[str, Any]:
+def _time(found: Launched, launch: Any, compiled: Any, resident: int, gpu: simulate.Gpu) -> dict[str, Any]:
+    """What a launch's simulation says, or why there is none."""
+    tiles = math.ceil(PATCHES / 12 / launch.patches)
+    try:
+        code = machine_code.parts(machine_code.decode(machine_code.disassembly(compiled.asm["cubin"])))
+        time = simulate.simulate(
+            code,
+            gpu,
+            warps=launch.config.warps,
+            resident=resident,
+            grid=found.grid,
+            bytes=found.bytes,
+            tiles=tiles,
+            loops=launch.turns if launch.turns > 1 else 0,
+        )
+    except ValueError as error:
+        return {"gpu": gpu.name, "error": str(error)}
+    return {"gpu": gpu.name, "error": None, "other_loops": code.other_loops} | time._asdict()
+
+
+def _row(kernel: str, number: int, target: str, sass: Path | None, gpu: simulate.Gpu | None) -> dict[str, Any]:
     """Compile one launch, the ``number``-th of its module, and read its cost. Runs in a worker."""
     variant, dtype, launch = list(shipped.OPERATIONS[kernel].launches())[number]
     limits = TARGETS[target]
     started = _as_launched(kernel, variant, dtype, launch, target)
-    compiled = _compile(started, limits)
+    compiled = compile_launch(started, limits)
     code = compiled.asm["cubin" if limits.backend == "cuda" else "amdgcn"]
-    known = _known(code, target, launch.config, launch.patches, launch.turns, started.grid)
+    known = _known(code, target, launch.config, launch.patches, launch.turns, started.grid, gpu)
     if sass is None and known.exists():
         return json.loads(known.read_text())
-    text, found = _read_nvidia(compiled, limits.arch) if limits.backend == "cuda" else _read_amd(compiled)
+    text, found = read_nvidia(compiled, limits.arch) if limits.backend == "cuda" else _read_amd(compiled)
     if sass is not None:
         name = f"{kernel}-{variant}-{dtype}-{launch.kernel.__name__}-{number}-{target}"
         (sass / f"{name}.{'sass' if limits.backend == 'cuda' else 'amdgcn'}").write_text(text)
@@ -338,7 +363,9 @@ def _row(kernel: str, number: int, target: str, sass: Path | None) -> dict[str, 
         "other_loops": counted.loops_in_loop + (counted.loops_in_rest if whole else 0),
         "us_12_layers_batch_256": round(PATCHES * per_patch / SLOTS_PER_US, 1) if target == TIMED_TARGET else None,
     }
-    _write_json(known, found)
+    if gpu is not None:
+        found["simulated"] = _time(started, launch, compiled, programs, gpu)
+    write_json(known, found)
     return found
 
 
@@ -371,13 +398,15 @@ def rows(
     jobs: int | None = None,
     sass: Path | None = None,
     dynamic: bool = False,
+    time: str | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each shipped launch and target among those asked for (None: all), in that order.
 
     What does not compile has a row, too, with ``error`` instead of numbers. ``sass``: a folder that gets the disassembly.
     ``dynamic``: NVIDIA's rows of the targets that are asked for by name, or sm_90's, have what is executed as well, under that
-    name.
+    name. ``time``: a GPU of simulate.py's; rows of its target have ``simulated``.
     """
+    gpu = None if time is None else simulate.gpu(time)
     kernels = _chosen("kernel", kernels, shipped.OPERATIONS)
     variants = _chosen("variant", variants, VARIANTS)
     dtypes = _chosen("dtype", dtypes, DTYPES)
@@ -400,7 +429,8 @@ def rows(
                     sizes = dict(num_warps=launch.config.warps, num_stages=launch.config.stages)
                     sizes |= dict(patches=launch.patches, turns=launch.turns)
                     for target in targets:
-                        row = pool.submit(_row, kernel, number, target, sass)
+                        asked = gpu if gpu is not None and gpu.target == target else None
+                        row = pool.submit(_row, kernel, number, target, sass, asked)
                         found[row], constants[row] = names | {"target": target} | sizes, launch.constants
                         operation = (kernel, variant, dtype, target)
                         if dynamic and target in counted and operation not in executed:
@@ -425,11 +455,22 @@ def rows(
     return list(found.values())
 
 
+def _told(simulated: dict[str, Any] | None) -> list[str]:
+    """A simulation's cells: "+" behind a time is a loop that was taken as one turn."""
+    if simulated is None or simulated["error"]:
+        return ["-", "-", "-", "none" if simulated else "-", simulated["error"] if simulated else "-"]
+    waits = ", ".join(f"{name} {share:.0%}" for name, share in list(simulated["waits"].items())[:3])
+    more = "+" if simulated["other_loops"] else ""
+    return [f"{simulated['us']}{more}", str(simulated["low"]), str(simulated["high"]), simulated["binds"], waits]
+
+
 def _table(good: list[dict[str, Any]]) -> str:
     """Plain text, one line a row, columns aligned."""
     head = ["kernel", "function", "variant", "dtype", "target", "warps", "patches", "registers", "stack", "shared"]
     head += ["programs/SM", "warps/SM", "instructions/patch", *KIND_NAMES, "matrix/warp", "risky", "us"]
     dynamic = any(row.get("dynamic") for row in good)
+    timed = any(row.get("simulated") for row in good)
+    head += ["simulated us", "low", "high", "binds", "waits"] if timed else []
     head += ["executed/patch", "shared turns", "conflicts", "sectors", "filled"] if dynamic else []
     lines = [head]
     for row in good:
@@ -447,6 +488,8 @@ def _table(good: list[dict[str, Any]]) -> str:
         cells += [f"{row['instructions_by_kind'][kind]:.0f}" for kind in KIND_NAMES]
         us = row["us_12_layers_batch_256"]
         cells += [row["matrix_instructions"], "RISKY" if row["risky"] else "no", "-" if us is None else f"{us:.0f}"]
+        if timed:
+            cells += _told(row.get("simulated"))
         if dynamic:
             seen = row.get("dynamic")
             cells += (
@@ -490,7 +533,7 @@ def comparison(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
     return "\n".join([*([aligned(lines, len(lines[0]))] if len(lines) > 1 else []), f"{same} launches did not change"])
 
 
-def _write_json(path: Path, table: Any) -> None:
+def write_json(path: Path, table: Any) -> None:
     """Written beside and renamed: a reader never sees half a file."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     beside.write_text(json.dumps(table, indent=1) + "\n")
@@ -506,6 +549,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sass", type=Path, metavar="DIR", help="write the disassembly of each row")
     counted = "run the PTX, too, and count what it executes: sm_90's, or that of each --target"
     parser.add_argument("--dynamic", action="store_true", help=counted)
+    listed = ", ".join(simulate.GPUS)
+    parser.add_argument(
+        "--time", metavar="GPU", help=f"simulate its target's machine code: microseconds of a launch ({listed})"
+    )
     parser.add_argument("--jobs", type=int, help="compilations at a time (default: one a core)")
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="only say what changed between two results"
@@ -521,7 +568,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--json {options.json}: the folder {options.json.parent} does not exist; make it first")
     try:
         table = rows(
-            options.kernel, options.variant, options.dtype, options.target, options.jobs, options.sass, options.dynamic
+            options.kernel,
+            options.variant,
+            options.dtype,
+            options.target,
+            options.jobs,
+            options.sass,
+            options.dynamic,
+            options.time,
         )
     except ValueError as error:
         parser.error(str(error))
@@ -540,6 +594,15 @@ def main(arguments: list[str] | None = None) -> int:
             "us: 12 calls at batch 256 (196 patches an image) on an H200 that issues in every slot: 132 SMs, 4 a clock, "
             "1.98 GHz boost. 45 to 70% of that rate is realistic."
         )
+        if options.time:
+            gpu = simulate.gpu(options.time)
+            print(
+                f"simulated us: of a launch at batch 256 on {gpu.name} ({gpu.multiprocessors} multiprocessors, {gpu.ghz} GHz "
+                f"under load, {gpu.dram:.0f} GB/s; {gpu.source}), and the band that all checks lie in "
+                '(results/simulation.json); "+": a loop besides the main one was taken as one turn.\n'
+                f"Not modelled: {simulate.NOT_MODELLED}. Accesses to global memory are taken as side by side, shared memory as "
+                "without conflicts (--dynamic counts them)."
+            )
     failures = {}
     for row in table:
         where = f"{row['variant']} {row['dtype']} {row['target']}"
@@ -555,7 +618,7 @@ def main(arguments: list[str] | None = None) -> int:
     for (kernel, function, error), places in failures.items():
         print(f"{kernel} {function} does not compile ({', '.join(places)}): {error}", file=sys.stderr)
     if options.json:
-        _write_json(options.json, table)
+        write_json(options.json, table)
     return 1 if failures else 0
 
 

@@ -25,6 +25,8 @@ HOLDS = {
     "test_benchmarks": ["benchmarks/*.py", "tnt_fast/bench.py"],
     "test_cli": ["tnt_fast/__init__.py", "tnt_fast/__main__.py"],
     "test_ptx_machine": ["tests/ptx/*.py"],
+    "test_simulate": ["benchmarks/machine_code.py", "benchmarks/simulation_checks.py"],
+    "test_static_cost": ["benchmarks/launched.py"],
 }
 
 
