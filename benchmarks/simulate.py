@@ -10,8 +10,10 @@ many turns as there are tiles for them.
 
 Not modelled (``NOT_MODELLED``), and assumed: accesses to global memory are side by side, branches go the way that
 ``machine_code.parts`` says, loops besides the main one turn once; shared memory has the conflicts that are passed in. How wrong
-all that is: results/simulation.json (simulation_checks.py), from which the band comes. No parameter was fitted to a time; where
-each comes from stands beside it.
+all that is: results/simulation.json (simulation_checks.py), from which the band comes. No value was sought to fit a time, and
+where each comes from stands beside it; but three were chosen among what is published after a first comparison with the known
+times: the clock under load, the one queue, and that what is read again is in L1. The clock matters most: at the 1.98 GHz that
+nvidia-smi showed in our runs all times of an H200 were 10% less.
 """
 
 import heapq
@@ -50,8 +52,9 @@ class Gpu:
 
 # Of the peak of DRAM 88% are taken as reached: the H200's own copy, 4216 of 4800 GB/s (results/2026-11-26-0725, roofs). Clocks
 # under load: where nvidia-smi says 1980 MHz on an H100, Nsight Compute counts 1780 (github.com/smallscientist1/cutlass-kernels,
-# src/fmha-pipeline/myrun.md); consumer GPUs at their boost. Products: 2048 multiply-adds by the whitepapers' rates; of Hopper's
-# peak mma.sync reaches 63% (Luo et al., arXiv 2402.13499).
+# src/fmha-pipeline/myrun.md; it may hold clocks down itself, and nobody counted on our H200); consumer GPUs at their boost.
+# Products: 2048 multiply-adds by the whitepapers' rates; of Hopper's peak mma.sync reaches 63% (Luo et al., arXiv 2402.13499;
+# read in reviews of it, not in the paper itself).
 HOPPER = "NVIDIA H100 whitepaper, H200 data sheet; L2: Luo et al., arXiv 2402.13499"
 GPUS = {
     gpu.name: gpu
