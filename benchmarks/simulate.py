@@ -53,17 +53,17 @@ class Gpu:
 # Of the peak of DRAM 88% are taken as reached: the H200's own copy, 4216 of 4800 GB/s (results/2026-11-26-0725, roofs). Clocks
 # under load: where nvidia-smi says 1980 MHz on an H100, Nsight Compute counts 1780 (github.com/smallscientist1/cutlass-kernels,
 # src/fmha-pipeline/myrun.md; it may hold clocks down itself, and nobody counted on our H200); consumer GPUs at their boost.
-# Products: 2048 multiply-adds by the whitepapers' rates; of Hopper's peak mma.sync reaches 63% (Luo et al., arXiv 2402.13499;
-# read in reviews of it, not in the paper itself).
-HOPPER = "NVIDIA H100 whitepaper, H200 data sheet; L2: Luo et al., arXiv 2402.13499"
+# Products: 2048 multiply-adds by the peaks' rates; of Hopper's mma.sync reaches 63% (taken over from the first simulation here;
+# ptxas puts two of them 6 clocks apart, which is 67%).
+HOPPER = "peaks by NVIDIA's H100 and H200 data sheets; L2: assumed"
 GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu("h200", "sm_90", 132, 1.78, 4216, 5600, 6.35, HOPPER),
         Gpu("h100", "sm_90", 132, 1.78, 2950, 5600, 6.35, HOPPER),
-        Gpu("a100", "sm_80", 108, 1.41, 1794, 4000, 8, "NVIDIA A100 whitepaper (80 GB); L2: Luo et al., arXiv 2402.13499"),
-        Gpu("rtx4090", "sm_89", 128, 2.52, 887, 4000, 32, "NVIDIA Ada whitepaper; L2: Luo et al., arXiv 2402.13499"),
-        Gpu("rtx5090", "sm_120", 170, 2.41, 1577, 4500, 32, "NVIDIA RTX Blackwell whitepaper; L2: assumed", alu=1),
+        Gpu("a100", "sm_80", 108, 1.41, 1794, 4000, 8, "peaks by NVIDIA's A100 data sheet (80 GB, SXM); L2: assumed"),
+        Gpu("rtx4090", "sm_89", 128, 2.52, 887, 4000, 32, "peaks by NVIDIA's Ada whitepaper; L2: assumed"),
+        Gpu("rtx5090", "sm_120", 170, 2.41, 1577, 4500, 32, "peaks by NVIDIA's RTX Blackwell whitepaper; L2: assumed", alu=1),
     )
 }
 
