@@ -37,6 +37,7 @@ except ImportError:  # Windows, where two runs in one folder are not kept apart
     fcntl = None  # type: ignore[assignment]
 
 LAST, BEST, PICTURE = "last.pt", "best.pt", "training.png"
+NAMES = (LAST, BEST, "history.json", "history.csv", PICTURE)
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds", "changed")
 
 
@@ -83,8 +84,8 @@ class Folder:
             os.pwrite(handle, owner.encode("utf-8", "replace"), 0)
             if self._stamp() != self._known:
                 raise RunError(f"another run has written {str(self.last)!r} since it was read here; start again")
-            for name in (LAST, BEST, "history.json", "history.csv", PICTURE):  # of a process that was killed as it saved
-                for left in self.path.glob(f".tmp-*-{name}"):
+            for pattern in (*(f".tmp-*-{name}" for name in NAMES), f".{PICTURE}.*.tmp"):  # a process was killed as it saved
+                for left in self.path.glob(pattern):
                     left.unlink()
             yield
         finally:
@@ -101,7 +102,7 @@ class Folder:
             os.close(self._acquire(os.O_RDWR))
 
     def _look_for_obstacles(self) -> None:
-        for name in (LAST, BEST, "history.json", "history.csv", PICTURE):
+        for name in NAMES:
             if (self.path / name).is_dir() and not (self.path / name).is_symlink():
                 raise RunError(f"{str(self.path / name)!r} is a directory, where the run keeps a file; choose another --out")
         if os.path.lexists(self._lock) and (self._lock.is_symlink() or not self._lock.is_file()):

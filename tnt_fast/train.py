@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import tnt_fast
 from tnt_fast.check import differences
-from tnt_fast.checkpoints import FORMAT, CheckpointError, load_checkpoint, replacing
+from tnt_fast.checkpoints import FORMAT, CheckpointError, load_checkpoint
 from tnt_fast.data import DataError, DataSet, Order, batches, readers_named
 from tnt_fast.dispatch import choose, find_device
 from tnt_fast.recipe import DIGITS, Config, build_loss, build_model, build_optimizer, build_schedule, continued
@@ -394,13 +394,11 @@ class Run:
     def _draw(self) -> str:
         from tnt_fast import visualize
 
-        path = self.out / PICTURE
         try:
-            with replacing(path) as temporary:
-                visualize.training_curve(self.history, temporary, f"{self.config.model} on {self.config.data}")
+            title = f"{self.config.model} on {self.config.data}"
+            return f"picture: {visualize.training_curve(self.history, self.out / PICTURE, title)}"
         except Exception as error:  # without matplotlib, say; no picture is worth a run
             return f"no picture: {error}"
-        return f"picture: {path}"
 
     def _train_epoch(self, caught: list[int]) -> None:
         config = self.config
