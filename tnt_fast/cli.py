@@ -252,8 +252,8 @@ def _check(args: argparse.Namespace) -> int:
         say(f"{name}: {reason}")
     sizes = [sum(count.values()) for count in counts.values()]
     say(f"{len(files.pictures):,} images in {len(sizes):,} classes of {min(sizes):,} to {max(sizes):,}")
-    bad = f"{len(files.bad):,} bad file{'' if len(files.bad) == 1 else 's'}"
-    say(f"{bad}; repair or remove, or train with --skip-bad" if files.bad else bad)
+    count = f"{len(files.bad):,} bad file{'' if len(files.bad) == 1 else 's'}"
+    say(f"{count}; repair or remove, or train with --skip-bad" if files.bad else count)
     return 1 if files.bad else 0
 
 
