@@ -32,8 +32,6 @@ from tnt_fast import reference
 from tnt_fast.kernels import norm, operation
 from tnt_fast.kernels.operation import Launch, Operation, contiguous
 
-VARIANTS = {"ti": (12, 192, False), "s": (24, 384, False), "s_legacy": (24, 384, True), "b": (40, 640, False)}  # C, E, legacy
-
 
 def product(pixel: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """W · LN(pixel), a row a patch."""
@@ -51,48 +49,33 @@ class Fold(Operation):
         pixel="P S C", patch="B T E", norm1_weight="W", norm1_bias="W", proj_weight="E S*C", proj_bias="E", norm2_weight="E",
         norm2_bias="E",
     )  # fmt: skip
+    limits = {"C": 128, "E": 1024, "S": norm.WIDEST, "S*C": norm.WIDEST, "P*S": operation.MOST_ROWS, "B*T": operation.MOST_ROWS}
+    # C, E, legacy
+    variants = {"ti": (12, 192, False), "s": (24, 384, False), "s_legacy": (24, 384, True), "b": (40, 640, False)}
 
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
         if given["norm2_weight"] is None:
             given["norm2_bias"] = None  # the reference does not read it alone, either
         return super().prepare(given)
 
-    def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        return {}, operation.wrong_eps(given)
-
     def unsupported(self, sizes: Mapping[str, Any]) -> list[str]:
-        S, C, E = (sizes[letter] for letter in "SCE")
-        reasons = []
-        if not 1 <= C <= 128:
-            reasons.append(f"C={C} channels a pixel; accepted: 1 to 128")
-        if not 1 <= E <= 1024:
-            reasons.append(f"E={E} channels a patch; accepted: 1 to 1024")
-        if S < 1:
-            reasons.append(f"S={S} pixels a patch; accepted: at least 1")
-        if S * C > norm.WIDEST:
-            reasons.append(f"S·C={S * C} values a patch; accepted: up to {norm.WIDEST}")
+        S, C, reasons = sizes["S"], sizes["C"], operation.beyond(self.limits, sizes)
         if sizes.get("W", C) not in (C, S * C):
             reasons.append(f"norm1_weight has {sizes['W']} values; accepted: S·C={S * C}, or C={C} (legacy)")
         if "P" in sizes:
             P, B, T = (sizes[letter] for letter in "PBT")
             if T < 1 or P != B * (T - 1):
                 reasons.append(f"pixel has {P} patches, patch has {B} images with {T - 1} each")
-            if B * T > operation.MOST_ROWS:
-                reasons.append(f"{B * T} tokens; accepted: up to {operation.MOST_ROWS}")
-            if P * S > operation.MOST_ROWS:
-                reasons.append(f"{P} patches of {S} pixels; accepted: up to {operation.MOST_ROWS} pixels in all")
         return reasons
 
-    def launches(self) -> Iterable[tuple[str, str, Launch]]:
+    def shipped(self, dtype: torch.dtype, C: int, E: int, legacy: bool) -> Iterable[Launch]:
         """The blocks' fold, of which the stem's differs by its bias."""
-        for variant, (C, E, legacy) in VARIANTS.items():
-            for dtype, name in operation.DTYPES.items():
-                width, rows = (C, 16) if legacy else (16 * C, 1)  # the first norm's, rows a patch
-                yield variant, name, norm.launch_of("forward", dtype, width, rows)
-                yield variant, name, norm.launch_of("backward", dtype, width, rows)
-                yield variant, name, norm.launch_of("add", dtype, E, plain=legacy)
-                if not legacy:
-                    yield variant, name, norm.launch_of("backward", dtype, E, grouped=True)
+        width, rows = (C, 16) if legacy else (16 * C, 1)  # the first norm's, rows a patch
+        yield norm.launch_of("forward", dtype, width, rows)
+        yield norm.launch_of("backward", dtype, width, rows)
+        yield norm.launch_of("add", dtype, E, plain=legacy)
+        if not legacy:
+            yield norm.launch_of("backward", dtype, E, grouped=True)
 
     def multiply_adds(self, a: SimpleNamespace) -> int:
         P, S, C = a.pixel
@@ -101,13 +84,12 @@ class Fold(Operation):
     def empty(self, a: SimpleNamespace) -> Tensor:
         return torch.empty(a.patch.shape, dtype=torch.promote_types(a.pixel.dtype, a.patch.dtype), device=a.pixel.device)
 
-    def forward(self, a: SimpleNamespace) -> Tensor:
-        out = self.empty(a)
+    def forward(self, a: SimpleNamespace, out: Tensor) -> None:
         if a.pixel.shape[0] == 0:
-            return out.copy_(a.patch)
-        z = product(a.pixel, a.norm1_weight, a.norm1_bias, a.proj_weight, a.eps)
-        norm.add(z, a.patch, out, norm.AddWeights(a.proj_bias, a.norm2_weight, a.norm2_bias), a.eps)
-        return out
+            out.copy_(a.patch)
+        else:
+            z = product(a.pixel, a.norm1_weight, a.norm1_bias, a.proj_weight, a.eps)
+            norm.add(z, a.patch, out, norm.AddWeights(a.proj_bias, a.norm2_weight, a.norm2_bias), a.eps)
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         P = a.pixel.shape[0]

@@ -650,13 +650,15 @@ def _inner_weights_kernel(mlp_ptr, attention_ptr, w, d, Z: tl.constexpr):
 
 # ---- on the host ----
 
+KERNELS = (_inner_fwd_kernel, _inner_bwd_mlp_kernel, _inner_bwd_attention_kernel, _inner_weights_kernel)
+
 
 @remembered
 def _specialise(kernel: Any, dtype: torch.dtype, S: int, C: int, H: int, M: int) -> Launch:
-    """One of the three kernels for these sizes."""
+    """One of the kernels for these sizes; that of the weights reads what the MLP's left, and in its chunks."""
     half = dtype != torch.float32
     c_pad, d_pad = max(16, triton.next_power_of_2(C + 1)), triton.next_power_of_2(C // H)
-    config = CONFIGS[kernel.__name__][c_pad, half]
+    config = CONFIGS["_inner_bwd_mlp_kernel" if kernel is _inner_weights_kernel else kernel.__name__][c_pad, half]
     T = max(16, triton.next_power_of_2(S))
     if T > 16:
         d_pad = max(d_pad, T // 8)  # up to 128 rows of keys and values: shared memory has no room for more in float32
@@ -669,14 +671,9 @@ def _specialise(kernel: Any, dtype: torch.dtype, S: int, C: int, H: int, M: int)
         BACKWARD=kernel is not _inner_fwd_kernel, HEADS_FIT=fit,
         MLP_FITS=c_pad < (128 if half else 64) and M <= 256 and mlp_bytes + fit * head_bytes <= 72 << 10,
     )  # fmt: skip
+    if kernel is _inner_weights_kernel:  # it has no turns, and stands for a call of batch 256 with 196 patches an image
+        return Launch(kernel, {"Z": sizes}, Config(0, warps=4), 256 * 196)
     return Launch(kernel, {"Z": sizes}, config, sizes.G)
-
-
-@remembered
-def _specialise_weights(dtype: torch.dtype, S: int, C: int, H: int, M: int) -> Launch:
-    """What ends a backward; it has no turns, and stands for a call of batch 256 with 196 patches an image."""
-    spec = _specialise(_inner_bwd_mlp_kernel, dtype, S, C, H, M)  # whose sums it reads
-    return spec._replace(kernel=_inner_weights_kernel, config=Config(0, warps=4), patches=256 * 196)
 
 
 class Inner(Operation):
@@ -690,37 +687,14 @@ class Inner(Operation):
         proj_weight="C C", proj_bias="C", norm2_weight="C", norm2_bias="C", fc1_weight="M C", fc1_bias="M", fc2_weight="C M",
         fc2_bias="C", attn_scale="P", mlp_scale="P",
     )  # fmt: skip
-
-    def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        return operation.heads_and_eps(given, "C")
-
-    def unsupported(self, sizes: Mapping[str, Any]) -> list[str]:
-        S, C, H, M = (sizes[letter] for letter in "SCHM")
-        if C % H:
-            return [f"{H} heads do not divide C={C}"]
-        reasons = []
-        if not 1 <= C <= 96:
-            reasons.append(f"C={C} channels a pixel; accepted: 1 to 96")
-        if C // H > 32:
-            reasons.append(f"{C // H} channels a head; accepted: 1 to 32")
-        if not 1 <= S <= 64:
-            reasons.append(f"S={S} pixels a patch; accepted: 1 to 64")
-        if not 1 <= M <= 384:
-            reasons.append(f"{M} hidden channels of the inner MLP; accepted: 1 to 384")
-        if sizes.get("P", 0) * S > operation.MOST_ROWS:
-            reasons.append(f"{sizes['P'] * S} pixels of all patches; accepted: up to {operation.MOST_ROWS}")
-        return reasons
+    limits = {"C": 96, "D": 32, "S": 64, "M": 384, "P*S": operation.MOST_ROWS}
+    variants = {"ti": (12, 2), "s": (24, 4), "b": (40, 4)}  # C, H; S-legacy has the inner transformer of S
 
     def gradients_unsupported(self, sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
         """Where the sums of the weights' gradients do not fit on the chip."""
-        S, C, M = (sizes[letter] for letter in "SCM")
-        reasons, most = [], 31 if dtype == torch.float32 else 63
-        if most < C:
-            reasons.append(f"C={C} channels a pixel in {dtype}; the backward takes 1 to {most}")
-        if S > 16:
-            reasons.append(f"S={S} pixels a patch; the backward takes 1 to 16")
-        if M > 256:
-            reasons.append(f"{M} hidden channels of the inner MLP; the backward takes 1 to 256")
+        C, M = sizes["C"], sizes["M"]
+        reasons = operation.beyond({"C": 31 if dtype == torch.float32 else 63}, sizes, f" in {dtype}; the backward takes")
+        reasons += operation.beyond({"S": 16, "M": 256}, sizes, "; the backward takes")
         large = C > 31 or (dtype == torch.float32 and C > 15 and M > 128)
         if large and not torch.compiler.is_compiling():  # which cannot trace the question
             shared = operation.runner.shared_memory(device)
@@ -729,27 +703,17 @@ class Inner(Operation):
                 reasons.append(f"C={C} channels in {dtype} need up to {most} KiB of shared memory; this GPU has {shared >> 10}")
         return reasons
 
-    def launches(self) -> Iterable[tuple[str, str, Launch]]:
-        """S-legacy has the inner transformer of S."""
-        for variant, (C, H) in {"ti": (12, 2), "s": (24, 4), "b": (40, 4)}.items():
-            for dtype, name in operation.DTYPES.items():
-                pointers = reference.TransformerWeights(*[f"*{name}"] * 14)._replace(qk_bias=None, v_bias=None)
-                absent = dict(attn_scale_ptr=None, mlp_scale_ptr=None)
-                for kernel in (_inner_fwd_kernel, _inner_bwd_mlp_kernel, _inner_bwd_attention_kernel):
-                    if kernel is _inner_fwd_kernel or C <= 31 or dtype != torch.float32:  # as gradients_unsupported has it
-                        spec = _specialise(kernel, dtype, 16, C, H, 4 * C)
-                        yield variant, name, spec.shipped(dtype, w=pointers, sums_ptr="*fp32", **absent)
-                if C <= 31 or dtype != torch.float32:
-                    totals = dict.fromkeys(("mlp_ptr", "attention_ptr"), "*fp32")
-                    spec = _specialise_weights(dtype, 16, C, H, 4 * C)
-                    yield variant, name, spec.shipped(dtype, w=pointers, d=pointers, **totals)
+    def shipped(self, dtype: torch.dtype, C: int, H: int) -> Iterable[Launch]:
+        w = reference.TransformerWeights(*[f"*{operation.DTYPES[dtype]}"] * 14)._replace(qk_bias=None, v_bias=None)
+        sums = dict.fromkeys(("sums_ptr", "mlp_ptr", "attention_ptr"), "*fp32")
+        backward = C <= 31 or dtype != torch.float32  # as gradients_unsupported has it
+        for kernel in KERNELS if backward else KERNELS[:1]:
+            spec = _specialise(kernel, dtype, 16, C, H, 4 * C)
+            yield spec.shipped(dtype, w=w, d=w, attn_scale_ptr=None, mlp_scale_ptr=None, **sums)
 
     def multiply_adds(self, a: SimpleNamespace) -> int:
         P, S, C = a.pixel
         return P * S * (4 * C * C + 2 * C * a.weights.fc1_weight[0] + 2 * S * C)
-
-    def empty(self, a: SimpleNamespace) -> Tensor:
-        return torch.empty_like(a.pixel, memory_format=torch.contiguous_format)
 
     def _read(self, a: SimpleNamespace) -> SimpleNamespace:
         """The arguments as the kernels read them."""
@@ -767,11 +731,8 @@ class Inner(Operation):
         launch(spec, grid, pixel, *tensors, a.weights, *scales, *kept, P, a.eps)
         return None if found is None else found.sum(0)
 
-    def forward(self, a: SimpleNamespace) -> Tensor:
-        out = self.empty(a)
-        if out.numel():
-            self._launch(_inner_fwd_kernel, self._read(a), out)
-        return out
+    def forward(self, a: SimpleNamespace, out: Tensor) -> None:
+        self._launch(_inner_fwd_kernel, self._read(a), out)
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         """Three launches: the MLP's half with the attention computed again, the attention's half, and the weights' gradients.
@@ -781,10 +742,10 @@ class Inner(Operation):
         (_, S, C), H = a.pixel.shape, a.num_heads
         M, weights = a.weights.fc1_weight.shape[0], needed != {"pixel"}
         reasons = self.gradients_unsupported(dict(S=S, C=C, M=M), a.pixel.dtype, a.pixel.device)
-        if reasons or needed & {"attn_scale", "mlp_scale"} or a.pixel.numel() == 0:
+        if reasons or needed & {"attn_scale", "mlp_scale"}:
             return self.recomputed(gradient, a, needed)
         a = self._read(a)
-        spec = _specialise_weights(a.pixel.dtype, S, C, H, M)
+        spec = _specialise(_inner_weights_kernel, a.pixel.dtype, S, C, H, M)
         Z = spec.constants["Z"]
         dx, gradient = self.empty(a), gradient.to(a.pixel.dtype).contiguous()
         hidden, lanes = triton.cdiv(M, Z.CHUNK) * Z.CHUNK, triton.cdiv(H, Z.HG) * Z.W

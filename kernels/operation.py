@@ -26,6 +26,17 @@ from tnt_fast.reference import by_name
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 LIBRARY = torch.library.Library("tnt_fast", "FRAGMENT")
 MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a tile more, in 32 bits
+NAMES = {  # what a size is called, or a product of sizes
+    "C": "C={} channels a pixel",
+    "S": "S={} pixels a patch",
+    "E": "E={} channels a patch",
+    "D": "{} channels a head",
+    "M": "{} hidden channels of the inner MLP",
+    "channels": "{} channels of the image",
+    "S*C": "S·C={} values a patch",
+    "P*S": "{} pixels of all patches",
+    "B*T": "{} tokens",
+}
 
 
 # ---- launching ----
@@ -216,34 +227,57 @@ class Operation:
     activations: tuple[str, ...]  # the first names dtype and device of the computation
     together: tuple[str, ...] = ()  # tensors that are given or left out together
     passes: str | None = None  # a tensor that the result is added to: its gradient is the result's, nobody keeps or reads it
+    limits: Mapping[str, int]  # the most that the kernels take of what ``NAMES`` has
+    variants: Mapping[str, tuple[Any, ...]]  # what ``shipped`` is given for a named variant
 
-    def forward(self, a: SimpleNamespace) -> Tensor:
-        """Allocate and launch; ``a``: the arguments by name, checked."""
+    def forward(self, a: SimpleNamespace, out: Tensor) -> None:
+        """Launch; ``a``: the arguments by name, checked; ``out``: as ``empty`` made it, of at least one value."""
         raise NotImplementedError
 
     def empty(self, a: SimpleNamespace) -> Tensor:
-        """A tensor like the result, for tracing."""
-        raise NotImplementedError
+        """A tensor like the result; by itself like the first activation."""
+        return torch.empty_like(getattr(a, self.activations[0]), memory_format=torch.contiguous_format)
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
-        """Gradients of the tensors that ``needed`` names, in any dtype, none of them an input; more of them do no harm."""
-        raise NotImplementedError
+        """Gradients of the tensors that ``needed`` names, in any dtype, none of them an input; more of them do no harm.
+
+        ``gradient``: of at least one value. By itself: by PyTorch.
+        """
+        return self.recomputed(gradient, a, needed)
 
     def multiply_adds(self, a: SimpleNamespace) -> int:
         """Of the forward, from arguments of which the tensors are shapes."""
         raise NotImplementedError
 
-    def launches(self) -> Iterable[tuple[str, str, Launch]]:
-        """(variant, dtype, specialisation) of the named variants."""
+    def shipped(self, dtype: torch.dtype, *variant: Any) -> Iterable[Launch]:
+        """The launches of a named variant, with their types."""
         raise NotImplementedError
 
+    def launches(self) -> Iterable[tuple[str, str, Launch]]:
+        """(variant, dtype, specialisation) of the named variants."""
+        for name, variant in self.variants.items():
+            for dtype, short in DTYPES.items():
+                yield from ((name, short, launch) for launch in self.shipped(dtype, *variant))
+
     def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """The sizes that arguments set which are no tensors, and reasons against those."""
-        return {}, []
+        """The sizes that arguments set which are no tensors, and reasons against those; by itself of heads and eps."""
+        sizes, reasons = {}, []
+        if "eps" in given and not isinstance(given["eps"], (int, float)):
+            reasons.append(f"eps={given['eps']!r}; accepted: a number")
+        if "num_heads" in given:
+            sizes["H"] = heads = given["num_heads"]
+            if not isinstance(heads, int) or heads < 1:
+                reasons.append(f"num_heads={heads!r}; accepted: a positive integer that divides the channels")
+        return sizes, reasons
 
     def unsupported(self, sizes: Mapping[str, Any]) -> list[str]:
         """Reasons against sizes, as ``TNT.sizes()`` names them or ``shapes`` and ``numbers``; some may be unknown."""
-        raise NotImplementedError
+        if "num_heads" in self.defaults:
+            width, H = self.shapes[self.activations[0]].split()[-1], sizes["H"]
+            if sizes[width] % H:
+                return [f"{H} heads do not divide {width}={sizes[width]}"]
+            sizes = {**sizes, "D": sizes[width] // H}
+        return beyond(self.limits, sizes)
 
     def gradients_unsupported(self, sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
         """Reasons why PyTorch computes the gradients of sizes that the forward takes."""
@@ -437,10 +471,15 @@ class Operation:
         def forward(*flat: Any) -> Tensor:
             if len(flat) == len(names) or not flat[-1]:  # PyTorch passes no argument that is its default
                 self.check(dict(zip(names, flat, strict=False)))
-            return self.forward(self._packed(flat))
+            out = self.empty(a := self._packed(flat))
+            if out.numel():
+                self.forward(a, out)
+            return out
 
         def gradients(gradient: Tensor, *flat: Any) -> list[Tensor]:
             *flat, needed = flat
+            if gradient.numel() == 0:
+                return [torch.zeros_like(flat[i], memory_format=torch.contiguous_format) for i in needed]
             # autocast has chosen the dtypes in the forward; in a backward that runs under it, it must not do so again
             with torch.autocast(gradient.device.type, enabled=False):
                 found = self.backward(gradient, self._packed(flat), {names[i] for i in needed})
@@ -551,18 +590,14 @@ def _new(found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
     return result
 
 
-def wrong_eps(given: Mapping[str, Any]) -> list[str]:
-    """A reason against an eps that is no number."""
-    eps = given["eps"]
-    return [] if isinstance(eps, (int, float)) else [f"eps={eps!r}; accepted: a number"]
-
-
-def heads_and_eps(given: Mapping[str, Any], width: str) -> tuple[dict[str, Any], list[str]]:
-    """The numbers of a transformer over so many channels (a letter), and reasons against them."""
-    heads, reasons = given["num_heads"], wrong_eps(given)
-    if not isinstance(heads, int) or heads < 1:
-        reasons.append(f"num_heads={heads!r}; accepted: a positive integer that divides {width}")
-    return {"H": heads}, reasons
+def beyond(limits: Mapping[str, int], sizes: Mapping[str, Any], what: str = "; accepted:") -> list[str]:
+    """Reasons against sizes that are not from 1 to their limit, and products above it; what is not known has none."""
+    found = []
+    for name, most in limits.items():
+        size, product = _size(name, sizes), "*" in name
+        if isinstance(size, int) and not (0 if product else 1) <= size <= most:
+            found.append(f"{NAMES[name].format(size)}{what} {'up' if product else '1'} to {most}")
+    return found
 
 
 def _size(axis: str, sizes: Mapping[str, int]) -> int | str:

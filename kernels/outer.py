@@ -30,8 +30,6 @@ from tnt_fast.kernels import norm, operation
 from tnt_fast.kernels.fold import fold, product
 from tnt_fast.kernels.operation import Launch, Operation, contiguous
 
-VARIANTS = {"ti": 192, "s": 384, "b": 640}  # E
-
 
 class Outer(Operation):
     """The outer transformer; its limits are those of a LayerNorm's row."""
@@ -45,6 +43,8 @@ class Outer(Operation):
         fc2_bias="E", attn_scale="B", mlp_scale="B", pixel="P S C", fold_norm1_weight="W", fold_norm1_bias="W",
         fold_proj_weight="E S*C", fold_proj_bias="E", fold_norm2_weight="E", fold_norm2_bias="E",
     )  # fmt: skip
+    limits = {"E": norm.WIDEST, "B*T": operation.MOST_ROWS}
+    variants = {"ti": (192,), "s": (384,), "b": (640,)}  # E
 
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
         if given["pixel"] is None:  # the reference reads none of these, then
@@ -53,43 +53,26 @@ class Outer(Operation):
             given["fold_norm2_bias"] = None
         return super().prepare(given)
 
-    def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        return operation.heads_and_eps(given, "E")
-
     def unsupported(self, sizes: Mapping[str, Any]) -> list[str]:
-        E, H = sizes["E"], sizes["H"]
-        reasons = [f"{H} heads do not divide E={E}"] if E % H else []
-        if not 1 <= E <= norm.WIDEST:
-            reasons.append(f"E={E} channels a patch; accepted: 1 to {norm.WIDEST}")
-        if sizes.get("B", 0) * sizes.get("T", 0) > operation.MOST_ROWS:
-            reasons.append(f"{sizes['B'] * sizes['T']} tokens; accepted: up to {operation.MOST_ROWS}")
         of_fold = fold.unsupported(sizes) if "P" in sizes else []
-        return reasons + [reason.replace("norm1_weight", "fold_norm1_weight") for reason in of_fold]
+        return super().unsupported(sizes) + [reason.replace("norm1_weight", "fold_norm1_weight") for reason in of_fold]
 
     def wrong_values(self, given: Mapping[str, Any], device: torch.device, sizes: Mapping[str, int] | None = None) -> list[str]:
         needed = ("fold_norm1_weight", "fold_proj_weight") if given.get("pixel") is not None else ()
         missing = [f"{name} is None; it is needed" for name in needed if given[name] is None]
         return missing or super().wrong_values(given, device, sizes)
 
-    def launches(self) -> Iterable[tuple[str, str, Launch]]:
+    def shipped(self, dtype: torch.dtype, E: int) -> Iterable[Launch]:
         """The LayerNorm before the MLP, and fold's last launch with the one before the attention."""
-        for variant, E in VARIANTS.items():
-            for dtype, name in operation.DTYPES.items():
-                yield variant, name, norm.specialise(norm._norm_kernel, dtype, E).shipped(dtype)
-                yield variant, name, norm.launch_of("add and norm", dtype, E)
+        yield norm.specialise(norm._norm_kernel, dtype, E).shipped(dtype)
+        yield norm.launch_of("add and norm", dtype, E)
 
     def multiply_adds(self, a: SimpleNamespace) -> int:
         B, T, E = a.patch
         return B * T * (4 * E * E + 2 * E * a.weights.fc1_weight[0] + 2 * T * E) + (0 if a.pixel is None else E * prod(a.pixel))
 
-    def empty(self, a: SimpleNamespace) -> Tensor:
-        return torch.empty_like(a.patch, memory_format=torch.contiguous_format)
-
-    def forward(self, a: SimpleNamespace) -> Tensor:
+    def forward(self, a: SimpleNamespace, out: Tensor) -> None:
         (B, T, E), H, w = a.patch.shape, a.num_heads, operation.cast(contiguous(a.weights), a.patch.dtype)
-        out = self.empty(a)
-        if out.numel() == 0:
-            return out
         rest = out.view(B * T, E)
 
         def begin(x: Tensor, weight: Tensor, bias: Tensor | None, later: Tensor | None, scale: Tensor | None) -> Tensor:
@@ -121,10 +104,6 @@ class Outer(Operation):
         else:
             h = F.gelu(F.linear(h, w.fc1_weight, w.fc1_bias))
         end(h, w.fc2_weight, w.fc2_bias, a.mlp_scale)
-        return out
-
-    def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
-        return self.recomputed(gradient, a, needed)
 
 
 outer = Outer()

@@ -269,6 +269,8 @@ class PixelEmbed(Operation):
     twin = staticmethod(reference.pixel_embed)
     activations = ("image",)
     shapes = dict(image="B channels height width", weight="C channels 7 7", bias="C", pixel_pos="1 C rows columns")
+    limits = {"C": 128, "channels": 8}
+    variants = {"ti": (12, False), "s": (24, False), "s_legacy": (24, True), "b": (40, False)}  # C, legacy
 
     def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Rows and columns of a patch's pixels, and reasons against the sizes and strides that set them."""
@@ -289,11 +291,7 @@ class PixelEmbed(Operation):
         return numbers | {"rows": given["patch_size"][0] // stride, "columns": given["patch_size"][1] // stride}, []
 
     def unsupported(self, sizes: Mapping[str, Any]) -> list[str]:
-        reasons = []
-        if not 1 <= sizes["C"] <= 128:
-            reasons.append(f"C={sizes['C']} channels a pixel; accepted: 1 to 128")
-        if not 1 <= sizes["channels"] <= 8:
-            reasons.append(f"{sizes['channels']} channels of the image; accepted: 1 to 8")
+        reasons = operation.beyond(self.limits, sizes)
         if "height" not in sizes:
             return reasons
         sides, size, step = (sizes["height"], sizes["width"]), sizes["patch_size"], sizes["patch_stride"]
@@ -311,13 +309,11 @@ class PixelEmbed(Operation):
                 )
         return reasons
 
-    def launches(self) -> Iterable[tuple[str, str, Launch]]:
-        for variant, (C, legacy) in {"ti": (12, False), "s": (24, False), "s_legacy": (24, True), "b": (40, False)}.items():
-            for dtype, name in operation.DTYPES.items():
-                image = Image(f"*{name}", *["i32"] * 6)
-                for kernel in (_pixel_embed_fwd_kernel, _pixel_embed_weight_bwd_kernel, _pixel_embed_image_bwd_kernel):
-                    spec = _specialise(kernel, dtype, 3, C, (16, 16), 4, (16, 16), legacy)
-                    yield variant, name, spec.shipped(dtype, image=image, sums_ptr="*fp32")
+    def shipped(self, dtype: torch.dtype, C: int, legacy: bool) -> Iterable[Launch]:
+        image = Image(f"*{operation.DTYPES[dtype]}", *["i32"] * 6)
+        for kernel in (_pixel_embed_fwd_kernel, _pixel_embed_weight_bwd_kernel, _pixel_embed_image_bwd_kernel):
+            spec = _specialise(kernel, dtype, 3, C, (16, 16), 4, (16, 16), legacy)
+            yield spec.shipped(dtype, image=image, sums_ptr="*fp32")
 
     def _shape(self, a: SimpleNamespace, image: Any, C: int) -> tuple[int, int, int]:
         """(B·N, S, C), from the shape of the image."""
@@ -336,20 +332,14 @@ class PixelEmbed(Operation):
         spec = _specialise(kernel, a.image.dtype, channels, C, tuple(a.patch_size), a.stride, tuple(a.patch_stride), a.legacy)
         return spec, Image(a.image, height, width, *a.image.stride()), _grid(height, width, a.patch_size, a.patch_stride)
 
-    def forward(self, a: SimpleNamespace) -> Tensor:
-        out = self.empty(a)
-        if out.numel():
-            spec, image, (rows, columns) = self._launch(_pixel_embed_fwd_kernel, a)
-            tokens = out.shape[0] * out.shape[1]
-            grid = programs(out.device, -(-tokens // spec.config.rows), spec.config.per_sm)
-            weights = map(contiguous, (a.weight, a.bias, a.pixel_pos))
-            launch(spec, grid, out, image, *weights, tokens, rows * columns, columns)
-        return out
+    def forward(self, a: SimpleNamespace, out: Tensor) -> None:
+        spec, image, (rows, columns) = self._launch(_pixel_embed_fwd_kernel, a)
+        tokens = out.shape[0] * out.shape[1]
+        grid = programs(out.device, -(-tokens // spec.config.rows), spec.config.per_sm)
+        launch(spec, grid, out, image, *map(contiguous, (a.weight, a.bias, a.pixel_pos)), tokens, rows * columns, columns)
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         """All by the kernels and one sum by PyTorch; nothing falls back to the reference."""
-        if gradient.numel() == 0:
-            return {name: torch.zeros_like(getattr(a, name)) for name in needed}
         gradient, found = gradient.contiguous(), {}
         if needed & {"bias", "pixel_pos"}:
             position = gradient.sum(0, dtype=torch.float32)  # [S, C]
