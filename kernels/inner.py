@@ -43,7 +43,7 @@ from torch import Tensor
 from tnt_fast import reference
 from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
-from tnt_fast.kernels.tile import accumulators, centred, dot, dot_onto, exp2, gelu_gradient, gelu_pairs, load, reciprocal, zeros
+from tnt_fast.kernels.tile import accumulators, centred, dot, dot_onto, exp2, gelu_gradient, gelu_pairs, load, reciprocal
 
 # (C_PAD, half precision): of a tile, and hidden channels at once. The forward of TNT-S is the fastest of 18 on an H200, all
 # others chosen by static cost for sm_90 and not swept there (benchmarks/results/2026-11-26-0640/tune.txt). TNT-Ti, S and B have
@@ -67,14 +67,9 @@ CONFIGS = {
         (32, False): Config(16, warps=4, per_sm=2, chunk=16, mma_arch="sm80"),
         (64, False): Config(16, warps=4, per_sm=1, chunk=16, mma_arch="sm80"),
     },
-    "_inner_bwd_attention_kernel": {
-        (16, True): Config(32, warps=2, per_sm=5),
-        (32, True): Config(32, warps=2, per_sm=4),
-        (64, True): Config(64, warps=4, per_sm=2, stages=2, mma_arch="sm80"),
-        (16, False): Config(16, warps=2, per_sm=4),
-        (32, False): Config(16, warps=4, per_sm=2, mma_arch="sm80"),
-        (64, False): Config(16, warps=4, per_sm=1, mma_arch="sm80"),
-    },
+}
+CONFIGS["_inner_bwd_attention_kernel"] = CONFIGS["_inner_bwd_mlp_kernel"] | {
+    (64, True): Config(64, warps=4, per_sm=2, chunk=32, stages=2, mma_arch="sm80"),
 }
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -94,9 +89,8 @@ class Sizes(operation.Sizes):
     HG: int  # heads that are one product
     CHUNK: int  # hidden channels at once
     BACKWARD: bool  # then weights are centred, and all stay on the chip
-    HEADS_FIT: bool  # the attention's weights stay there
+    KEEP_HEADS: bool  # the attention's weights stay there
     MLP_FITS: bool
-    KEEP_HEADS: bool = derived(lambda Z: Z.BACKWARD or Z.HEADS_FIT)
     RESIDENT: bool = derived(lambda Z: Z.BACKWARD or Z.MLP_FITS)
     # GELU in pairs of float16; where the weights do not stay, fc2 would be gone through twice a tile
     PAIRS: bool = derived(lambda Z: Z.FAST and tl.bfloat16 == Z.DTYPE and Z.MLP_FITS)
@@ -104,6 +98,8 @@ class Sizes(operation.Sizes):
     D: int = derived(lambda Z: Z.C // Z.H)
     ROWS: int = derived(lambda Z: Z.G * Z.T)
     W: int = derived(lambda Z: Z.HG * Z.D_PAD)
+    HIDDEN: int = derived(lambda Z: -(-Z.M // Z.CHUNK) * Z.CHUNK)  # columns of the sums, of all chunks and of all products
+    LANES: int = derived(lambda Z: -(-Z.H // Z.HG) * Z.W)
     UNIT: float = derived(lambda Z: Z.C / Z.C_PAD)  # what the products make of x − mean: C, a power of two apart
     BY_PRODUCT: bool = derived(lambda Z: Z.RESIDENT and not Z.EXACT)  # float32 products are slow
 
@@ -332,9 +328,11 @@ def _norm(tokens, alive, eps, matrices, Z: tl.constexpr):
 
 
 @triton.jit
-def _heads(h, wq, wk, wv, own, ones, Z: tl.constexpr):
+def _heads(h, weights, matrices, Z: tl.constexpr):
     """Attention of HG heads: q [G, T, W], k and v [G, HG·T, W] stacked, P before its normalisation [G, T, HG·T] in float32,
     the output and the reciprocal of P's sums [G, T, W] in float32."""
+    wq, wk, wv, _ = weights
+    own, ones = matrices[3], matrices[4]
     q = tl.reshape(_product(h, wq, Z).to(Z.DTYPE), (Z.G, Z.T, Z.W))
     k = tl.reshape(_product(h, wk, Z).to(Z.DTYPE), (Z.G, 1, Z.T, Z.W))
     v = tl.reshape(_product(h, wv, Z).to(Z.DTYPE), (Z.G, 1, Z.T, Z.W))
@@ -352,9 +350,16 @@ def _heads(h, wq, wk, wv, own, ones, Z: tl.constexpr):
 
 
 @triton.jit
+def _add_heads(total, h, weights, matrices, Z: tl.constexpr):
+    """total + the projection of what ``_heads`` gives."""
+    o = _heads(h, weights, matrices, Z)[4]
+    return dot(tl.reshape(o.to(Z.DTYPE), (Z.ROWS, Z.W)), weights[3], Z, total)
+
+
+@triton.jit
 def _onto(x, scale_ptr, Z: tl.constexpr):
     """What a branch is summed onto: x, where its sum is not scaled; float32 would see a large x rounded many times."""
-    return zeros(Z.ROWS, Z.C_PAD) if scale_ptr is not None or Z.EXACT else x
+    return tl.full((Z.ROWS, Z.C_PAD), 0.0, tl.float32) if scale_ptr is not None or Z.EXACT else x
 
 
 @triton.jit
@@ -384,14 +389,10 @@ def _attention(x, h, heads, bias, w, matrices, scale_ptr, patch, n_patches, Z: t
     total = _onto(x, scale_ptr, Z) + bias[None, :]
     if Z.KEEP_HEADS:
         for i in tl.static_range(len(heads)):
-            wq, wk, wv, wp = heads[i]
-            _, _, _, _, o, _ = _heads(h, wq, wk, wv, matrices[3], matrices[4], Z)
-            total = dot(tl.reshape(o.to(Z.DTYPE), (Z.ROWS, Z.W)), wp, Z, total)
+            total = _add_heads(total, h, heads[i], matrices, Z)
     else:
         for head in range(0, Z.H, Z.HG):  # not unrolled, there may be many
-            wq, wk, wv, wp = _head_weights(head, w, Z)
-            _, _, _, _, o, _ = _heads(h, wq, wk, wv, matrices[3], matrices[4], Z)
-            total = dot(tl.reshape(o.to(Z.DTYPE), (Z.ROWS, Z.W)), wp, Z, total)
+            total = _add_heads(total, h, _head_weights(head, w, Z), matrices, Z)
     return _add_branch(x, total, 1.0, scale_ptr, patch, n_patches, Z)
 
 
@@ -461,7 +462,7 @@ def _inner_bwd_mlp_kernel(x_ptr, dy_ptr, dx_ptr, w, attn_scale_ptr, mlp_scale_pt
         w2 = w2 + ((fc2 * unit2[None, :]).to(Z.DTYPE),)  # [C_PAD, CHUNK]
     g1 = accumulators(len(w1), Z.C_PAD, Z.CHUNK)
     g2 = accumulators(len(w1), Z.C_PAD, Z.CHUNK)
-    gb = zeros(Z.C_PAD, 16)
+    gb = tl.full((Z.C_PAD, 16), 0.0, tl.float32)
     matrices = _matrices(Z)
     patch, token, offset = _layout(Z)
     for tile in range(tl.program_id(0), tl.cdiv(n_patches, Z.G), tl.num_programs(0)):
@@ -474,7 +475,7 @@ def _inner_bwd_mlp_kernel(x_ptr, dy_ptr, dx_ptr, w, attn_scale_ptr, mlp_scale_pt
         dz = _scaled(dy, mlp_scale_ptr, mine, n_patches)
 
         h, rstd = _standardise(_centre(x, Z), alive, eps, 1, Z)
-        dh = zeros(Z.ROWS, Z.C_PAD)
+        dh = tl.full((Z.ROWS, Z.C_PAD), 0.0, tl.float32)
         new1, new2 = (), ()
         for i in tl.static_range(len(w1)):
             hidden = dot(h, w1[i], Z)  # [ROWS, CHUNK]
@@ -492,15 +493,14 @@ def _inner_bwd_mlp_kernel(x_ptr, dy_ptr, dx_ptr, w, attn_scale_ptr, mlp_scale_pt
         tl.store(dx_ptr + first + offset, dx.to(Z.DTYPE), mask=mask)
 
     if sums_ptr is not None:
-        HIDDEN: tl.constexpr = len(w1) * Z.CHUNK
-        sums = sums_ptr + tl.cast(tl.program_id(0), tl.int64) * ((2 * HIDDEN + 1) * Z.C_PAD)
+        sums = sums_ptr + tl.cast(tl.program_id(0), tl.int64) * ((2 * Z.HIDDEN + 1) * Z.C_PAD)
         for i in tl.static_range(len(w1)):
             hid = i * Z.CHUNK + tl.arange(0, Z.CHUNK)
             unit1, unit2 = _units(hid, hid < Z.M, w, 0, Z)
-            tl.store(sums + ch[:, None] * HIDDEN + hid[None, :], g1[i] * unit1[None, :])
-            tl.store(sums + Z.C_PAD * HIDDEN + ch[:, None] * HIDDEN + hid[None, :], g2[i] * unit2[None, :])
+            tl.store(sums + ch[:, None] * Z.HIDDEN + hid[None, :], g1[i] * unit1[None, :])
+            tl.store(sums + Z.C_PAD * Z.HIDDEN + ch[:, None] * Z.HIDDEN + hid[None, :], g2[i] * unit2[None, :])
         gb = tl.sum(tl.where((tl.arange(0, 16) == 0)[None, :], gb, 0.0), 1)  # its columns are alike
-        tl.store(sums + 2 * HIDDEN * Z.C_PAD + ch, gb)
+        tl.store(sums + 2 * Z.HIDDEN * Z.C_PAD + ch, gb)
 
 
 @triton.jit
@@ -511,13 +511,11 @@ def _inner_bwd_attention_kernel(x_ptr, dx_ptr, w, attn_scale_ptr, sums_ptr, n_pa
     """
     ch = tl.arange(0, Z.C_PAD)
     heads = _kept_heads(w, Z)
-    gq = accumulators(len(heads), Z.C_PAD, Z.W)
-    gk = accumulators(len(heads), Z.C_PAD, Z.W)
-    gv = accumulators(len(heads), Z.C_PAD, Z.W)
-    gp = accumulators(len(heads), Z.C_PAD, Z.W)
-    gb = zeros(Z.C_PAD, 16)
+    N: tl.constexpr = len(heads)
+    g = accumulators(4 * N, Z.C_PAD, Z.W)  # of queries, keys, values and projections, N each
+    gb = tl.full((Z.C_PAD, 16), 0.0, tl.float32)
     matrices = _matrices(Z)
-    own, ones = matrices[3], matrices[4]
+    own = matrices[3]
     patch, token, offset = _layout(Z)
     for tile in range(tl.program_id(0), tl.cdiv(n_patches, Z.G), tl.num_programs(0)):
         first, alive, mask = _place(tile, patch, token, n_patches, Z)
@@ -528,11 +526,11 @@ def _inner_bwd_attention_kernel(x_ptr, dx_ptr, w, attn_scale_ptr, sums_ptr, n_pa
 
         # q is log2 e times as large, for exp2; so are dk and what q and k give to dh. dv is made so, too: then dh and, by the
         # host, the sums are scaled back, which is less than scaling the gradient of every score
-        dh = zeros(Z.ROWS, Z.C_PAD)
+        dh = tl.full((Z.ROWS, Z.C_PAD), 0.0, tl.float32)
         newq, newk, newv, newp = (), (), (), ()
-        for i in tl.static_range(len(heads)):
+        for i in tl.static_range(N):
             wq, wk, wv, wp = heads[i]
-            q, k, v, p, o, inverse = _heads((h,), wq, wk, wv, own, ones, Z)
+            q, k, v, p, o, inverse = _heads((h,), heads[i], matrices, Z)
             do = tl.reshape(dot(dz, tl.trans(wp), Z), (Z.G, Z.T, Z.W))
             do = (do * inverse).to(Z.DTYPE)  # P's normalisation, which P itself then needs nowhere
             # the softmax's backward: dP minus its mean over P, in float32: where P is about 1, the two are large and cancel
@@ -558,28 +556,25 @@ def _inner_bwd_attention_kernel(x_ptr, dx_ptr, w, attn_scale_ptr, sums_ptr, n_pa
             dh = dot(dv, tl.trans(wv[0]), Z, dh)
             if sums_ptr is not None:
                 o = tl.reshape(o.to(Z.DTYPE), (Z.ROWS, Z.W))
-                newq = newq + (dot_onto(gq[i], tl.trans(h), dq, Z),)
-                newk = newk + (dot_onto(gk[i], tl.trans(h), dk, Z),)
-                newv = newv + (dot_onto(gv[i], tl.trans(h), dv, Z),)
-                newp = newp + (dot_onto(gp[i], tl.trans(dz), o, Z),)
+                newq = newq + (dot_onto(g[i], tl.trans(h), dq, Z),)
+                newk = newk + (dot_onto(g[N + i], tl.trans(h), dk, Z),)
+                newv = newv + (dot_onto(g[2 * N + i], tl.trans(h), dv, Z),)
+                newp = newp + (dot_onto(g[3 * N + i], tl.trans(dz), o, Z),)
         if sums_ptr is not None:
-            gq, gk, gv, gp = newq, newk, newv, newp
+            g = newq + newk + newv + newp
             gb = dot_onto(gb, tl.trans(dz), tl.full((Z.ROWS, 16), 1.0, Z.DTYPE), Z)
         dx = _norm_gradient(dh, h, rstd * 0.6931471805599453, Z)
         dx += tl.dot(dy, matrices[0]) if Z.BY_PRODUCT else dy
         tl.store(dx_ptr + first + offset, dx.to(Z.DTYPE), mask=mask)
 
     if sums_ptr is not None:
-        LANES: tl.constexpr = len(heads) * Z.W
-        sums = sums_ptr + tl.cast(tl.program_id(0), tl.int64) * ((4 * LANES + 1) * Z.C_PAD)
-        for i in tl.static_range(len(heads)):
-            at = ch[:, None] * LANES + (i * Z.W + tl.arange(0, Z.W))[None, :]
-            tl.store(sums + at, gq[i])
-            tl.store(sums + Z.C_PAD * LANES + at, gk[i])
-            tl.store(sums + 2 * Z.C_PAD * LANES + at, gv[i])
-            tl.store(sums + 3 * Z.C_PAD * LANES + at, gp[i])
+        sums = sums_ptr + tl.cast(tl.program_id(0), tl.int64) * ((4 * Z.LANES + 1) * Z.C_PAD)
+        for i in tl.static_range(N):
+            at = ch[:, None] * Z.LANES + (i * Z.W + tl.arange(0, Z.W))[None, :]
+            for of in tl.static_range(4):
+                tl.store(sums + of * Z.C_PAD * Z.LANES + at, g[of * N + i])
         gb = tl.sum(tl.where((tl.arange(0, 16) == 0)[None, :], gb, 0.0), 1)  # its columns are alike
-        tl.store(sums + 4 * Z.C_PAD * LANES + ch, gb)
+        tl.store(sums + 4 * Z.C_PAD * Z.LANES + ch, gb)
 
 
 @triton.jit
@@ -589,8 +584,8 @@ def _store(ptr, at, x, mask):
 
 
 @triton.jit
-def _unfold(sums_ptr, lane, used, LANES: tl.constexpr, factor, out, weights, gamma, beta, Z: tl.constexpr):
-    """Of out = linear(LN x): stores gradients of rows of weight and bias, gives their part of those of LN's scale and shift.
+def _unfold(d_norm, sums_ptr, lane, used, LANES: tl.constexpr, factor, out, weights, norm, Z: tl.constexpr):
+    """Of out = linear(LN x): stores gradients of rows of weight and bias, adds their part to those of LN's scale and shift.
 
     The sums, in columns ``lane``: the normalised x before scale and shift, and a one behind it, times the gradient of out.
     ``weights``: where the weight lies, and where the gradients of weight and bias go.
@@ -601,74 +596,69 @@ def _unfold(sums_ptr, lane, used, LANES: tl.constexpr, factor, out, weights, gam
     bias = load(sums_ptr, Z.C * LANES + lane, used) * factor
     at = out[None, :] * Z.C + ch[:, None]
     weight = load(weights[0], at, mask)
-    _store(weights[1], at, product * gamma[:, None] + bias[None, :] * beta[:, None], mask)
+    _store(weights[1], at, product * norm[0][:, None] + bias[None, :] * norm[1][:, None], mask)
     _store(weights[2], out, bias, used)
-    return tl.sum(product * weight, 1), tl.sum(bias[None, :] * weight, 1)
+    more = tl.sum(product * weight, 1), tl.sum(bias[None, :] * weight, 1)
+    return d_norm[0] + more[0], d_norm[1] + more[1]
 
 
 @triton.jit
 def _inner_weights_kernel(mlp_ptr, attention_ptr, w, d, Z: tl.constexpr):
     """Gradients ``d`` of the weights from the totals of the backward's sums, by one program."""
-    HIDDEN: tl.constexpr = (Z.M + Z.CHUNK - 1) // Z.CHUNK * Z.CHUNK
-    LANES: tl.constexpr = (Z.H + Z.HG - 1) // Z.HG * Z.W
-    SUM: tl.constexpr = Z.C_PAD * LANES
+    SUM: tl.constexpr = Z.C_PAD * Z.LANES
     ch = tl.arange(0, Z.C_PAD)
     real = ch < Z.C
-    gamma, beta = load(w.norm2_weight, ch, real), load(w.norm2_bias, ch, real)
-    d_gamma, d_beta = tl.full((Z.C_PAD,), 0.0, tl.float32), tl.full((Z.C_PAD,), 0.0, tl.float32)
-    for start in range(0, HIDDEN, Z.CHUNK):
+    zero = tl.full((Z.C_PAD,), 0.0, tl.float32)
+    norm = load(w.norm2_weight, ch, real), load(w.norm2_bias, ch, real)
+    d_norm = zero, zero
+    for start in range(0, Z.HIDDEN, Z.CHUNK):
         hid = start + tl.arange(0, Z.CHUNK)
         used = hid < Z.M
         fc1 = (w.fc1_weight, d.fc1_weight, d.fc1_bias)
-        more = _unfold(mlp_ptr, hid, used, HIDDEN, 1.0, hid, fc1, gamma, beta, Z)
-        d_gamma, d_beta = d_gamma + more[0], d_beta + more[1]
+        d_norm = _unfold(d_norm, mlp_ptr, hid, used, Z.HIDDEN, 1.0, hid, fc1, norm, Z)
         mask = real[:, None] & used[None, :]
-        fc2 = load(mlp_ptr + Z.C_PAD * HIDDEN, ch[:, None] * HIDDEN + hid[None, :], mask)
+        fc2 = load(mlp_ptr + Z.C_PAD * Z.HIDDEN, ch[:, None] * Z.HIDDEN + hid[None, :], mask)
         _store(d.fc2_weight, ch[:, None] * Z.M + hid[None, :], fc2, mask)
-    _store(d.fc2_bias, ch, load(mlp_ptr + 2 * Z.C_PAD * HIDDEN, ch, real), real)
-    _store(d.norm2_weight, ch, d_gamma, real)
-    _store(d.norm2_bias, ch, d_beta, real)
+    _store(d.fc2_bias, ch, load(mlp_ptr + 2 * Z.C_PAD * Z.HIDDEN, ch, real), real)
+    _store(d.norm2_weight, ch, d_norm[0], real)
+    _store(d.norm2_bias, ch, d_norm[1], real)
 
-    gamma, beta = load(w.norm1_weight, ch, real), load(w.norm1_bias, ch, real)
-    d_gamma, d_beta = tl.full((Z.C_PAD,), 0.0, tl.float32), tl.full((Z.C_PAD,), 0.0, tl.float32)
-    for start in range(0, LANES, Z.W):
+    norm = load(w.norm1_weight, ch, real), load(w.norm1_bias, ch, real)
+    d_norm = zero, zero
+    for start in range(0, Z.LANES, Z.W):
         lane = start + tl.arange(0, Z.W)
         out = lane // Z.D_PAD * Z.D + lane % Z.D_PAD  # as _head_weights has it
         used = (lane % Z.D_PAD < Z.D) & (lane // Z.D_PAD < Z.H)
         for i in tl.static_range(3):  # q, whose weight had log2 e/√D, k and v, log2 e times as large themselves
             factor = 1.0 / Z.D**0.5 if i == 0 else 0.6931471805599453
             of = (w.v_weight, d.v_weight, d.v_bias) if i == 2 else (w.qk_weight, d.qk_weight, d.qk_bias)
-            more = _unfold(attention_ptr + i * SUM, lane, used, LANES, factor, i % 2 * Z.C + out, of, gamma, beta, Z)
-            d_gamma, d_beta = d_gamma + more[0], d_beta + more[1]
+            d_norm = _unfold(d_norm, attention_ptr + i * SUM, lane, used, Z.LANES, factor, i % 2 * Z.C + out, of, norm, Z)
         mask = real[:, None] & used[None, :]
-        proj = load(attention_ptr + 3 * SUM, ch[:, None] * LANES + lane[None, :], mask)
+        proj = load(attention_ptr + 3 * SUM, ch[:, None] * Z.LANES + lane[None, :], mask)
         _store(d.proj_weight, ch[:, None] * Z.C + out[None, :], proj, mask)
     _store(d.proj_bias, ch, load(attention_ptr + 4 * SUM, ch, real), real)
-    _store(d.norm1_weight, ch, d_gamma, real)
-    _store(d.norm1_bias, ch, d_beta, real)
+    _store(d.norm1_weight, ch, d_norm[0], real)
+    _store(d.norm1_bias, ch, d_norm[1], real)
 
 
 # ---- on the host ----
-
-KERNELS = (_inner_fwd_kernel, _inner_bwd_mlp_kernel, _inner_bwd_attention_kernel, _inner_weights_kernel)
 
 
 @remembered
 def _specialise(kernel: Any, dtype: torch.dtype, S: int, C: int, H: int, M: int) -> Launch:
     """One of the kernels for these sizes; that of the weights reads what the MLP's left, and in its chunks."""
     half = dtype != torch.float32
-    c_pad, d_pad = max(16, triton.next_power_of_2(C + 1)), triton.next_power_of_2(C // H)
+    T, c_pad = max(16, triton.next_power_of_2(S)), max(16, triton.next_power_of_2(C + 1))
     config = CONFIGS["_inner_bwd_mlp_kernel" if kernel is _inner_weights_kernel else kernel.__name__][c_pad, half]
-    T = max(16, triton.next_power_of_2(S))
-    if T > 16:
-        d_pad = max(d_pad, T // 8)  # up to 128 rows of keys and values: shared memory has no room for more in float32
+    # up to 128 rows of keys and values: shared memory has no room for more in float32
+    d_pad = max(triton.next_power_of_2(C // H), T // 8 if T > 16 else 1)
     hg = max(1, 16 // d_pad)
     # what is kept on the chip of the weights leaves 24 KiB for the rest, on the smallest GPUs with 99 KiB
     head_bytes, mlp_bytes = 4 * c_pad * -(-H // hg) * hg * d_pad * dtype.itemsize, 2 * c_pad * M * dtype.itemsize
     fit = head_bytes <= 64 << 10
     sizes = Sizes.computed(
         dtype, S=S, C=C, H=H, M=M, T=T, G=max(1, config.rows // T), C_PAD=c_pad, D_PAD=d_pad, HG=hg, CHUNK=config.chunk,
-        BACKWARD=kernel is not _inner_fwd_kernel, HEADS_FIT=fit,
+        BACKWARD=kernel is not _inner_fwd_kernel, KEEP_HEADS=kernel is not _inner_fwd_kernel or fit,
         MLP_FITS=c_pad < (128 if half else 64) and M <= 256 and mlp_bytes + fit * head_bytes <= 72 << 10,
     )  # fmt: skip
     if kernel is _inner_weights_kernel:  # it has no turns, and stands for a call of batch 256 with 196 patches an image
@@ -706,8 +696,9 @@ class Inner(Operation):
     def shipped(self, dtype: torch.dtype, C: int, H: int) -> Iterable[Launch]:
         w = reference.TransformerWeights(*[f"*{operation.DTYPES[dtype]}"] * 14)._replace(qk_bias=None, v_bias=None)
         sums = dict.fromkeys(("sums_ptr", "mlp_ptr", "attention_ptr"), "*fp32")
+        kernels = (_inner_fwd_kernel, _inner_bwd_mlp_kernel, _inner_bwd_attention_kernel, _inner_weights_kernel)
         backward = C <= 31 or dtype != torch.float32  # as gradients_unsupported has it
-        for kernel in KERNELS if backward else KERNELS[:1]:
+        for kernel in kernels if backward else kernels[:1]:
             spec = _specialise(kernel, dtype, 16, C, H, 4 * C)
             yield spec.shipped(dtype, w=w, d=w, attn_scale_ptr=None, mlp_scale_ptr=None, **sums)
 
@@ -735,10 +726,7 @@ class Inner(Operation):
         self._launch(_inner_fwd_kernel, self._read(a), out)
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
-        """Three launches: the MLP's half with the attention computed again, the attention's half, and the weights' gradients.
-
-        PyTorch does it for the sizes of ``gradients_unsupported``, and where the gradient of a scale is asked for.
-        """
+        """By PyTorch for the sizes of ``gradients_unsupported``, and where the gradient of a scale is asked for."""
         (_, S, C), H = a.pixel.shape, a.num_heads
         M, weights = a.weights.fc1_weight.shape[0], needed != {"pixel"}
         reasons = self.gradients_unsupported(dict(S=S, C=C, M=M), a.pixel.dtype, a.pixel.device)
@@ -748,9 +736,8 @@ class Inner(Operation):
         spec = _specialise(_inner_weights_kernel, a.pixel.dtype, S, C, H, M)
         Z = spec.constants["Z"]
         dx, gradient = self.empty(a), gradient.to(a.pixel.dtype).contiguous()
-        hidden, lanes = triton.cdiv(M, Z.CHUNK) * Z.CHUNK, triton.cdiv(H, Z.HG) * Z.W
-        of_mlp = self._launch(_inner_bwd_mlp_kernel, a, gradient, dx, sums=weights * (2 * hidden + 1) * Z.C_PAD)
-        of_attention = self._launch(_inner_bwd_attention_kernel, a, dx, sums=weights * (4 * lanes + 1) * Z.C_PAD)
+        of_mlp = self._launch(_inner_bwd_mlp_kernel, a, gradient, dx, sums=weights * (2 * Z.HIDDEN + 1) * Z.C_PAD)
+        of_attention = self._launch(_inner_bwd_attention_kernel, a, dx, sums=weights * (4 * Z.LANES + 1) * Z.C_PAD)
         found = {"pixel": dx}
         if weights:
             new = type(a.weights)(*[None if x is None else torch.empty_like(x) for x in a.weights])

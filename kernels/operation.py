@@ -25,6 +25,8 @@ from tnt_fast.reference import by_name
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 LIBRARY = torch.library.Library("tnt_fast", "FRAGMENT")
+# the types of operations' arguments, as PyTorch calls them
+SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", tuple[int, int]: "SymInt[]", int: "SymInt", float: "float", bool: "bool"}
 MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a tile more, in 32 bits
 NAMES = {  # what a size is called, or a product of sizes
     "C": "C={} channels a pixel",
@@ -120,7 +122,7 @@ class Sizes:
 
     DTYPE: Any
     PRECISION: str = "ieee"
-    FAST: bool = False
+    FAST: bool = False  # the approximations of tile.py: in half precision, compiled for an NVIDIA GPU
     EXACT: bool = derived(lambda Z: tl.float32 == Z.DTYPE)
 
     def __post_init__(self) -> None:
@@ -131,7 +133,8 @@ class Sizes:
     @classmethod
     def computed(cls, dtype: torch.dtype, **sizes: Any) -> "Sizes":
         """For a computation in ``dtype``, in the precision that PyTorch asks for now."""
-        return cls(DTYPE=tl.str_to_ty(DTYPES[dtype], None), PRECISION=precision(dtype), FAST=is_fast(dtype), **sizes)
+        fast = dtype != torch.float32 and runner.nvidia
+        return cls(DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), PRECISION=precision(dtype), FAST=fast, **sizes)
 
 
 class Launch(NamedTuple):
@@ -165,11 +168,6 @@ def precision(dtype: torch.dtype) -> str:
     matmul = torch.backends.cuda.matmul  # asked for allow_tf32 where fp32_precision was set, newer versions raise
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if allowed else "ieee"
-
-
-def is_fast(dtype: torch.dtype) -> bool:
-    """Whether the approximations of tile.py are used: half precision, compiled for an NVIDIA GPU."""
-    return dtype != torch.float32 and runner.nvidia
 
 
 def programs(device: torch.device, tiles: int, per_sm: int) -> int:
@@ -302,7 +300,7 @@ class Operation:
             if name in self.shapes
         )
         self._accepted: set[tuple[Any, ...]] = set()
-        self._register({name: list[int] if kind == tuple[int, int] else kind for name, kind in kinds.items()})
+        self._register(kinds)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The twin, fused: float32, float16 or bfloat16, the weights in the same dtype (or float32 under autocast).
@@ -451,18 +449,9 @@ class Operation:
 
     def _register(self, kinds: dict[str, Any]) -> None:
         """As ``torch.ops.tnt_fast.NAME``, and its gradients as ``NAME_backward``; ``kinds``: the types of the arguments."""
-        names = list(kinds)
+        names, taken = list(kinds), ", ".join(f"{SCHEMA[kind]} {name}" for name, kind in kinds.items())
 
-        def define(name: str, function: Any, fake: Any, kinds: dict[str, Any], result: Any) -> Any:
-            parameter = inspect.Parameter
-            parameters = [
-                parameter(
-                    n, parameter.POSITIONAL_OR_KEYWORD, annotation=kind, default=False if n == "checked" else parameter.empty
-                )
-                for n, kind in kinds.items()
-            ]
-            function.__signature__ = inspect.Signature(parameters, return_annotation=result)
-            schema = torch.library.infer_schema(function, mutates_args=())
+        def define(name: str, schema: str, function: Any, fake: Any) -> Any:
             LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
             LIBRARY.impl(name, function, "CompositeExplicitAutograd")
             torch.library.register_fake(f"tnt_fast::{name}", fake, lib=LIBRARY)
@@ -489,9 +478,10 @@ class Operation:
             return [torch.empty(flat[i].shape, dtype=flat[i].dtype, device=flat[i].device) for i in flat[-1]]
 
         # ``checked``: whether the caller has done so
-        operation = define(self.name, forward, lambda *flat: self.empty(self._packed(flat)), kinds | {"checked": bool}, Tensor)
-        many = {"gradient": Tensor, **kinds, "needed": list[int]}
-        backward_operation = define(f"{self.name}_backward", gradients, empty_gradients, many, list[Tensor])
+        schema = f"({taken}, bool checked=False) -> Tensor"
+        operation = define(self.name, schema, forward, lambda *flat: self.empty(self._packed(flat)))
+        schema = f"(Tensor gradient, {taken}, SymInt[] needed) -> Tensor[]"
+        backward_operation = define(f"{self.name}_backward", schema, gradients, empty_gradients)
 
         def twice(ctx, *gradients):
             raise RuntimeError(

@@ -22,11 +22,12 @@ which training does not ask for, is gathered: each of its pixels looks up the wi
 gives the same bits. Bytes moved: image and g once each for the weight, g and the weights from the caches for the image.
 """
 
+from collections import namedtuple
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -36,38 +37,25 @@ from torch import Tensor
 from tnt_fast import reference
 from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
-from tnt_fast.kernels.tile import accumulators, dot, dot_onto, load, zeros
+from tnt_fast.kernels.tile import accumulators, dot, dot_onto, load
 
 # Chosen by static cost for sm_90. Swept on an H200 (benchmarks/results/2026-11-26-0640/tune.txt) the forward is as fast as any,
 # the weight's gradient is faster on two warps, 213 for 329 µs, but spills. In float32 the weight's products are no matrix
 # instructions; 32 rows on 4 warps: Hopper would take the asynchronous one with its left operand in registers.
-CONFIGS = {
-    "_pixel_embed_fwd_kernel": {
-        torch.bfloat16: Config(32, warps=2, per_sm=8),
-        torch.float16: Config(32, warps=2, per_sm=8),
-        torch.float32: Config(16, warps=4, per_sm=4),
-    },
+CONFIGS = {  # of half precision, or not
+    "_pixel_embed_fwd_kernel": {True: Config(32, warps=2, per_sm=8), False: Config(16, warps=4, per_sm=4)},
     "_pixel_embed_weight_bwd_kernel": {
-        torch.bfloat16: Config(32, warps=4, per_sm=2, mma_arch="sm80"),
-        torch.float16: Config(32, warps=4, per_sm=2, mma_arch="sm80"),
-        torch.float32: Config(16, warps=4, per_sm=4, mma_arch="sm80"),
+        True: Config(32, warps=4, per_sm=2, mma_arch="sm80"),
+        False: Config(16, warps=4, per_sm=4, mma_arch="sm80"),
     },
-    "_pixel_embed_image_bwd_kernel": dict.fromkeys(operation.DTYPES, Config(32, warps=2)),  # rows: pixels of the image
+    "_pixel_embed_image_bwd_kernel": dict.fromkeys((True, False), Config(32, warps=2)),  # rows: pixels of the image
 }
 WINDOW = 7
 LONGEST_SIDE = 2**20
 
 
-class Image(NamedTuple):
-    """A kernel's argument: the image and what says where its values are."""
-
-    ptr: Any
-    height: Any
-    width: Any
-    stride_b: Any
-    stride_c: Any
-    stride_h: Any
-    stride_w: Any
+# a kernel's argument: the image and what says where its values are
+Image = namedtuple("Image", "ptr height width stride_b stride_c stride_h stride_w")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +146,7 @@ def _pixel_embed_fwd_kernel(
             + (left[:, None] + ix).to(tl.int64) * image.stride_w
         )
         mask = (token < n_tokens)[:, None] & (ch < Z.C)[None, :]
-        total = zeros(Z.BLOCK, Z.C_PAD) + bias[None, :]
+        total = tl.full((Z.BLOCK, Z.C_PAD), 0.0, tl.float32) + bias[None, :]
         total += load(pixel_pos_ptr, ch[None, :] * Z.S + s[:, None], mask)
         for c in tl.static_range(CHANNELS):
             channel = image.ptr + tl.cast(c, tl.int64) * image.stride_c
@@ -245,7 +233,7 @@ def _pixel_embed_image_bwd_kernel(
 def _specialise(
     kernel: Any, dtype: torch.dtype, channels: int, C: int, patch_size: Any, stride: int, patch_stride: Any, legacy: bool
 ) -> Launch:  # fmt: skip
-    config, c_pad = CONFIGS[kernel.__name__][dtype], max(16, triton.next_power_of_2(C))
+    config, c_pad = CONFIGS[kernel.__name__][dtype != torch.float32], max(16, triton.next_power_of_2(C))
     Z = Sizes.computed(
         dtype, CHANNELS=channels, C=C, C_PAD=c_pad, S_H=patch_size[0] // stride, S_W=patch_size[1] // stride, STRIDE=stride,
         STEP_H=patch_stride[0], STEP_W=patch_stride[1], LEGACY=legacy, BLOCK=config.rows,
@@ -274,21 +262,20 @@ class PixelEmbed(Operation):
 
     def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Rows and columns of a patch's pixels, and reasons against the sizes and strides that set them."""
-        numbers = {name: given[name] for name in ("patch_size", "patch_stride", "stride")}
+        pairs, stride = {name: given[name] for name in ("patch_size", "patch_stride")}, given["stride"]
         reasons = [
             f"{name}={value!r}; accepted: two positive integers, vertical and horizontal"
-            for name, value in numbers.items()
-            if name != "stride" and (not isinstance(value, (tuple, list)) or len(value) != 2 or min(value) < 1)
+            for name, value in pairs.items()
+            if not isinstance(value, (tuple, list)) or len(value) != 2 or min(value) < 1
         ]
-        stride = numbers["stride"]
         if not isinstance(stride, int) or stride < 1:
             reasons.append(f"stride={stride!r}; accepted: a positive integer")
-        elif not reasons and any(size % stride for name in ("patch_size", "patch_stride") for size in numbers[name]):
-            size, step = tuple(numbers["patch_size"]), tuple(numbers["patch_stride"])
-            reasons.append(f"stride {stride} does not divide patch_size {size} and patch_stride {step}")
+        elif not reasons and any(size % stride for pair in pairs.values() for size in pair):
+            reasons.append(f"stride {stride} does not divide " + " and ".join(f"{k} {tuple(v)}" for k, v in pairs.items()))
         if reasons:
             return {}, reasons
-        return numbers | {"rows": given["patch_size"][0] // stride, "columns": given["patch_size"][1] // stride}, []
+        rows, columns = (size // stride for size in pairs["patch_size"])
+        return pairs | {"stride": stride, "rows": rows, "columns": columns}, []
 
     def unsupported(self, sizes: Mapping[str, Any]) -> list[str]:
         reasons = operation.beyond(self.limits, sizes)

@@ -181,16 +181,11 @@ def load(ptr, at, mask):
 
 
 @triton.jit
-def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.zeros((ROWS, COLUMNS), tl.float32)
-
-
-@triton.jit
 def accumulators(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A tuple of COUNT sums."""
     sums = ()
     for _ in tl.static_range(COUNT):
-        sums = sums + (zeros(ROWS, COLUMNS),)
+        sums = sums + (tl.zeros((ROWS, COLUMNS), tl.float32),)
     return sums
 
 
