@@ -110,6 +110,20 @@ def test_archives_that_are_larger_inside_than_outside_are_refused(tmp_path, how)
     tracemalloc.stop()
 
 
+def test_numbers_that_were_damaged_do_not_have_their_checksum(tmp_path):
+    data = bytearray(saved())
+    data[data.index(struct.pack("<f", 5.0))] ^= 1
+    (tmp_path / "a.pt").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"Bad CRC-32 for file '\w+/data/0'"):
+        read_checkpoint(tmp_path / "a.pt")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(GOOD, tmp_path / "b.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_checkpoint(tmp_path / "b.pt")["state_dict"]["a.bias"], torch.ones(2))
+
+
 def test_the_format_before_pytorch_1_6_is_read_and_held_to_its_size(tmp_path):
     data = saved(_use_new_zipfile_serialization=False)
     (tmp_path / "a.pt").write_bytes(data)
