@@ -281,7 +281,7 @@ SPOILT = {
     "one byte": (cut(1), "'last.pt'"),
     "cut short": (cut(3000), "3,000 bytes"),
     "without its last byte": (cut(-2), "'last.pt'"),
-    "one bit": (flip("last.pt"), "does not have its checksum"),
+    "one bit": (flip("last.pt"), "Bad CRC-32"),
     "text": (replaced(lambda path: path.write_text("notes")), "'last.pt'"),
     "a directory": (replaced(Path.mkdir), "is a directory"),
     "a pipe": (replaced(os.mkfifo), "last.pt"),

@@ -19,8 +19,6 @@ import os
 import shutil
 import socket
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -200,7 +198,6 @@ class Folder:
             raise CheckpointError(f"{str(self.last)!r} is a link to nothing, or no file; put it back, or choose another --out")
         try:
             saved = read_checkpoint(self.last)
-            _check_bytes(self.last)
         except CheckpointError as error:
             raise CheckpointError(f"{str(error).rstrip('.')}; it cannot be continued; {self.way_on(self.best)}") from error
         seals = saved.pop("seals", None)
@@ -228,7 +225,6 @@ class Folder:
             CheckpointError, FileNotFoundError: it is damaged, no such file, or gone.
         """
         saved = read_checkpoint(self.best)
-        _check_bytes(self.best)
         epoch, accuracy, state = (saved.get(name) for name in ("epoch", "accuracy", "state_dict"))
         if not isinstance(epoch, int) or not isinstance(accuracy, float) or not isinstance(state, Mapping):
             raise CheckpointError(f"{str(self.best)!r} does not say of which epoch it is, and how good")
@@ -278,7 +274,7 @@ def _owner(handle: int) -> str:
 def structure(value: Any) -> str:
     """A digest of all keys, types and plain values of an entry of last.pt, and of the shapes and types of its tensors.
 
-    It finds what is missing or was exchanged; what the tensors hold has the checksums of the file format.
+    It finds what is missing or was exchanged; read_checkpoint looks at the checksums of what the tensors hold.
     """
 
     def leaves(value: Any, path: str) -> Iterator[str]:
@@ -296,17 +292,6 @@ def structure(value: Any) -> str:
             yield f"{path}: {type(value).__name__} {value!r}"
 
     return hashlib.sha256("\n".join(map(ascii, leaves(value, ""))).encode()).hexdigest()
-
-
-def _check_bytes(path: Path) -> None:
-    """Raise CheckpointError where a file of torch.save does not have its checksums, which torch.load does not look at."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            bad = file.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
-        raise CheckpointError(f"{str(path)!r} is damaged: {error}.") from error
-    if bad:
-        raise CheckpointError(f"{str(path)!r} is damaged: {bad!r} in it does not have its checksum.")
 
 
 def first_not_finite(tensors: Any) -> str | None:
