@@ -149,7 +149,7 @@ class Run:
         if saved:
             try:
                 self._restore(saved)
-            except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
                 if isinstance(error, CheckpointError):
                     raise
                 raise CheckpointError(  # of another version of us, timm or torch
@@ -160,20 +160,22 @@ class Run:
     def _continued(self, saved: dict[str, Any], config: Config, given: Collection[str]) -> Config:
         """The settings to continue with."""
         try:
-            begun = Config(**saved["config"])
-        except TypeError as error:
+            begun, done, before = Config(**saved["config"]), saved["epoch"] + (saved["step"] > 0), list(saved["changed"])
+            if type(done) is not int:
+                raise TypeError(f"epoch {type(done).__name__}")
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
-                f"{str(self.last)!r} has settings of another version ({error}) and cannot be continued; "
+                f"{str(self.last)!r} has settings of another version ({reason}) and cannot be continued; "
                 f"{self.folder.way_on(self.last)}"
             ) from error
         try:
             config, changed = continued(begun, config, given)
         except ValueError as error:
             raise ValueError(f"{str(self.last)!r} cannot be continued: {error}, or {self.folder.way_on(self.last)}") from error
-        done = saved["epoch"] + (saved["step"] > 0)
         if config.epochs < done:
             raise ValueError(f"epochs={config.epochs} is less than the {done} that {str(self.last)!r} was trained for")
-        self.changed = saved["changed"] + changed
+        self.changed = before + changed
         return config
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -201,7 +203,7 @@ class Run:
         elif self.step and saved["images_a_step"] != self._images_a_step():  # from the last image that was seen, or before
             self.step = self.step * saved["images_a_step"] // self._images_a_step()
             self.loss_sum *= self.step / saved["step"]
-        self.history = saved["history"]
+        self.history = [{**row, "val_accuracy": float(row["val_accuracy"])} for row in saved["history"]]
         _set_random_state(saved["random"])
 
     def _images_a_step(self) -> int:
