@@ -241,6 +241,23 @@ def test_fused_is_fused(gradients, monkeypatch):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
+def test_a_fused_model_takes_other_sizes(legacy):
+    kwargs = dict(img_size=32, embed_dim=24, inner_dim=12, depth=1, num_heads_inner=2, num_heads_outer=3, num_classes=5)
+    model = perturb(TNT(**kwargs, legacy=legacy, dynamic_img_size=True, backend="fused")).eval().to(DEVICE)
+    image = torch.randn(1, 3, 48, 32, device=DEVICE)
+    outputs = []
+    for size in (None, (48, 32)):  # in the forward, then set
+        if size:
+            model.set_input_size(size)
+        for backend in ("fused", "reference"):
+            model.backend = backend
+            with torch.no_grad():
+                outputs.append(model(image))
+    for out in outputs:
+        torch.testing.assert_close(out, outputs[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
 def test_a_fused_model_trains_compiles_and_exports(legacy):
     kwargs = dict(img_size=32, embed_dim=24, inner_dim=12, depth=2, num_heads_inner=2, num_heads_outer=3, num_classes=5)
 
