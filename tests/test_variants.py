@@ -52,7 +52,7 @@ def run(**changed) -> dict:
         ({"features_only": True}, "features_only is no argument"),
         ({"embeddim": 3}, "did you mean embed_dim?"),
         ({"\x1b[2J": 3}, r"'\x1b[2J' is no argument"),
-        ({"depth": 10**9}, "depth=1000000000 is not accepted; expected a whole number from 1 to 256"),
+        ({"depth": 10**9}, "depth=1000000000 is not accepted; expected a whole number from 1 to 100"),
         ({"depth": True}, "depth=True is not accepted"),
         ({"depth": "3"}, "depth='3' is not accepted"),
         (
@@ -108,7 +108,7 @@ def test_names_of_timm_and_tags_mean_our_variants():
         ({"data_config": {"input_size": (3, 10**9, 1)}}, "'data_config' is refused"),
         ({"grid_size": "x"}, "'grid_size' is x; expected rows and columns"),
         ({"format": 7}, "of format 7"),
-        ({"model_kwargs": {**SIZES, "depth": 256}}, "does not fit this model: missing: blocks.2"),
+        ({"model_kwargs": {**SIZES, "depth": 100}}, "does not fit this model: missing: blocks.2"),
         ({"model_kwargs": {**SIZES, "embed_dim": 16384, "num_heads_outer": 1}}, "does not fit this model: other shapes"),
     ],
 )

@@ -139,7 +139,7 @@ SIZES: dict[str, Any] = {
     "img_size": _SIDE, "patch_size": _SIDE, "patch_stride": _SIDE._replace(or_none=True),
     "first_stride": _Number(int, 1, 2**14), "in_chans": _Number(int, 1, 1024), "num_classes": _Number(int, 0, 10**6),
     "global_pool": _OneOf(("", "token", "avg")), "embed_dim": _Number(int, 1, 2**14), "inner_dim": _Number(int, 1, 2**12),
-    "depth": _Number(int, 1, 256), "num_heads_inner": _Number(int, 1, 2**12), "num_heads_outer": _Number(int, 1, 2**14),
+    "depth": _Number(int, 1, 100), "num_heads_inner": _Number(int, 1, 2**12), "num_heads_outer": _Number(int, 1, 2**14),
     "mlp_ratio": _RATIO, "inner_mlp_ratio": _RATIO, "se_ratio": _RATIO, "qkv_bias": _FLAG, "legacy": _FLAG,
     "inner_blocks": _Blocks(), "use_pixel_pos": _FLAG, "use_patch_pos": _FLAG, "dynamic_img_size": _FLAG, "drop_rate": _RATE,
     "pos_drop_rate": _RATE, "proj_drop_rate": _RATE, "attn_drop_rate": _RATE, "drop_path_rate": _RATE,
