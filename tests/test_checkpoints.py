@@ -418,13 +418,17 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, error):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_disk_that_is_really_full(tmp_path):
+def test_a_file_that_the_system_does_not_let_grow(tmp_path):
+    resource = pytest.importorskip("resource")
     file = tmp_path / "a.pt"
     save_checkpoint({"value": torch.arange(3)}, file)
-    old = file.read_bytes()
-    (tmp_path / ".a.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises((OSError, RuntimeError)):
-        save_checkpoint({"value": torch.zeros(100_000)}, file)
+    old, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            save_checkpoint({"value": torch.zeros(100_000)}, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 

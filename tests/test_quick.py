@@ -26,7 +26,7 @@ def test_the_table_names_what_exists():
     [
         ("tnt_fast/reference.py", "test_reference", ["test_kernels", "test_model", "test_dispatch"]),
         ("tnt_fast/tnt.py", "test_model", ["test_timm_parity", "test_reference", "test_checkpoints"]),
-        ("tnt_fast/variants.py", "test_timm_parity", []),
+        ("tnt_fast/variants.py", "test_variants", ["test_timm_parity"]),
         ("tnt_fast/visualize.py", "test_visualize", ["test_cli"]),  # which it has through those that import it
         ("tnt_fast/bench.py", "test_benchmarks", []),
         ("kernels/inner.py", "test_inner", ["test_kernels", "test_backward"]),
