@@ -466,9 +466,14 @@ class TestShipped:
     @measured_compiler
     def test_half_precision_does_not_spill_on_sm_90(self, launches):
         rows = launches(target=["sm_90"], dtype=["bf16", "fp16"], error=[None])
-        # the inner backward holds every weight's sums in registers: 128 bytes of stack are allowed, TNT-B needs 520
-        allowed = {("_inner_bwd", "b"): 544, ("_inner_bwd", "s"): 128, ("_inner_bwd", "ti"): 128}
-        spills = [row for row in rows if row["stack_bytes"] > allowed.get((row["function"][:10], row["variant"]), 0)]
+        # the inner backward holds every weight's sums in registers: 128 bytes of stack are allowed, TNT-B needs 520. Launched with
+        # integers known to be divisible by 16, the image's gradient of TNT-B, which training does not ask for, needs 24
+        allowed = {"_inner_bwd b": 544, "_inner_bwd s": 128, "_inner_bwd ti": 128, "_pixel_embed_image_bwd b": 24}
+
+        def most(row):
+            return allowed.get(f"{row['function'][: row['function'].find('bwd') + 3]} {row['variant']}", 0)
+
+        spills = [row for row in rows if row["stack_bytes"] > most(row)]
         assert self._where(spills, "stack_bytes") == []
 
     def test_no_wgmma_with_its_left_operand_in_registers(self, launches):
