@@ -466,8 +466,8 @@ class TestShipped:
     @measured_compiler
     def test_half_precision_does_not_spill_on_sm_90(self, launches):
         rows = launches(target=["sm_90"], dtype=["bf16", "fp16"], error=[None])
-        # the inner backward holds every weight's sums in registers: 128 bytes of stack are allowed, TNT-B needs 520. Launched with
-        # integers known to be divisible by 16, the image's gradient of TNT-B, which training does not ask for, needs 24
+        # the inner backward holds every weight's sums in registers: 128 bytes of stack are allowed, TNT-B needs 520. Launched
+        # with integers divisible by 16, the image's gradient of TNT-B, which training does not ask for, needs 24
         allowed = {"_inner_bwd b": 544, "_inner_bwd s": 128, "_inner_bwd ti": 128, "_pixel_embed_image_bwd b": 24}
 
         def most(row):
