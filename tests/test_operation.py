@@ -14,6 +14,7 @@ from cases import case, check, fold_tensors, inner_tensors, normal
 from helpers import HERE, call
 
 from tnt_fast import TNT, dispatch, kernels, reference, why_not_fused
+from tnt_fast.kernels.operation import beyond
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATIONS = pytest.mark.parametrize("operation", kernels.OPERATIONS)
@@ -124,6 +125,18 @@ def test_numbers_of_pixel_embed_that_do_not_fit_are_named(spoilt, message):
     tensors, others = given("pixel_embed")
     with pytest.raises(ValueError, match=f"pixel_embed: .*{message}"):
         run("pixel_embed", tensors | {"pixel_pos": None}, others | spoilt)
+
+
+@OPERATIONS
+def test_sizes_are_taken_up_to_their_limits_and_named_beyond(operation):
+    for name, most in kernels.OPERATIONS[operation].limits.items():
+        first, *others = name.split("*")
+        sizes = dict.fromkeys(others, 1)
+        assert beyond({name: most}, sizes) == []  # not known
+        assert beyond({name: most}, {**sizes, first: most}) == []
+        assert len(beyond({name: most}, {**sizes, first: 0})) == (not others)
+        (reason,) = beyond({name: most}, {**sizes, first: most + 1})
+        assert re.search(rf"\b{most + 1} .*; accepted: {'up' if others else '1'} to {most}$", reason)
 
 
 @pytest.mark.parametrize("B", [2**29 + 1, 2**30])
