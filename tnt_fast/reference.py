@@ -56,8 +56,8 @@ def by_name(given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of an operation with the weights of its records under their own names, in order."""
     found: dict[str, Any] = {}
     for name, value in given.items():
-        if isinstance(value, TransformerWeights | FoldWeights):
-            found.update(zip(value._fields, value, strict=True))
+        if isinstance(value, (TransformerWeights, FoldWeights)):  # in forms that torch 2.8 compiles
+            found.update(zip(type(value)._fields, value, strict=True))
         else:
             found[name] = value
     return found
