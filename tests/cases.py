@@ -110,6 +110,12 @@ def growing(tensors, by):
     return tensors | dict(pixel=tensors["pixel"] + by * torch.linspace(-1, 1, tensors["pixel"].shape[1])[:, None])
 
 
+def by_bits(rows, width):
+    """Rows whose values grow with the bits that are set in their column: a sum that misses any half of the columns is off."""
+    bits = torch.tensor([column.bit_count() for column in range(width)], dtype=torch.float64)
+    return 1.4**bits * (1 + 0.1 * torch.randn(rows, width, dtype=torch.float64))
+
+
 def shrunk(tensors):
     """``fold_tensors`` with small values before either norm: what is none of them outweighs them."""
     return tensors | {name: 0.02 * tensors[name] for name in ("pixel", "proj_weight")}

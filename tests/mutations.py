@@ -13,7 +13,7 @@ calls like those of the kernels' tests (``cases``). A mutant is
 
   - ``flow.normal`` is the same, so the same instructions store the same values;
   - its source compiles to the same code in all cases;
-  - it stores what other threads store, too, or divides in another width (``why_the_same``);
+  - it stores what other threads store, too, or divides in another width, or is never run (``why_the_same``);
   - it has a barrier, a commit or a wait less, or later, the machine sees no race, and neither shared addresses nor branches
     depend on what was loaded. So they depend on the thread, the program and the sizes, and whatever the values are, the same
     accesses come in the same order. A turn differs from another in its stage at most, and one program does all of them here,
@@ -21,7 +21,11 @@ calls like those of the kernels' tests (``cases``). A mutant is
   - what one instruction writes, or one of its operands, is multiplied by a zero of the padding, or not chosen: huge values, of
     both signs, in all places where the mutant differs (and it does) leave every result the same to the bit, in calls of random
     values with tiles that are full, whose masks come of the thread and the sizes. In a result that depends on it they would
-    show. Likewise ±60000 for what a load gives beyond its mask, in the source;
+    show. A mask that is changed, of nothing but loads, changes what these give. Likewise ±60000 for what a load gives beyond
+    its mask, in the source;
+  - a number that is made of thread, program and sizes has one value whatever they are, or a comparison one result (sizes and
+    counts are not negative, and at most MOST_ROWS; ``ranges``): the correction of a signed division of what is not negative;
+    a shift by more than the width;
 
 - *as accurate* where a branch of the source goes the other way, both ways compute the same, and with this one no output and no
   gradient of any case is farther from float64: an exact form for a fast one, which no test of the results may refuse;
@@ -59,7 +63,18 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does
 
-from cases import embed_case, fold_tensors, growing, inner_tensors, one_by_one, outer_tensors, shrunk, spiked, with_fold
+from cases import (
+    by_bits,
+    embed_case,
+    fold_tensors,
+    growing,
+    inner_tensors,
+    one_by_one,
+    outer_tensors,
+    shrunk,
+    spiked,
+    with_fold,
+)
 from helpers import KernelPath, results, write_json
 from ptx import machine
 from ptx.compiler import TARGETS, Compiler, flat
@@ -232,6 +247,27 @@ def cases() -> list[Case]:
     without = dict.fromkeys(("proj_bias", "fc2_bias", "norm1_bias", "norm2_bias"))
     add("bfloat16", "outer S, no biases", "outer", outer_tensors(2, 5, 384, 48) | without, outer, gradients=False)
 
+    # below: values that decide, and rows that have their turn at every place of a tile
+    more = one_by_one(inner_tensors(5, 16, 24, 97))
+    add("bfloat16", "inner S, a hidden channel more, one by one", "inner", more, heads)
+    for name, precisions, size, bias in (
+        ("S", every, (3, 4, 16, 24, 384), {}), ("legacy", most, (5, 4, 16, 24, 192), {}),
+        ("E200", "bfloat16 float32", (5, 4, 5, 6, 200), {}), ("stem", most, (33, 4, 16, 12, 24), stem),
+    ):  # fmt: skip
+        add(precisions, f"fold {name}, class tokens at all rows", "fold", fold_of(*size, name == "legacy") | bias)
+    add(most, "fold stem, 37 patches", "fold", fold_of(1, 37, 16, 12, 24, False) | stem)
+    for E, M, precisions in ((384, 384, most), (90, 90, "bfloat16 float32")):
+        rows, itself = by_bits(9, E), torch.eye(E, dtype=torch.float64)
+        tensors = outer_tensors(9, 1, E, M, True) | dict(patch=0.02 * rows[:, None], fc1_weight=itself, fc2_weight=itself)
+        tensors |= {x: 0.02 * tensors[x] for x in ("proj_weight", "proj_bias", "fc2_bias", "v_weight")}
+        add(precisions, f"outer E{E}, by bits", "outer", tensors, dict(num_heads=6), gradients=False)
+    folded = with_fold(9, 1, 5, 6, 90, 50, False)
+    folded |= {x: 0.02 * folded[x] for x in ("fold_norm2_weight", "fold_norm2_bias", "proj_bias", "fc2_bias", "fc2_weight")}
+    itself, signs = torch.eye(90, dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None]
+    folded |= dict(patch=0.02 * by_bits(9, 90)[:, None] * signs, qk_weight=2 * itself.repeat(2, 1))  # each sees itself
+    folded |= dict(v_weight=itself, proj_weight=itself)
+    add("bfloat16 float32", "outer E90 of a fold, by bits", "outer", folded, outer | dict(eps=0.5), gradients=False)
+
     tensors, others = embed_case(2, 4, 32, 16, 40, (16, 16), 4, (16, 16), False)
     add("bfloat16 float32", "embed B, 4 channels", "pixel_embed", tensors, others)  # more than a program's sums take
     without = tensors | dict(bias=None, pixel_pos=None)
@@ -259,6 +295,7 @@ class Launches(Executor):
 
     memory: dict[tuple, list[tuple[int, Tensor]]] = {}
     built: dict[str, tuple[str, Kernel]] = {}
+    full: set[str] = set()  # digests of the code that was given a whole tile at least
 
     def __init__(self, target: str, **more):
         super().__init__(target, error=1, **more)
@@ -273,6 +310,9 @@ class Launches(Executor):
             self.built[compiled.key] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), code
         digest, code = self.built[compiled.key]
         self.seen[digest] = code
+        Z, counts = constants["Z"], [x for name, x in zip(kernel.arg_names, arguments, strict=False) if name.startswith("n_")]
+        if not counts or counts[0] >= (Z.G if hasattr(Z, "G") else Z.BLOCK):
+            self.full.add(digest)
         given = [flat(arguments)[i] for i in compiled.parameters]
         storages = {x.untyped_storage().data_ptr(): memory_of(x) for x in given if isinstance(x, Tensor)}
         far = any(x.numel() >= 2**28 for x in storages.values())
@@ -699,7 +739,7 @@ class Mutant(NamedTuple):
     digest: str | None
     code: Any
     reason: str | None = None  # of being equivalent, seen in the text
-    others: tuple[tuple[Kernel, ...], ...] = ()  # with arbitrary values where the mutant's differ, see ``arbitrary``
+    others: tuple[tuple[Kernel | None, ...], ...] = ()  # with arbitrary values where the mutant's differ, see ``arbitrary``
 
 
 def apply(p: Program, changes: Changes) -> Kernel:
@@ -746,21 +786,81 @@ def arbitrary(p: Program, changes: Changes) -> list[tuple[Kernel, ...]]:
         if not after:  # as if other values had been there
             after = [made(ins, f"mov.{p.types[x]} {x}, 0x7E11") for x in written]
         groups.append([_where_they_differ(p, ins, after, v) for v in (None, *range(3))])
-    if number and len(after) == 1 and not ins.guard and ins.parts[0] not in ("ld", "ldmatrix"):
-        replaced = [i for i, (a, b) in enumerate(zip(ins.operands, after[0].operands, strict=False)) if a != b]
-        old, new = ins.operands[replaced[0]] if replaced else "", after[0].operands[replaced[0]] if replaced else ""
-        if len(replaced) == 1 and p.types.get(old) == p.types.get(new) == "b32":
-            differ = made(ins, f"setp.ne.b32 %xp1, {old}, {new}")
+    if (number or ins.parts[0] == "stmatrix") and len(after) == 1 and not ins.guard and ins.parts[0] not in ("ld", "ldmatrix"):
+        was, now = (" , ".join(x.operands[1:]) for x in (ins, after[0]))
+        words = [re.split(r"(%?[\w@.]+)", x) for x in (was, now)]
+        replaced = [i for i, (a, b) in enumerate(zip(*words, strict=False)) if a != b]
+        old, new = (x[replaced[0]] if replaced else "" for x in words)
+        if len(words[0]) == len(words[1]) and len(replaced) == 1 and p.types.get(old) == p.types.get(new) == "b32":
+            differ = made(ins, f"setp.ne.b32 %xp1, {old}, {new}")._replace(guard=None)
             group = [[differ, changed(fault, guard="%xp1"), ins]]
+            text = "".join("%xr1" if i == replaced[0] else x for i, x in enumerate(words[0]))
             for v in ARBITRARY["b32"]:
-                operands = ["%xr1" if i == replaced[0] else x for i, x in enumerate(ins.operands)]
+                operands = (ins.operands[0], *text.split(" , "))
                 group.append([differ, made(ins, f"selp.b32 %xr1, {v}, {old}, %xp1"), changed(ins, operands=operands)])
             groups.append(group)
     found = []
+    if written and p.types[written[0]] == "pred" and (masks := _beyond_masks(p, changes)):
+        found.append(masks)
     for group in groups:
         with suppress(Unknown, KeyError):
             found.append(tuple(apply(p, {at: code}) for code in group))
     return found
+
+
+def _beyond_masks(p: Program, changes: Changes) -> tuple[Kernel, ...]:
+    """The same for a predicate of which nothing is made but masks of loads: there is what they give where the mutant's mask
+    differs. Empty, if anything else is made of it."""
+    (at, after), names = next(iter(changes.items())), {}
+    if len(after) != 1 or after[0].guard or p.instructions[at].guard or len(p.written[at]) != 1:
+        return ()
+    names[p.written[at][0]] = "%xp100"
+    codes: list[dict[int, list[Instruction]]] = [{} for _ in range(4)]
+    ins = p.instructions[at]
+    for code in codes:
+        code[at] = [ins, changed(after[0], operands=("%xp100", *after[0].operands[1:]))]
+
+    def of_mutant(text: str) -> str:
+        return re.sub(r"%?[\w@]+", lambda m: names.get(m[0], m[0]), text)
+
+    if len(p.definitions[p.written[at][0]]) > 1 or set(p.flow.read[at]) & set(p.written[at]):
+        return ()
+    for i, one in enumerate(p.instructions):
+        if i == at or not set(p.flow.read[i]) & set(names):
+            continue
+        if i < at:
+            return ()
+        if one.parts[0] in ("and", "or", "not", "xor") and one.type == "pred" and not one.guard:
+            target = p.written[i][0]
+            if len(p.definitions[target]) > 1:
+                return ()
+            operands = (f"%xp{100 + len(names)}", *map(of_mutant, one.operands[1:]))
+            names[target] = operands[0]
+            for code in codes:
+                code[i] = [one, changed(one, operands=operands)]
+        elif (
+            one.parts[:2] == ("ld", "global")
+            and one.guard
+            and not set(registers(p.kernel, " ".join(one.operands))) & set(names)
+        ):
+            free = one._replace(guard=None)
+            plain = one.guard.lstrip("!")
+            both = [one, made(free, f"xor.pred %xp1, {plain}, {names[plain]}")]
+            half = "bf16" if any("bf16" in part for x in p.instructions for part in x.parts) else "f16"
+            codes[0][i] = [*both, changed(made(free, "ld.global.b32 %xr1, [ %xd1 + 0 ]"), guard="%xp1")]
+            for which, code in enumerate(codes[1:]):
+                code[i] = list(both)
+                for x in p.written[i]:
+                    kind = p.types[x]
+                    if kind not in ("b16", "b32"):
+                        return ()
+                    value = ARBITRARY["b32" if kind == "b32" else half][which]
+                    code[i].append(made(free, f"selp.{kind} {x}, {value}, {x}, %xp1"))
+        else:
+            return ()
+    with suppress(Unknown, KeyError):
+        return tuple(apply(p, code) for code in codes)
+    return ()
 
 
 def _where_they_differ(p: Program, ins: Instruction, after: list[Instruction], which: int | None) -> list[Instruction]:
@@ -848,11 +948,29 @@ def divides(p: Program, at: int) -> bool:
     return upper.parts[0] == "and" and upper.operands[2] == "-4294967296" and ins.operands[2] == "0"
 
 
+def wide_division(p: Program, at: int) -> bool:
+    """Whether an instruction is in the block that divides in 64 bits, to which only such a predicate's way leads."""
+    block = p.places[at][0]
+    while len(above := list(ways(p.code).predecessors(block))) == 1 and (code := p.code.blocks[above[0]]):
+        last = code[-1]
+        if last.parts[0] != "bra" or not last.guard:
+            block = above[0]
+            continue
+        found = p.definitions.get(last.guard.lstrip("!"), ())
+        if len(found) != 1 or not divides(p, p.number[above[0], len(code) - 1]):
+            return False
+        wide = (p.instructions[found[0]].parts[1] == "ne") != last.guard.startswith("!")
+        return wide == (p.code.labels[last.operands[0]] == block)
+    return False
+
+
 def why_the_same(p: Program, changes: Changes) -> str | None:
     """A reason why a mutant does the same, seen in its text."""
     at, after = next(iter(changes.items()))
     if len(after) == 1 and after[0][:2] == p.instructions[at][:2] and reduced(p, at, after[0].guard):
         return "threads that store to one address have the same value, reduced over them; no address is left out"
+    if all(wide_division(p, x) for x in changes):
+        return "never run: a division in 64 bits of what stays below 2^32 (MOST_ROWS)"
     if len(after) == 1 and divides(p, at):
         return "both ways divide, in 32 or in 64 bits; what is divided stays below 2^32 (MOST_ROWS)"
     return None
@@ -914,7 +1032,8 @@ def judge_ptx(judge: Judge, mutant: Mutant) -> tuple[str, str]:
             executor.multiprocessors = 1
             if judge.verdict(users, executor, gradients) is None:
                 return "equivalent", "no race in any turn, and neither shared addresses nor branches depend on data"
-        for group in mutant.others if same and depends_on_data(mutant.code, branches=False) is None else ():
+        whole = mutant.digest in executor.full  # a tile: in rows that are not there all is zero
+        for group in mutant.others if same and whole and depends_on_data(mutant.code, branches=False) is None else ():
             unchanged = []  # the first has to fault: it does differ
             for kernel in group:
                 executor.replaced = {mutant.digest: kernel}
@@ -1086,7 +1205,7 @@ def _run(judge: Judge, tree: Path, numbers: list[int]) -> Run:
     """
     found = Run()
     before, machine.ENDLESS = machine.ENDLESS, 20_000
-    compiler = Compiler(tree)
+    compiler = Compiler(tree, quiet=True)
     try:
         for number in numbers:
             executor = Launches(judge.target)

@@ -30,6 +30,15 @@ def test_the_polynomial_of_gelu_is_within_its_stated_error():
     assert np.abs(value - erf_gelu(x)).max() <= 2.6e-5
 
 
+def test_the_gradient_of_gelu_is_that_of_the_same_polynomial():
+    number = r"([\d.]+)"
+    sources = [inspect.getsource(x.fn) for x in (tile.gelu, tile.gelu_gradient)]
+    value, again = (re.search(rf"x \* \({number} \+ x2 \* \({number} - {number} \* x2\)\)", x).groups() for x in sources)
+    slope = re.search(rf"half \* t \* t\) \* \({number} \+ x2 \* \({number} - {number} \* x2\)\)", sources[1]).groups()
+    assert value == again
+    assert [float(x) for x in slope] == pytest.approx([float(x) * n for x, n in zip(value, (1, 3, 5), strict=True)], rel=1e-6)
+
+
 def test_gelu_in_pairs_of_float16_over_every_float16():
     source = inspect.getsource(tile.gelu_pairs.fn)
     constants = {name: int(word, 16) for name, word in re.findall(r"mov\.b32 (\w+), 0x([0-9A-F]{8})", source)}

@@ -201,6 +201,72 @@ def test_one_value_of_a_tile_is_noticed(name, text, old, new, judge):
     assert judge_ptx(judge, mutant)[0] == "noticed", mutant.text
 
 
+@pytest.mark.parametrize(
+    ("made", "old", "new", "same"),
+    [
+        ("shr.s32 %r3, %r1, 31;", "31", "32", True),  # sign bits, either way
+        ("shr.s32 %r3, %r1, 31;", "31", "30", False),
+        ("ld.global.b32 %r7, [ %rd3 + 0 ]; shr.u32 %r3, %r7, 31;", "31", "32", False),
+        ("rem.s32 %r4, %r2, %r1; shr.s32 %r5, %r4, 31; shr.u32 %r6, %r5, 30; add.s32 %r3, %r4, %r6;", "30", "29", True),
+        ("sub.s32 %r4, %r2, %r1; shr.s32 %r5, %r4, 31; shr.u32 %r6, %r5, 30; add.s32 %r3, %r4, %r6;", "30", "29", False),
+        ("rem.s32 %r4, %r2, %r1; setp.lt.s32 %p3, %r4, 32; selp.b32 %r3, %r4, %r1, %p3;", "setp.lt", "setp.le", True),
+        ("rem.s32 %r4, %r2, %r1; setp.lt.s32 %p3, %r4, 31; selp.b32 %r3, %r4, %r1, %p3;", "setp.lt", "setp.le", False),
+    ],
+)
+def test_what_sizes_never_change_is_the_same(made, old, new, same):
+    texts = [PTX.replace("add.s32 %r3, %r1, %r2;", x) for x in (made, made.replace(old, new))]
+    assert texts[0] != texts[1]
+    assert (normal(Kernel(texts[0], 0)) == normal(Kernel(texts[1], 0))) == same
+
+
+@pytest.mark.parametrize(("stored", "same"), [("%r2", True), ("%r5", False)])
+def test_what_a_mask_leaves_out_reaches_the_result_or_not(stored, same):
+    code = f"mov.b32 %r5, 7; @%p2 ld.global.b32 %r5, [ %rd3 + 0 ]; add.s32 %r3, %r1, {stored};"
+    p = mutations.Program(Kernel(PTX.replace("add.s32 %r3, %r1, %r2;", code).replace("@%p2 st", "st"), 0))
+    at = next(i for i, ins in enumerate(p.instructions) if ins.text.startswith("setp.lt.u32 %p2"))
+    original, *others = mutations._beyond_masks(p, {at: [mutations.changed(p.instructions[at], ("setp", "le", "u32"))]})
+    unchanged, x = torch.zeros(32, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    p.kernel.run(1, [unchanged, 20])
+    with pytest.raises(Fault):
+        original.run(1, [x.clone(), 20])
+    assert len(others) == 3
+    for other in others:
+        found = x.clone()
+        other.run(1, [found, 20])
+        assert torch.equal(found, unchanged) == same
+
+
+DIVISION = """
+    cvt.s64.s32 %rd4, %r1;
+    cvt.u64.u32 %rd5, %r2;
+    or.b64 %rd6, %rd4, %rd5;
+    and.b64 %rd6, %rd6, -4294967296;
+    setp.ne.b64 %p3, %rd6, 0;
+    @%p3 bra $WIDE;
+    bra.uni $NARROW;
+$WIDE:
+    div.s64 %rd7, %rd5, %rd4;
+    bra.uni $END;
+$NARROW:
+    div.u32 %r4, %r2, %r1;
+    cvt.u64.u32 %rd7, %r4;
+$END:
+    cvt.u32.u64 %r3, %rd7;
+"""
+
+
+def test_a_division_that_is_never_run_is_one_in_64_bits():
+    code = DIVISION.replace("and.b64 %rd6, %rd6", "and.b64 %rd8, %rd6").replace("%p3, %rd6", "%p3, %rd8")
+    p = mutations.Program(Kernel(PTX.replace("add.s32 %r3, %r1, %r2;", code), 0))
+    reasons = {}
+    for at, ins in enumerate(p.instructions):
+        if ins.parts[0] == "div":
+            swapped = mutations.changed(ins, operands=(ins.operands[0], *reversed(ins.operands[1:])))
+            reasons[ins.type] = mutations.why_the_same(p, {at: [swapped]})
+    assert reasons["s64"].startswith("never run")
+    assert reasons["u32"] is None
+
+
 ZERO = """
     mov.b32 %r10, 0;
     ld.global.f32 %r11, [ %rd3 + 0 ];

@@ -70,8 +70,9 @@ def _each(arguments: Sequence[Any], change: Callable[[Any], Any]) -> tuple:
 class Compiler:
     """Compiles the kernels of a source tree, a folder with ``tnt_fast/`` and ``kernels/``, in a process of its own."""
 
-    def __init__(self, tree: Path = TESTS.parent):
-        self.tree = Path(tree)
+    def __init__(self, tree: Path = TESTS.parent, quiet: bool = False):
+        """``quiet``: without what Triton prints of what it cannot compile, thousands of lines."""
+        self.tree, self.quiet = Path(tree), quiet
         self.process: subprocess.Popen | None = None
         self.known: dict[Any, Compiled] = {}
 
@@ -109,7 +110,10 @@ class Compiler:
         # the machine code is left out, so nobody else may find these kernels
         environment["TRITON_CACHE_DIR"] = triton.knobs.cache.dir.rstrip(os.sep) + "-ptx"
         command = [sys.executable, "-c", "from ptx.compiler import serve; serve()"]
-        self.process = subprocess.Popen(command, cwd=self.tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            command, cwd=self.tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if self.quiet else None,
+        )  # fmt: skip
         atexit.register(self.close)
 
     def _ask(self, request: tuple) -> tuple:

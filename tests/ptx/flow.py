@@ -6,7 +6,7 @@ computed here. A register that is written once, by an instruction without effect
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import networkx
@@ -84,6 +84,86 @@ def known(f: Flow) -> dict[str, np.ndarray]:
     return found
 
 
+CTAS = (1 << 31) - 1
+MOST = 1 << 30  # of what something is divided by: a size, or a number of rows (MOST_ROWS)
+
+
+def ranges(f: Flow) -> dict[str, tuple[int, int]]:
+    """Least and largest value, as unsigned numbers, of what depends on thread, program and sizes, whatever those are.
+
+    The numbers of thread and program, 32-bit arguments (sizes, counts and strides are not negative), and what is made of them
+    by operations that cannot overflow. A register of several definitions has a range if all of them have one.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    bits = {name: int(re.sub(r"\D", "", f.kernel.translator._declared(name)) or 1) for name in f.definitions}
+    for name, value in known(f).items():
+        if value.dtype != bool and value.dtype.kind in "iu" and int(value.min()) >= 0 and int(value.max()) < 1 << bits[name]:
+            found[name] = int(value.min()), int(value.max())
+    parts: dict[int, tuple[int, int]] = {}
+    while True:
+        before = len(found)
+        for at, ins in enumerate(f.instructions):
+            if at not in parts and len(f.written[at]) == 1:
+                made = _range(ins, found)
+                if made is not None and made[0] >= 0 and made[1] < 1 << bits[f.written[at][0]]:
+                    parts[at] = made
+        for name, places in f.definitions.items():
+            if name not in found and all(at in parts for at in places):
+                found[name] = min(parts[at][0] for at in places), max(parts[at][1] for at in places)
+        if len(found) == before:
+            return found
+
+
+def _range(ins: Instruction, found: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
+    name, operands = ins.parts[0], ins.operands[1:]
+    if name == "mov" and operands[0] in ("%ctaid.x", "%nctaid.x"):
+        return 0, CTAS
+    if ins.parts[:2] == ("ld", "param"):
+        return (0, (1 << 31) - 1) if ins.type in ("s32", "b32", "u32") else None
+    read = _numbers(operands, found)
+    if name == "and" and any(read):  # whatever the other one is
+        return 0, min(x[1] for x in read if x)
+    width = int("0" + ins.type[1:]) if ins.type[0] in "usb" and ins.type[1:].isdigit() else 0
+    if width < 32 or not all(read) or any(x[1] >= 1 << (width - (ins.type[0] == "s")) for x in read):
+        return None
+    if name in ("mov", "cvt") and len(read) == 1:
+        narrow = int(ins.parts[1][1:]) if name == "cvt" else width
+        return read[0] if read[0][1] < 1 << narrow else (0, (1 << narrow) - 1)
+    if len(read) != 2 or "hi" in ins.parts:
+        return None
+    (least, most), (other, much) = read
+    made = {
+        "add": (least + other, most + much),
+        "mul": (least * other, most * much),
+        "or": (max(least, other), (1 << max(most, much).bit_length()) - 1),
+        "shl": (least << min(other, 64), most << min(much, 64)),
+        "shr": (least >> min(much, 64), most >> min(other, 64)),
+        "div": (0, most),
+        "rem": (0, min(most, min(much, MOST) - 1)),
+    }
+    return made.get(name)
+
+
+def _numbers(operands: Sequence[str], found: dict[str, tuple[int, int]]) -> list[tuple[int, int] | None]:
+    return [found.get(x) or ((int(x), int(x)) if x.isdigit() else None) for x in operands]
+
+
+def decided(ins: Instruction, found: dict[str, tuple[int, int]]) -> bool | None:
+    """What a comparison of numbers gives, if their ranges say it."""
+    if ins.parts[0] != "setp" or len(ins.parts) != 3 or ins.type not in ("s32", "u32", "b32", "s64", "u64", "b64"):
+        return None
+    a, b = _numbers(ins.operands[1:3], found)
+    sign = 1 << (int(ins.type[1:]) - 1)
+    if a is None or b is None or ins.type[0] == "s" and max(a[1], b[1]) >= sign:
+        return None
+    (low, high), (least, most), how = a, b, ins.parts[1]
+    always = dict(lt=high < least, le=high <= least, gt=low > most, ge=low >= most, ne=high < least or low > most)
+    never = dict(lt=low >= most, le=low > most, gt=high <= least, ge=high < least, eq=always["ne"])
+    always["eq"] = low == high == least == most
+    never["ne"] = always["eq"]
+    return True if always.get(how) else False if never.get(how) else None
+
+
 def zeros(f: Flow, values: dict[str, np.ndarray]) -> set[str]:
     """Registers that are 0, whatever the data: what is multiplied by 0, or not chosen; of finite numbers."""
     found = {name for name, value in values.items() if not value.any()}
@@ -106,15 +186,24 @@ def normal(kernel: Kernel) -> tuple[tuple, ...]:
     """Two kernels for which this is equal do the same.
 
     It is the list of instructions with effects: stores, copies, barriers, branches, and what loads and what is written more
-    than once, if any of those needs it. For operands stand expressions: of known registers the values, for others how they
-    were made, sorted where the order does not matter; of a matrix that is multiplied by zeros, nothing. Predicates that are
-    known and alike in all threads are gone.
+    than once, if any of those needs it. For operands stand expressions: of known registers the values, and of those that have
+    one value alone (``ranges``), for others how they were made, sorted where the order does not matter; of a matrix that is
+    multiplied by zeros, nothing. Predicates that are known and alike in all threads are gone, and so is what exceeds the width
+    in a shift's amount.
     """
     f = flow(kernel)
     values = known(f)
     zero = zeros(f, values)
     tokens = {name: _digest("known", str(v.dtype), v.tobytes()) for name, v in values.items()}
     same = {name: bool(v[0]) for name, v in values.items() if v.dtype == bool and (v == v[0]).all()}
+    bounds = ranges(f)
+    for name, (least, most) in bounds.items():
+        if least == most and name not in tokens and len(f.definitions[name]) == 1:
+            tokens[name] = _digest("one value", str(least))
+    for at, ins in enumerate(f.instructions):
+        if (always := decided(ins, bounds)) is not None and not ins.guard and len(f.definitions[f.written[at][0]]) == 1:
+            same.setdefault(f.written[at][0], always)
+            tokens.setdefault(f.written[at][0], _digest("one value", str(always)))
     needs: dict[str, set[str]] = {name: set() for name in tokens}
     kept: list[tuple[tuple[str, ...], set[str], tuple]] = []  # (registers written, read, entry)
     early: set[str] = set()  # registers that stand in an expression before the text comes to what they stand for
@@ -143,6 +232,9 @@ def normal(kernel: Kernel) -> tuple[tuple, ...]:
         shown = [stands(x) for x in sources]
         if name in COMMUTATIVE or (name == "setp" and ins.parts[1] in ("eq", "ne")):
             shown[:2] = sorted(shown[:2])
+        if name in ("shl", "shr") and sources[1].isdigit():  # PTX clamps the amount; then only sign bits are left
+            width = int(ins.type[1:])
+            shown[1] = str(min(int(sources[1]), width - (ins.type[0] == "s")))
         if name == "mma":
             for one, other in ((0, 1), (1, 0)):
                 if all(x in zero for x in registers(kernel, sources[one])):
