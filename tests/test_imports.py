@@ -18,7 +18,8 @@ ALLOWED = {
     "tnt_fast/dispatch.py": ("kernels/__init__.py tnt_fast/reference.py", "torch timm"),
     "tnt_fast/tnt.py": ("tnt_fast/attention.py tnt_fast/dispatch.py tnt_fast/reference.py", "torch timm"),
     "tnt_fast/reading.py": ("", "torch safetensors"),
-    "tnt_fast/checkpoints.py": ("tnt_fast/tnt.py tnt_fast/reading.py", "torch timm"),
+    "tnt_fast/writing.py": ("", ""),
+    "tnt_fast/checkpoints.py": ("tnt_fast/tnt.py tnt_fast/reading.py tnt_fast/writing.py", "torch timm"),
     "tnt_fast/variants.py": (
         "tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/reading.py",
         "torch timm huggingface_hub",
@@ -29,13 +30,13 @@ ALLOWED = {
     ),
     # the command: all of this knows the package, which knows none of it
     "tnt_fast/flops.py": ("", "torch"),
-    "tnt_fast/visualize.py": ("tnt_fast/images.py tnt_fast/terminal.py", "matplotlib"),
+    "tnt_fast/visualize.py": ("tnt_fast/images.py tnt_fast/terminal.py tnt_fast/writing.py", "matplotlib"),
     "tnt_fast/bench.py": (
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py tnt_fast/variants.py",
         "torch timm tqdm",
     ),
     "tnt_fast/images.py": ("", "numpy PIL"),
-    "tnt_fast/check.py": ("tnt_fast/__init__.py tnt_fast/images.py tnt_fast/terminal.py", "PIL tqdm"),
+    "tnt_fast/check.py": ("tnt_fast/__init__.py tnt_fast/images.py tnt_fast/terminal.py tnt_fast/writing.py", "PIL tqdm"),
     "tnt_fast/data.py": (
         "tnt_fast/check.py tnt_fast/images.py tnt_fast/recipe.py tnt_fast/terminal.py",
         "torch timm numpy sklearn PIL",
@@ -44,14 +45,15 @@ ALLOWED = {
         "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/images.py",
         "torch timm",
     ),
-    "tnt_fast/runs.py": ("tnt_fast/checkpoints.py", "torch"),
+    "tnt_fast/runs.py": ("tnt_fast/checkpoints.py tnt_fast/writing.py", "torch"),
     "tnt_fast/train.py": (
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/checkpoints.py tnt_fast/check.py tnt_fast/data.py "
         "tnt_fast/recipe.py tnt_fast/runs.py tnt_fast/terminal.py tnt_fast/visualize.py",
         "torch timm numpy tqdm",
     ),
     "tnt_fast/classify.py": (
-        "tnt_fast/dispatch.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py tnt_fast/images.py",
+        "tnt_fast/dispatch.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py tnt_fast/images.py "
+        "tnt_fast/writing.py",
         "torch timm",
     ),
     "tnt_fast/terminal.py": ("", ""),

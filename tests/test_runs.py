@@ -222,7 +222,7 @@ def test_two_writers_of_one_checkpoint_share_no_temporary_file(tmp_path, monkeyp
 
 def test_what_a_killed_process_left_half_written_is_removed(data, stopped):
     (stopped / ".tmp-0123456789ab-last.pt").write_bytes(b"half")
-    (stopped / ".training.png.7.tmp").write_bytes(b"half")
+    (stopped / ".tmp-0123456789ab-training.png").write_bytes(b"half")
     (stopped / "notes.tmp").write_bytes(b"mine")
     assert resume(data, stopped) == 0
     assert [path.name for path in stopped.iterdir() if path.name.startswith(".")] == []

@@ -4,13 +4,10 @@ What a file holds is read by ``reading.py``; here is what it means. Nothing is l
 Writing never loses what was there: a new file is written beside the old one and renamed over it when it is complete.
 """
 
-import contextlib
 import copy
 import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm.models.tnt
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 
 from tnt_fast.reading import CheckpointError, read_checkpoint, shown
 from tnt_fast.tnt import TNT
+from tnt_fast.writing import replacing
 
 FORMAT = 1  # of the checkpoints of tnt-fast train
 
@@ -30,27 +28,8 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> N
 
     A full disk, an interrupt or a crash on the way leaves the old file as it was.
     """
-    with replacing(path) as temporary, open(temporary, "xb") as file:
+    with replacing(path) as file:
         torch.save(dict(checkpoint), file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A new name beside ``path`` to write a file under, which is renamed to ``path`` at the end, or removed where that fails.
-
-    No two writers share the name, and where ``path`` is a link, the link is replaced, not what it points to.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".tmp-{secrets.token_hex(6)}-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def load_checkpoint(

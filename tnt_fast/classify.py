@@ -19,6 +19,7 @@ from tnt_fast.data import evaluation_transform
 from tnt_fast.dispatch import choose, find_device, why_not_fused
 from tnt_fast.images import DataError, open_image
 from tnt_fast.variants import check_sizes, load_tnt
+from tnt_fast.writing import replacing
 
 READERS = min(8, os.cpu_count() or 1)  # threads that decode; Pillow lets the others run meanwhile
 
@@ -160,14 +161,8 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
 def write(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """Write the rows to a .csv or .json file, beside an older one and then over it. Names of files keep their bytes."""
     text = _csv(rows) if path.suffix == ".csv" else json.dumps(rows, indent=1, allow_nan=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(text.encode("utf-8", "surrogateescape"))
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
     return path
 
 

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnt_fast.checkpoints import FORMAT, CheckpointError, read_checkpoint, replacing, save_checkpoint
+from tnt_fast.checkpoints import FORMAT, CheckpointError, read_checkpoint, save_checkpoint
+from tnt_fast.writing import replacing
 
 try:
     import fcntl
@@ -82,7 +83,7 @@ class Folder:
             os.pwrite(handle, owner.encode("utf-8", "replace"), 0)
             if self._stamp() != self._known:
                 raise RunError(f"another run has written {str(self.last)!r} since it was read here; start again")
-            for pattern in (*(f".tmp-*-{name}" for name in NAMES), f".{PICTURE}.*.tmp"):  # a process was killed as it saved
+            for pattern in (f".tmp-*-{name}" for name in NAMES):  # a process was killed as it saved
                 for left in self.path.glob(pattern):
                     left.unlink()
             yield
@@ -317,7 +318,7 @@ def _floats(value: Any, path: str) -> Iterable[tuple[str, Tensor]]:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    with replacing(path) as temporary, open(temporary, "xb") as file:
+    with replacing(path) as file:
         file.write(content)
 
 

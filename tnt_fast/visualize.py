@@ -11,6 +11,7 @@ from typing import Any
 
 from tnt_fast.images import DataError, open_image
 from tnt_fast.terminal import printable
+from tnt_fast.writing import replacing
 
 CELL = 1.25  # inches of an image on a page
 DPI = 130
@@ -51,13 +52,8 @@ def _save(figure: Any, path: str | os.PathLike) -> Path:
             f"{str(path)!r} shows boxes for characters that no installed font has; install one, such as Noto Sans CJK",
             stacklevel=3,
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(buffer.getvalue())
     return path
 
 
