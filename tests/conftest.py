@@ -88,6 +88,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models that are too tiny for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def path(request):
     """Where the kernels run while the test does; ``helpers.paths`` parametrises with it."""

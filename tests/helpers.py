@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -237,3 +238,18 @@ def run_once(tmp_path_factory: pytest.TempPathFactory, name: str, script: str, *
             ending = {"status": done.returncode, "out": done.stdout, "err": done.stderr}
             (folder / "ending.json").write_text(json.dumps(ending))
     return folder, json.loads((folder / "ending.json").read_text())
+
+
+def write_images(root: Path, classes=("cat", "dog"), counts=(6, 2), seed=0) -> Path:
+    """A folder to train on: ``root/{train,val}/CLASS/N.png``, so many a class, every other class brighter."""
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    for part, count in zip(("train", "val"), counts, strict=True):
+        for i, name in enumerate(classes):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for j in range(count):
+                pixels = rng.integers(0, 120, (24, 20, 3)) + 100 * (i % 2)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{j}.png")
+    return root

@@ -27,19 +27,14 @@ from tnt_fast.tnt import TNT
 TINY = ["img_size=32", "embed_dim=24", "inner_dim=12", "depth=1", "num_heads_outer=2", "num_heads_inner=2"]
 CLASSES = ["cat", "dog", "eel"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def pixels(seed: int, size=(24, 20)) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (*size, 3)).astype(np.uint8)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from tnt_fast import dispatch, recipe
 from tnt_fast.checkpoints import read_checkpoint
 from tnt_fast.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {"img_size": 32, "embed_dim": 24, "inner_dim": 12, "depth": 2, "num_heads_outer": 2, "num_heads_inner": 2}
 MODEL = ["--model", "tnt_ti_patch16_224", "--model-kwargs", *(f"{k}={v}" for k, v in TINY.items())]
 PLAIN = ["--threads", "1", "--workers", "0", "--device", "cpu"]
@@ -24,14 +26,6 @@ PLAIN = ["--threads", "1", "--workers", "0", "--device", "cpu"]
 
 def config(**changed) -> recipe.Config:
     return recipe.Config("data", model="tnt_ti_patch16_224", model_kwargs=dict(TINY), **changed)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- out of range ----

@@ -10,19 +10,20 @@ import sys
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
 
 import torch
-from PIL import Image
+from helpers import write_images
 from timm.loss import SoftTargetCrossEntropy
 
 from tnt_fast import recipe, runs, train
 from tnt_fast.checkpoints import read_checkpoint, save_checkpoint
 from tnt_fast.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = {"img_size": 32, "embed_dim": 24, "inner_dim": 12, "depth": 1, "num_heads_outer": 2, "num_heads_inner": 2}
 MODEL = ["--model", "tnt_ti_patch16_224", "--model-kwargs", *(f"{key}={value}" for key, value in TINY.items())]
@@ -30,25 +31,10 @@ CPU = ["--device", "cpu", "--workers", "0"]
 PLAIN = ["--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--auto-augment", "", "--reprob", "0", "--hflip", "0"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """12 images to train on, 4 held out, 2 classes."""
-    root, rng = tmp_path_factory.mktemp("images") / "data", np.random.default_rng(0)
-    for part, count in (("train", 6), ("val", 2)):
-        for i, name in enumerate(("cat", "dog")):
-            (root / part / name).mkdir(parents=True)
-            for j in range(count):
-                pixels = rng.integers(0, 120, (24, 20, 3)) + 100 * i
-                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{j}.png")
-    return root
+    return write_images(tmp_path_factory.mktemp("images") / "data")
 
 
 def arguments(data, out, *more) -> list[str]:

@@ -16,6 +16,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
 
 import torch
+from helpers import write_images
 from PIL import Image
 from timm.loss import SoftTargetCrossEntropy
 
@@ -23,6 +24,8 @@ from tnt_fast import data as images_of
 from tnt_fast import kernels, recipe, runs, train, variants
 from tnt_fast.checkpoints import read_checkpoint
 from tnt_fast.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["img_size=32", "embed_dim=24", "inner_dim=12", "depth=1", "num_heads_outer=2", "num_heads_inner=2"]
@@ -33,30 +36,10 @@ RANDOM = ["--drop-path", "0.5", "--mixup", "0.8", "--reprob", "0.5", "--ema", "0
 DEEP = ["--model", "tnt_ti_patch16_224", "--model-kwargs", *TINY[:3], "depth=2", *TINY[4:]]  # drop-path spares the first block
 
 
-def write_images(root: Path, classes=("cat", "dog"), counts=(6, 2), seed=0) -> Path:
-    rng = np.random.default_rng(seed)
-    for part, count in zip(("train", "val"), counts, strict=True):
-        for i, name in enumerate(classes):
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for j in range(count):
-                pixels = rng.integers(0, 120, (24, 20, 3)) + 100 * (i % 2)
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{j}.png")
-    return root
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """12 images to train on, 4 held out, 2 classes; not changed by any test."""
     return write_images(tmp_path_factory.mktemp("images") / "data")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def arguments(data, out, *more, model=MODEL) -> list[str]:
