@@ -20,7 +20,7 @@ import PIL
 import tnt_fast
 from tnt_fast.images import EXTENSIONS, DataError, find_images, is_image_name, is_leftover, open_image
 from tnt_fast.terminal import say
-from tnt_fast.writing import replacing
+from tnt_fast.writing import write
 
 PARTS = ("train", "val")
 SHOWN = 20  # bad files that an error names
@@ -300,8 +300,7 @@ def _cached(path: Path) -> dict[str, Any] | None:
 def _keep(found: dict[str, Any], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(json.dumps(found).encode())
+        write(path, json.dumps(found).encode())
     except OSError:  # it only saves time
         pass
 

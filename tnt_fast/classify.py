@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tnt_fast.checkpoints import CheckpointError
 from tnt_fast.data import evaluation_transform
-from tnt_fast.dispatch import choose, find_device, why_not_fused
+from tnt_fast.dispatch import find_device, settle
 from tnt_fast.images import DataError, open_image
 from tnt_fast.variants import check_sizes, load_tnt
 from tnt_fast.writing import replacing
@@ -57,10 +57,7 @@ class Classifier:
             raise CheckpointError(f"the model takes images of {self.model.in_chans} channels; those of files have 3")
         self.model.to(self.device).eval()
         self.model.backend = backend
-        image = torch.empty(1, self.model.in_chans, *self.model.pixel_embed.img_size, device=self.device)
-        self.why_not_fused = [] if backend == "reference" else why_not_fused(self.model, image)
-        if not choose(self.model, image, warn=False):  # "fused" fails here
-            self.model.backend = "reference"  # whoever shows the results says so, instead of a warning
+        self.why_not_fused = settle(self.model)  # "fused" fails here
         if class_names is not None:
             self.classes = list(class_names)
         elif not self.classes:

@@ -179,14 +179,11 @@ def _posterize(image: Any, bits: int, **kwargs: Any) -> Any:
 
 def training_transform(config: Config, data_config: dict[str, Any]) -> Any:
     jitter: Any = config.color_jitter or None  # timm takes None for none, which its annotation forgets
-    try:
-        transform = create_transform(
-            data_config["input_size"], is_training=True, scale=config.scale, ratio=config.ratio, hflip=config.hflip,
-            color_jitter=jitter, auto_augment=config.auto_augment or None, re_prob=config.reprob,
-            interpolation=data_config["interpolation"], mean=data_config["mean"], std=data_config["std"],
-        )  # fmt: skip
-    except AssertionError as error:  # timm's way to refuse a policy
-        raise ValueError(f"auto_augment={config.auto_augment!r} is no policy of timm ({error}); '' turns it off") from error
+    transform = create_transform(
+        data_config["input_size"], is_training=True, scale=config.scale, ratio=config.ratio, hflip=config.hflip,
+        color_jitter=jitter, auto_augment=config.auto_augment or None, re_prob=config.reprob,
+        interpolation=data_config["interpolation"], mean=data_config["mean"], std=data_config["std"],
+    )  # fmt: skip
     # At full magnitude timm (to 1.0.31) posterizes to 0 bits, a black image, which Pillow 13 refuses: one bit is kept
     for step in transform.transforms:
         for op in [*getattr(step, "ops", ()), *(op for policy in getattr(step, "policy", ()) for op in policy)]:

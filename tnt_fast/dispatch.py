@@ -84,6 +84,21 @@ def choose(model: Any, image: Tensor, warn: bool = True) -> bool:
     return False
 
 
+def settle(model: Any) -> list[str]:
+    """Choose once, for images of the model's own size; returns why not the fused path, for whoever shows what runs.
+
+    A model that takes the reference is set to it, and so warns no more.
+
+    Raises:
+        ValueError, RuntimeError: as ``choose``.
+    """
+    image = torch.empty(1, model.in_chans, *model.pixel_embed.img_size, device=model.cls_token.device)
+    reasons = [] if model.backend == "reference" else why_not_fused(model, image)
+    if not choose(model, image, warn=False):
+        model.backend = "reference"
+    return reasons
+
+
 def _warn(what: str, reasons: list[str]) -> None:
     """Warn once per set of reasons; while torch.compile traces the model, too, which traces no warnings."""
     if reasons:

@@ -27,7 +27,6 @@ MAY_CHANGE = (
     "workers",
 )  # settings that a resumed run takes anew
 AUTOMATIC = ("batch_size", "lr")  # settings whose 0 `settled` replaces
-HUB = ("hf-hub:", "hf_hub:")  # a model's name with this in front is a repository of Hugging Face
 MAY_EXTEND = ("epochs", "patience", "batch_size", "accumulate", "amp", "threads", "compile", "tensorboard")  # if it is told to
 AMP = ("off", "bfloat16", "float16")
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "rsqrt")  # those of timm that go by steps
@@ -117,7 +116,7 @@ class Config:
     def check(self) -> None:
         """Raise ValueError, which names the setting, for a value out of range, before anything is read or written."""
         from tnt_fast.dispatch import check_backend
-        from tnt_fast.variants import check_sizes, variant
+        from tnt_fast.variants import HUB, check_sizes, variant
 
         for setting in fields(self):
             _check_value(setting, getattr(self, setting.name))
@@ -159,6 +158,8 @@ class Config:
     @property
     def has_weights(self) -> bool:
         """Whether the run starts from trained weights."""
+        from tnt_fast.variants import HUB
+
         tag = self.model.partition(".")[2]
         hosted = tag not in ("", "untrained") or self.model.startswith(HUB)
         return bool(self.initial or self.pretrained or hosted)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tnt_fast.checkpoints import FORMAT, CheckpointError, read_checkpoint, save_checkpoint
-from tnt_fast.writing import replacing
+from tnt_fast.writing import write
 
 try:
     import fcntl
@@ -174,11 +174,11 @@ class Folder:
         writer.writeheader()
         writer.writerows(history)
         for name, text in (("history.json", json.dumps(history, indent=1) + "\n"), ("history.csv", table.getvalue())):
-            self._write(name, partial(_replace, content=text.encode("utf-8")))
+            self._write(name, partial(write, content=text.encode("utf-8")))
 
-    def _write(self, name: str, write: Callable[[Path], Any]) -> None:
+    def _write(self, name: str, saving: Callable[[Path], Any]) -> None:
         try:
-            write(self.path / name)
+            saving(self.path / name)
         except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError where a disk is full
             raise _failed(f"save {str(self.path / name)!r}", error, " What was there before is whole.") from error
 
@@ -315,11 +315,6 @@ def _floats(value: Any, path: str) -> Iterable[tuple[str, Tensor]]:
 
 
 # ---- files ----
-
-
-def _replace(path: Path, content: bytes) -> None:
-    with replacing(path) as file:
-        file.write(content)
 
 
 _MAY_NOT = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -28,7 +28,7 @@ import tnt_fast
 from tnt_fast.check import differences
 from tnt_fast.checkpoints import FORMAT, CheckpointError, load_checkpoint
 from tnt_fast.data import DataError, DataSet, Order, batches, readers_named
-from tnt_fast.dispatch import choose, find_device
+from tnt_fast.dispatch import find_device, settle
 from tnt_fast.recipe import DIGITS, Config, build_loss, build_model, build_optimizer, build_schedule, continued
 from tnt_fast.runs import PICTURE, Folder, first_not_finite, structure
 from tnt_fast.terminal import say
@@ -110,10 +110,7 @@ class Run:
         self.built = build_model(config, len(data.classes), saved)
         self.model = self.built.model.to(self.device)
         size = self.model.pixel_embed.img_size
-        image = torch.empty(1, self.model.in_chans, *size, device=self.device)
-        self.why_not_fused = [] if config.backend == "reference" else tnt_fast.why_not_fused(self.model, image)
-        if not choose(self.model, image, warn=False):  # "fused" fails here, before anything is written
-            self.model.backend = "reference"  # whoever shows the run says so, instead of a warning
+        self.why_not_fused = settle(self.model)  # "fused" fails here, before anything is written
         self.data_config = resolve_data_config({"crop_pct": config.crop_pct or None}, model=self.model)
         self.data_config |= {k: v for k, v in self.built.data_config.items() if k in ("mean", "std", "interpolation")}
         self.data_config["input_size"] = (self.model.in_chans, *size)

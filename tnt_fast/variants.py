@@ -367,7 +367,7 @@ def _data_config(given: Any, model: TNT, whole: bool) -> dict[str, Any]:
 
 # ---- hosted weights ----
 
-HUB = ("hf-hub:", "hf_hub:")
+HUB = ("hf-hub:", "hf_hub:")  # a model's name with this in front is a repository of Hugging Face
 
 
 def _from_hub(name: str) -> tuple[dict[str, Any], str | None, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tnt_fast.images import DataError, open_image
 from tnt_fast.terminal import printable
-from tnt_fast.writing import replacing
+from tnt_fast.writing import write
 
 CELL = 1.25  # inches of an image on a page
 DPI = 130
@@ -52,8 +52,7 @@ def _save(figure: Any, path: str | os.PathLike) -> Path:
             f"{str(path)!r} shows boxes for characters that no installed font has; install one, such as Noto Sans CJK",
             stacklevel=3,
         )
-    with replacing(path) as file:
-        file.write(buffer.getvalue())
+    write(path, buffer.getvalue())
     return path
 
 

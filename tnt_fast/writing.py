@@ -26,3 +26,9 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def write(path: str | os.PathLike, content: bytes) -> None:
+    """As ``replacing``, where all of it is there."""
+    with replacing(path) as file:
+        file.write(content)
