@@ -19,6 +19,7 @@ SECONDS = 75  # to begin tests in; the last one comes on top
 # A test is named after the file that it holds. Where one holds several files, or has another name:
 HOLDS = {
     "test_model": ["tnt_fast/tnt.py"],
+    "test_forward_attention": ["tnt_fast/tnt.py"],
     "test_timm_parity": ["tnt_fast/tnt.py", "tnt_fast/variants.py"],
     "test_kernels": ["kernels/*.py", "tests/conftest.py"],
     "test_backward": ["kernels/*.py"],

@@ -6,7 +6,7 @@ Parameter names, constructor arguments and behaviour are timm's (timm.models.tnt
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_
@@ -93,6 +93,13 @@ class Attention(nn.Module):
         q, k = qk.reshape(B, T, 2, H, qk.shape[-1] // 2 // H).unbind(2)
         v = v.reshape(B, T, H, v.shape[-1] // H)
         return self.proj_drop(self.proj(attention.attend(q, k, v, backend).flatten(2)))
+
+
+class AttentionMaps(NamedTuple):
+    """Attention probabilities of chosen blocks, whose rows (last axis) sum to one: see ``TNT.forward_attention``."""
+
+    inner: Tensor
+    outer: Tensor
 
 
 class SqueezeExcite(nn.Module):
@@ -787,6 +794,63 @@ class TNT(nn.Module):
                 pixel, patch = block(pixel, patch, fused=fused)
         return self.norm(patch)
 
+    @torch.jit.ignore
+    @torch.no_grad()
+    def forward_attention(self, image: Tensor, blocks: Iterable[int] | None = None) -> AttentionMaps:
+        """The attention of chosen blocks, on either backend, computed anew from what each operation is given.
+
+        The model and the path that it takes stay as they are. Memory holds the maps asked for and, while they are computed, a
+        few copies of those of one image in one block.
+
+        Args:
+            image: ``(B, in_chans, H, W)``.
+            blocks: indices from 0 as in ``blocks.i``, or from -1 backwards; None: all. The forward ends after the last of them.
+
+        Returns:
+            ``(inner, outer)``, softmax probabilities ``(blocks, B, N, H, S, S)`` and ``(blocks, B, H, 1 + N, 1 + N)``, class
+            token first, in the order of the model's blocks, without gradients. Blocks without an inner transformer
+            (``inner_blocks``) are left out of ``inner``. In training the maps are those before ``attn_drop``, of activations
+            that are dropped as in any forward.
+
+        Raises:
+            ValueError: a block that is not there, or whose attention was replaced by one of another class.
+        """
+        chosen = self._chosen(blocks)
+        with_inner = [i for i in chosen if self.blocks[i].has_inner]
+        fused = self._fused(image)
+        pixel = self.pixel_embed(image, self.pixel_pos, fused=fused)
+        patch = self._stem(pixel, fused, image)
+        images, patches = patch.shape[0], patch.shape[1] - 1
+        inner: Any = None
+        outer: Any = None
+        until: Any = self.blocks[: chosen[-1] + 1]
+        for i, block in enumerate(until):
+            before, tokens = pixel, patch
+            pixel, patch = block(before, tokens, fused=fused)
+            if i in with_inner:
+                inner = _keep_attention(inner, with_inner, i, block.norm_in, block.attn_in, before, patches)
+                tokens = block.fold(pixel, tokens, fused)  # the same as in the block: a fold draws nothing
+            if i in chosen:
+                outer = _keep_attention(outer, chosen, i, block.norm_out, block.attn_out, tokens, 1)
+        if inner is None:
+            heads, pixels = self.sizes(image)["H"], pixel.shape[1]
+            inner = pixel.new_empty(0, pixel.shape[0], heads, pixels, pixels)
+        return AttentionMaps(inner.unflatten(1, (images, patches)), outer)
+
+    @torch.jit.ignore
+    def _chosen(self, blocks: Iterable[int] | None) -> list[int]:
+        """The indices of the blocks asked for, from 0, each once and in order."""
+        depth = len(self.blocks)
+        _require(blocks is None or isinstance(blocks, Iterable), f"blocks={blocks!r} is no list of indices, such as [0, -1]")
+        asked = list(range(depth)) if blocks is None else list(blocks)
+        wrong = [i for i in asked if not (isinstance(i, int) and -depth <= i < depth)]
+        _require(
+            bool(asked) and not wrong,
+            f"blocks={asked} names {', '.join(map(repr, wrong)) or 'none'}; "
+            f"accepted: indices from 0 to {depth - 1}, or from -1 back to {-depth}",
+        )
+        return sorted({i % depth for i in asked})
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens ``(B, 1 + N, E)`` → pooled features (``pre_logits``) ``(B, E)`` or logits ``(B, num_classes)``."""
         if self.global_pool:
@@ -796,6 +860,24 @@ class TNT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _keep_attention(maps: Any, blocks: list[int], block: int, norm: nn.Module, attn: Any, x: Tensor, rows: int) -> Tensor:
+    """``maps`` of the blocks asked for, with those of one over ``x`` in their place, computed so many rows at a time.
+
+    With the first block, memory for all is taken.
+    """
+    _require(
+        isinstance(attn, Attention),
+        f"the attention of block {block} is a {type(attn).__name__}; its probabilities are known of tnt_fast's own alone",
+    )
+    qk = attn.qk(norm(x))
+    for start in range(0, max(len(x), 1), rows):
+        weights = reference.attention_weights(qk[start : start + rows], attn.num_heads)
+        if maps is None:
+            maps = weights.new_empty(len(blocks), len(x), *weights.shape[1:])
+        maps[blocks.index(block), start : start + rows] = weights
+    return maps
 
 
 def _check_pool(global_pool: str) -> None:
