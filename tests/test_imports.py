@@ -30,7 +30,7 @@ ALLOWED = {
     ),
     # the command: all of this knows the package, which knows none of it
     "tnt_fast/flops.py": ("", "torch"),
-    "tnt_fast/visualize.py": ("tnt_fast/images.py tnt_fast/terminal.py tnt_fast/writing.py", "matplotlib"),
+    "tnt_fast/visualize.py": ("tnt_fast/images.py tnt_fast/terminal.py tnt_fast/writing.py", "matplotlib numpy"),
     "tnt_fast/bench.py": (
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py tnt_fast/variants.py",
         "torch timm tqdm",
@@ -56,13 +56,17 @@ ALLOWED = {
         "tnt_fast/writing.py",
         "torch timm",
     ),
+    "tnt_fast/validate.py": (
+        "tnt_fast/check.py tnt_fast/classify.py tnt_fast/images.py tnt_fast/visualize.py tnt_fast/writing.py",
+        "torch timm numpy scipy tqdm",
+    ),
     "tnt_fast/terminal.py": ("", ""),
     "tnt_fast/__main__.py": ("tnt_fast/cli.py", ""),
     "tnt_fast/cli.py": (
         "kernels/__init__.py "
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py tnt_fast/variants.py tnt_fast/terminal.py "
         "tnt_fast/bench.py tnt_fast/check.py tnt_fast/recipe.py tnt_fast/train.py tnt_fast/images.py tnt_fast/classify.py "
-        "tnt_fast/visualize.py",
+        "tnt_fast/validate.py tnt_fast/visualize.py",
         "torch timm tqdm",
     ),
 }

@@ -65,6 +65,7 @@ class Fitted(NamedTuple):
 
     state: dict[str, Tensor]
     said: str
+    has_head: bool = True
 
 
 def fit(
@@ -109,7 +110,7 @@ def fit(
         _check_finite(state, model)
     except CheckpointError as error:
         raise CheckpointError(f"{what} does not fit this model: {error}") from error
-    return Fitted(state, ", ".join(said))
+    return Fitted(state, ", ".join(said), not reset_head)
 
 
 def head_classes(checkpoint: Mapping[str, Any]) -> int | None:

@@ -27,6 +27,10 @@ READERS = min(8, os.cpu_count() or 1)  # threads that decode; Pillow lets the ot
 class Classifier:
     """A TNT in evaluation mode with its transform and the names of its classes.
 
+    Attributes:
+        named: whether the checkpoint or the caller names the classes; else ``classes`` are ImageNet's, or numbers.
+        trained_here: whether 'tnt-fast train' wrote the weights.
+
     Args:
         checkpoint: file of ``tnt-fast train``, or any that ``load_checkpoint`` reads if ``model`` names the variant.
         model: a name (``tnt_s_patch16_224``) or a timm hub tag (``tnt_s_patch16_224.in1k``, ``hf-hub:timm/…``), whose hosted
@@ -51,8 +55,14 @@ class Classifier:
             )
         loaded = load_tnt(model, checkpoint, **check_sizes(model_kwargs or {}))
         self.model, self.weights, self.classes, self.data_config = loaded.model, loaded.said, loaded.classes, loaded.data_config
+        self.trained_here, self.named = loaded.trained_here, bool(loaded.classes or class_names)
         if self.model.num_classes < 1:
             raise CheckpointError("the model has no classes, so it cannot classify")
+        if not loaded.has_head:
+            raise CheckpointError(
+                f"the weights have no head for the model's {self.model.num_classes:,} classes ({loaded.said}), so it cannot "
+                "classify; take weights with one, or train it: tnt-fast train DATA --initial FILE"
+            )
         if self.model.in_chans != 3:
             raise CheckpointError(f"the model takes images of {self.model.in_chans} channels; those of files have 3")
         self.model.to(self.device).eval()
@@ -80,7 +90,7 @@ class Classifier:
             raise ValueError(f"topk={topk} must be at least 1")
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold} must be a probability from 0 to 1")
-        for batch in self._read(list(files), batch_size):
+        for batch in self.read(list(files), batch_size):
             images = [image for _, image in batch if isinstance(image, Tensor)]
             logits: Iterator[Tensor] = iter(())
             if images:
@@ -102,12 +112,17 @@ class Classifier:
                         row["truth"] = file.parent.name
                 yield row
 
-    def _read(self, files: list[Path], batch_size: int) -> Iterator[list[tuple[Path, Tensor | DataError]]]:
-        """Batches of files with their inputs, or why there are none; the next batch is read while one is computed with."""
+    def read(
+        self, files: Sequence[Path], batch_size: int, as_stored: bool = False
+    ) -> Iterator[list[tuple[Path, Tensor | DataError]]]:
+        """Batches of files with their inputs, or why there are none; the next batch is read while one is computed with.
+
+        ``as_stored``: as ``open_image`` has it.
+        """
 
         def read(file: Path) -> Tensor | DataError:
             try:
-                return self.transform(open_image(file))
+                return self.transform(open_image(file, as_stored=as_stored))
             except DataError as error:
                 return error
 

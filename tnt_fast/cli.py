@@ -1,4 +1,4 @@
-"""The command ``tnt-fast``: train, classify, bench, info. A command is a function with its options and one that runs it.
+"""The command ``tnt-fast``. Each of its commands is a function with the options and one that runs it.
 
 What needs torch is imported where it runs: --help, --version and completion do not wait for it. All output goes through
 ``terminal``.
@@ -90,7 +90,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"tnt_fast {tnt_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for add in (_add_train, _add_check, _add_classify, _add_bench, _add_info, _add_completion):
+    for add in (_add_train, _add_check, _add_classify, _add_validate, _add_bench, _add_info, _add_completion):
         add(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
@@ -276,11 +276,7 @@ def _add_classify(commands: Any) -> None:
     classify.add_argument(
         "paths", nargs="+", metavar="PATH", help="image files, directories, patterns, or - for a list on standard input"
     )
-    model = classify.add_argument_group("model")
-    model.add_argument("--checkpoint", help="file of 'tnt-fast train', or of timm, the authors or mmpretrain with --model")
-    model.add_argument("--model", help="such as tnt_s_patch16_224.in1k or hf-hub:timm/tnt_s_patch16_224.in1k")
-    model.add_argument("--model-kwargs", nargs="+", metavar="KEY=VALUE", help="arguments of --model, such as img_size=384")
-    model.add_argument("--class-names", metavar="FILE", help="a text file with the names of the classes, one a line")
+    _add_model(classify)
     output = classify.add_argument_group("output")
     output.add_argument("--topk", type=int, default=5, help="classes an image (default 5)")
     output.add_argument(
@@ -289,10 +285,24 @@ def _add_classify(commands: Any) -> None:
     output.add_argument("--out", type=Path, metavar="FILE", help="write FILE.csv or FILE.json, in place of printed lines")
     output.add_argument("--json", action="store_true", help="print one JSON list")
     output.add_argument("--page", type=Path, help="write a picture of the images and their predictions (.png, .svg, .pdf)")
-    machine = classify.add_argument_group("machine")
+    _add_machine(classify)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    """The options that choose a model with its weights."""
+    model = command.add_argument_group("model")
+    model.add_argument("--checkpoint", help="file of 'tnt-fast train', or of timm, the authors or mmpretrain with --model")
+    model.add_argument("--model", help="such as tnt_s_patch16_224.in1k or hf-hub:timm/tnt_s_patch16_224.in1k")
+    model.add_argument("--model-kwargs", nargs="+", metavar="KEY=VALUE", help="arguments of --model, such as img_size=384")
+    model.add_argument("--class-names", metavar="FILE", help="a text file with the names of the classes, one a line")
+
+
+def _add_machine(command: argparse.ArgumentParser) -> Any:
+    machine = command.add_argument_group("machine")
     machine.add_argument("--batch-size", type=int, default=64, help="images a step (default 64)")
     machine.add_argument("--device", help="such as cpu, cuda:0")
     machine.add_argument("--backend", default="auto", help="auto | fused | reference (default auto)")
+    return machine
 
 
 def _classify(args: argparse.Namespace) -> int:
@@ -342,6 +352,71 @@ def _classify(args: argparse.Namespace) -> int:
 
         say(f"picture: {visualize.prediction_page(rows, args.page)}", error=True)
     return 1 if any("error" in row for row in rows) else 0
+
+
+# ---- validate ----
+
+
+def _add_validate(commands: Any) -> None:
+    validate = commands.add_parser(
+        "validate",
+        help="accuracy and calibration on labelled images",
+        description="Top-1 and top-5 as timm's validate.py counts them, by class, and how well probabilities are calibrated.",
+        epilog=_examples(
+            "validate data/ --checkpoint runs/mine/best.pt --out report    # data/val/CLASS/*.jpg, or data/CLASS/*.jpg",
+            "validate imagenet/ --model tnt_s_patch16_224.in1k             # imagenet/val/n01440764/*.JPEG",
+            "validate ILSVRC/Data/CLS-LOC/val --ground-truth LOC_val_solution.csv --model tnt_b_patch16_224.in1k",
+        ),
+    )
+    validate.set_defaults(command=_validate, less_memory="to need less memory, lower --batch-size")
+    validate.add_argument("data", metavar="DATA", help="[val/]CLASS/*.jpg, a CSV file file,label, or images and --ground-truth")
+    validate.add_argument(
+        "--ground-truth", metavar="FILE", help="NAME LABEL a line, as ImageNet's; or a label a line, in the order of names"
+    )
+    _add_model(validate)
+    output = validate.add_argument_group("output")
+    output.add_argument("--out", type=Path, metavar="FOLDER", help="write tables of classes and predictions, and pictures")
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument("--reference", action="store_true", help="compare the fused path with the reference, image by image")
+    _add_machine(validate).add_argument("--amp", default="off", help=f"{' | '.join(recipe.AMP)} (default off)")
+
+
+def _validate(args: argparse.Namespace) -> int:
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
+    if args.amp not in recipe.AMP:
+        raise ValueError(f"--amp {args.amp!r} is unknown{_nearest(args.amp, recipe.AMP)}; accepted: {', '.join(recipe.AMP)}")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise FileExistsError(f"--out {str(args.out)!r} is a file; expected a folder, which is made where there is none")
+    try:
+        from tnt_fast import classify, validate
+    except ImportError as error:
+        raise ImportError(f'validating needs more packages ({error}): pip install "tnt_fast[train]"') from error
+
+    found = validate.labelled(args.data, args.ground_truth)
+    names = None if args.class_names is None else classify.read_class_names(args.class_names)
+    kwargs = _key_values(args.model_kwargs or [])
+    classifier = classify.Classifier(args.checkpoint, args.model, args.device, args.backend, names, kwargs)
+    truth, kind = validate.indices(found, classifier)
+    say(f"weights: {classifier.weights}", error=True)
+    say(f"path: {_path(args.backend, classifier.why_not_fused, classifier.device)}", error=True)
+    config = classifier.data_config
+    how = f"{config['interpolation']}, crop {config['crop_pct']:g}, {config.get('crop_mode') or 'center'}"
+    say(f"images: {len(truth):,}; labels: {kind}; {'×'.join(map(str, config['input_size'][1:]))}, {how}", error=True)
+    run = {"batch_size": args.batch_size, "amp": args.amp, "reference": args.reference}
+    result = validate.validate(classifier, found, truth, **run)
+    for name, reason in result.errors.items():
+        say(f"{name}  {reason}", error=True)
+    if args.json:
+        differences = [dataclasses.asdict(difference) for difference in result.differences or []]
+        say_json({**result.figures(), "classes": result.per_class(), "bins": result.bins(), "differences": differences})
+    else:
+        for line in validate.summary(result):
+            say(line)
+    if args.out:
+        for path in validate.save(result, args.out):
+            say(f"written: {path}", error=True)
+    return 1 if result.errors else 0
 
 
 # ---- bench ----

@@ -193,10 +193,11 @@ def training_transform(config: Config, data_config: dict[str, Any]) -> Any:
 
 
 def evaluation_transform(data_config: dict[str, Any]) -> Any:
-    """timm's transform for evaluation from a data config (input_size, interpolation, mean, std, crop_pct)."""
+    """timm's transform for evaluation from a data config (input_size, interpolation, mean, std, crop_pct, crop_mode)."""
     return create_transform(
         tuple(data_config["input_size"]), is_training=False, interpolation=data_config["interpolation"],
         mean=tuple(data_config["mean"]), std=tuple(data_config["std"]), crop_pct=data_config["crop_pct"],
+        crop_mode=data_config.get("crop_mode"),
     )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def _named(name: str, others: dict[Path, str]) -> list[Path]:
     return found
 
 
-def open_image(path: str | os.PathLike, at_most: int | None = None) -> Image.Image:
+def open_image(path: str | os.PathLike, at_most: int | None = None, as_stored: bool = False) -> Image.Image:
     """The first picture of a file as RGB with 8 bits a channel, upright as its EXIF orientation says.
 
     Gray values of more bits are scaled: 16 bits from their whole range; 32-bit integers from the first of 0…255, 0…65,535 and
@@ -138,6 +138,7 @@ def open_image(path: str | os.PathLike, at_most: int | None = None) -> Image.Ima
 
     Args:
         at_most: longest side in pixels, of a thumbnail; a JPEG is then decoded at a fraction of its size.
+        as_stored: as timm and torchvision read it: Pillow's ``convert("RGB")``, neither turned nor scaled nor laid on white.
 
     Raises:
         DataError: names the file and why it cannot be read, whatever is wrong with it.
@@ -150,8 +151,8 @@ def open_image(path: str | os.PathLike, at_most: int | None = None) -> Image.Ima
             if at_most is not None:
                 image.draft(None, (at_most, at_most))
             image.load()
-            rgb = _rgb(image)
-            turn = _TURNS.get(_orientation(image))
+            rgb = image.convert("RGB") if as_stored else _rgb(image)
+            turn = None if as_stored else _TURNS.get(_orientation(image))
         if at_most is not None:
             rgb.thumbnail((at_most, at_most))
         return rgb if turn is None else rgb.transpose(turn)

@@ -226,6 +226,8 @@ class Loaded(NamedTuple):
     sizes: dict[str, Any]  # its arguments
     classes: list[str]  # their names; empty: unknown
     data_config: dict[str, Any]  # as timm.data.resolve_data_config gives it
+    has_head: bool = True  # of the weights; else it is new
+    trained_here: bool = False  # by 'tnt-fast train', which saw images as open_image gives them
 
 
 def load_tnt(
@@ -273,7 +275,7 @@ def load_tnt(
     fitted = fit(shape, weights, use_ema=use_ema, adapt=True, what=where)
     model = create_tnt(chosen, backend=backend, **sizes)
     model.load_state_dict({**model.state_dict(), **fitted.state})
-    return Loaded(model, f"{fitted.said} from {where}", chosen, sizes, names, data_config)
+    return Loaded(model, f"{fitted.said} from {where}", chosen, sizes, names, data_config, fitted.has_head, "format" in weights)
 
 
 # ---- what files say beside their weights ----

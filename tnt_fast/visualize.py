@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tnt_fast.images import DataError, open_image
 from tnt_fast.terminal import printable
 from tnt_fast.writing import write
 
 CELL = 1.25  # inches of an image on a page
 DPI = 130
+MOST_NAMED, MOST_NUMBERED = 50, 20  # classes of a confusion with their names, with the counts
 # Whichever of these is installed draws what matplotlib's own font cannot: Chinese, Japanese, Korean
 FONTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
@@ -147,4 +150,44 @@ def prediction_page(results: Sequence[dict[str, Any]], path: str | os.PathLike, 
             axes.text(0.5, -0.05, name, fontsize=5, color="gray", ha="center", va="top", transform=axes.transAxes)
         shown = f"{count} image{'s' * (count != 1)}" if count == len(rows) else f"the hardest {len(rows)} of {count} images"
         figure.suptitle(_label(title, 20 * columns) or shown)
+        return _save(figure, path)
+
+
+def confusion(counts: np.ndarray, names: Sequence[str], path: str | os.PathLike, title: str = "") -> Path:
+    """Images by truth (rows) and prediction (columns) ``(K, K)``, coloured as a share of their row."""
+    with _style():
+        size = min(16.0, max(5.0, 0.3 * len(names) + 2))
+        figure = _figure(figsize=(size, size))
+        axes = figure.subplots()
+        share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        figure.colorbar(axes.imshow(share, cmap="Blues", vmin=0, vmax=1), label="share of the truth's images", shrink=0.7)
+        if len(names) <= MOST_NAMED:
+            labels = [_label(name, 20) for name in names]
+            axes.set_xticks(range(len(names)), labels, rotation=90)
+            axes.set_yticks(range(len(names)), labels)
+        if len(names) <= MOST_NUMBERED:
+            for (i, j), count in np.ndenumerate(counts):
+                if count:
+                    axes.text(
+                        j, i, count, ha="center", va="center", fontsize=7, color="white" if share[i, j] > 0.5 else "black"
+                    )
+        axes.set(xlabel="predicted", ylabel="truth", title=_label(title, 100))
+        return _save(figure, path)
+
+
+def calibration(bins: Sequence[dict[str, float]], ece: float, path: str | os.PathLike) -> Path:
+    """Accuracy over confidence, by the bins that ``tnt-fast validate`` counts, and how many images each has."""
+    with _style():
+        figure = _figure(figsize=(5, 5.5))
+        accuracy, count = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+        edges, widths = [row["from"] for row in bins], [row["to"] - row["from"] for row in bins]
+        accuracy.bar(edges, [row["accuracy"] for row in bins], widths, align="edge", edgecolor="white", label="accuracy")
+        accuracy.plot([0, 1], [0, 1], color="black", linestyle=":", label="calibrated")
+        accuracy.plot(
+            [row["confidence"] for row in bins], [row["accuracy"] for row in bins], "o", color="tab:red", markersize=3
+        )
+        accuracy.set(ylabel="accuracy", title=f"calibration error (ECE) {100 * ece:.2f}%", xlim=(0, 1), ylim=(0, 1))
+        accuracy.legend(loc="upper left")
+        count.bar(edges, [row["images"] for row in bins], widths, align="edge", edgecolor="white", color="gray")
+        count.set(xlabel="confidence", ylabel="images")
         return _save(figure, path)
