@@ -1,6 +1,7 @@
 import os
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from helpers import PATHS, KernelPath, write_json
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test fetches weights
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the kernels run on the CPU
+    with suppress(ImportError):  # without Triton most tests run nevertheless
+        from interpreter import hasten
+
+        hasten()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 

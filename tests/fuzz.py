@@ -48,10 +48,13 @@ from torch.nn.utils import parametrizations, parametrize, prune
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does
 
 from helpers import ExactSoftmax
+from interpreter import hasten
 
 from tnt_fast import TNT, kernels, reference, why_not_fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    hasten()
 HALVES = [torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 KINDS = {"pixel_embed": 4, "inner": 7, "fold": 5, "outer": 3, "model": 1, "surgery": 4}
 LIMIT_S = 120.0  # seconds for a case; the slowest takes a tenth of that on a busy machine
