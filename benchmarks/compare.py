@@ -4,18 +4,22 @@
 
 Rows of others (timm, plain and compiled PyTorch) are the control: their code has not changed. The median of their changes is
 the drift of the machine, which is taken out of every row; nine tenths of them lie within the noise. A row of ours is slower if
-its quartiles lie apart and its median grew by more than that noise, and by more than 3%. Exit status: 0 nothing is slower, 1
-something is, or gets no time now because it is wrong, 2 the files cannot be compared.
+its median grew by more than that noise, and by more than 3%, and all of the interval of its change lies above zero. Exit
+status: 0 nothing is slower, 1 something is, or gets no time now because it is wrong, 2 the files cannot be compared.
 """
 
 import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 LEAST = 0.03
+RESAMPLED, CONFIDENCE = 2000, 0.95
 TIMED = ("models", "operations", "library", "scaling")
 OTHERS = ("timm", "eager", "compiled", "sdpa", "xformers", "linear", "addmm", "addmm_", "flash", "cudnn", "efficient")
 
@@ -34,6 +38,18 @@ def load(path: Path) -> dict[str, Any]:
     return found
 
 
+def ratio(times: Sequence[float], over: Sequence[float], paired: bool = True) -> list[float]:
+    """Median over median, and the ends of its interval of 95%: by the bootstrap, which draws rounds and, where they are
+    ``paired``, the same ones of both."""
+    a, b = np.asarray(times), np.asarray(over)
+    drawn = np.random.default_rng(0)
+    of_a = drawn.integers(len(a), size=(RESAMPLED, len(a)))
+    of_b = of_a if paired and len(a) == len(b) else drawn.integers(len(b), size=(RESAMPLED, len(b)))
+    found = np.median(a[of_a], 1) / np.median(b[of_b], 1)
+    ends = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return [float(f"{x:.4g}") for x in (np.median(a) / np.median(b), *ends)]
+
+
 def is_control(row: dict[str, Any]) -> bool:
     return row["provider"].split("-")[0] in OTHERS
 
@@ -48,12 +64,11 @@ def drift_and_noise(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> tuple
     return drift, max(LEAST, away[min(len(away) - 1, round(0.9 * len(away)))])
 
 
-def verdict(old: dict[str, float], new: dict[str, float], drift: float, noise: float) -> str:
-    """ "slower", "faster", or "same" within the noise, of two rows' statistics."""
-    change = new["median"] / old["median"] / drift - 1
-    if new["q1"] / drift > old["q3"] and change > noise:
+def verdict(change: float, low: float, high: float, noise: float) -> str:
+    """ "slower", "faster", or "same" within the noise, of a change and the ends of its interval."""
+    if low > 0 and change > noise:
         return "slower"
-    return "faster" if new["q3"] / drift < old["q1"] and change < -noise else "same"
+    return "faster" if high < 0 and change < -noise else "same"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,9 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
     found: dict[str, list[str]] = {"slower": [], "faster": [], "same": []}
     for name, (before, after) in both.items():
         if not is_control(before):
-            change = after["median"] / before["median"] / drift - 1
-            line = f"{before['median'] * 1e3:10.4g} → {after['median'] * 1e3:10.4g} ms {change:+7.1%}  {name}"
-            found[verdict(before, after, drift, noise)].append(line)
+            change, low, high = (x / drift - 1 for x in ratio(after["data"], before["data"], paired=False))
+            times = f"{before['median'] * 1e3:10.4g} → {after['median'] * 1e3:10.4g} ms"
+            line = f"{times} {change:+7.1%} ({low:+.1%} to {high:+.1%})  {name}"
+            found[verdict(change, low, high, noise)].append(line)
     for kind in ("slower", "faster"):
         print(f"{kind}: {len(found[kind])}", *sorted(found[kind]), sep="\n  ")
     print(f"within the noise: {len(found['same'])}")

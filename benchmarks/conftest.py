@@ -12,13 +12,7 @@ import pytest
 import torch
 
 from benchmarks import measure
-
-UP_TO = {
-    "test_library": 0.15,
-    "test_models": 0.7,
-    "test_operations": 0.9,
-    "test_scaling": 1.0,
-}  # of the minutes, spent when a suite has to end
+from benchmarks.compare import is_control, ratio
 
 results = pytest.StashKey[dict]()
 spent = pytest.StashKey[list]()
@@ -39,8 +33,7 @@ def pytest_configure(config):
     minutes = config.getoption("minutes")
     if not minutes >= 0:
         raise pytest.UsageError(f"--minutes {minutes:g} must be 0 (no limit) or more")
-    torch.backends.cudnn.allow_tf32 = False  # what is called fp32 is
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # or eager code would be timed under the name of compiled
+    measure.settings()
     config.stash[results], config.stash[spent], config.stash[left_out] = {}, [], {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was measured is written
 
@@ -50,14 +43,11 @@ def _case(item) -> measure.Case | None:
 
 
 def pytest_collection_modifyitems(config, items):
-    measured = set()
-    for path in config.getoption("skip_measured"):
-        try:
-            found = json.loads(path.read_text("utf-8"))
-            measured |= {row["extra_info"]["id"] for row in found["benchmarks"]}
-            measured |= {id for id, reason in found["left_out"].items() if measure.NO_TIME not in reason}  # it would be again
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise pytest.UsageError(f"--skip-measured {path}: no result of --benchmark-json ({error!r})") from error
+    items.sort(key=lambda item: measure.rank(_case(item)))
+    try:
+        measured = measure.measured_in(config.getoption("skip_measured"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
     groups = defaultdict(set)
     for case in filter(None, map(_case, items)):
         groups[case.group].add(case.id)
@@ -99,17 +89,18 @@ def _keep(config) -> None:
 @pytest.fixture
 def take(request, benchmark):
     """Measure the group of a case unless that was done, then hand the case's times to pytest-benchmark."""
-    config, module = request.config, request.module.__name__.rpartition(".")[2]
+    config = request.config
     known = config.stash[results]
 
     def run(case: measure.Case) -> dict:
         if case.id not in known:
             minutes = config.getoption("minutes")
             start = time.perf_counter()
-            deadline = start + minutes * 60 * UP_TO[module] - sum(config.stash[spent]) if minutes else None
+            deadline = start + minutes * 60 - sum(config.stash[spent]) if minutes else None
             group = [other for other in map(_case, request.session.items) if other is not None and other.group == case.group]
             found = measure.measure(group, 1 if benchmark.disabled else None, deadline)
             known.update(found)
+            compared(group, found)
             config.stash[spent].append(time.perf_counter() - start)
             if not all(isinstance(row, Exception) for row in found.values()):
                 _keep(config)
@@ -125,9 +116,28 @@ def take(request, benchmark):
         benchmark.extra_info.update(case.info, id=case.id, **{name: round(value, 4) for name, value in numbers.items()})
         benchmark.extra_info.update({name: value for name, value in found.items() if name != "times"})
         benchmark.pedantic(measure.replay(times), rounds=len(times))
-        return {"seconds": statistics.median(times), "benchmark": benchmark}
+        return {"seconds": statistics.median(times), "benchmark": benchmark} | found
 
     return run
+
+
+ALIKE = ("mode", "dtype", "batch", "label", "operation", "variant")
+
+
+def compared(group: list[measure.Case], found: dict) -> None:
+    """Give rows of ours "ratios": how many times faster than each of others' that does the same, with the interval of that."""
+    timed = [case for case in group if not isinstance(found[case.id], Exception)]
+    for ours in (case for case in timed if not is_control(case.info)):
+        peers = [
+            other
+            for other in timed
+            if is_control(other.info)
+            and all(ours.info.get(name) == other.info.get(name) for name in ALIKE)
+            and (ours.info.get("model") == other.info.get("model") or other.info["model"].startswith("deit"))
+        ]
+        times = found[ours.id]["times"]
+        if peers:
+            found[ours.id]["ratios"] = {other.id: ratio(found[other.id]["times"], times) for other in peers}
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import is_control
+from benchmarks.compare import is_control, ratio
 from benchmarks.measure import exponent
 from tnt_fast.dispatch import OPERATIONS
 
@@ -69,7 +69,7 @@ def read(files: Iterable[Path]) -> dict[str, Device]:
             if "suite" not in bench["extra_info"]:
                 continue
             row = bench["extra_info"] | {"median": bench["stats"]["median"], "run": when}
-            row |= {name: bench["stats"][name] for name in ("q1", "q3")}
+            row |= {name: bench["stats"][name] for name in ("q1", "q3", "data")} | {"group": bench.get("group")}
             groups.setdefault((row["suite"], bench.get("group") or row["id"]), []).append(row)
         for name, found in groups.items():
             if name not in device["groups"] or compares(found) or not compares(device["groups"][name]):
@@ -97,8 +97,17 @@ def models(device: Device) -> list[Row]:
     return [row for row in rows(device, "models") if not is_step(row)]
 
 
+def plain(device: Device) -> list[Row]:
+    """Those of ours, timm's TNT and DeiT as they are, eager and compiled: for pictures and the first table."""
+    return [row for row in models(device) if way(row) != "tuned" and path(row) not in ("cudnn", "outer")]
+
+
 def is_step(row: Row) -> bool:
     return row["provider"].split("+")[0] == "eager"
+
+
+def path(row: Row) -> str:
+    return row["provider"].split("-")[0]
 
 
 def way(row: Row) -> str:
@@ -122,22 +131,33 @@ def newest_counts(devices: dict[str, Device]) -> Device | None:
     return max(counted, key=newest, default=None)
 
 
+def against(device: Device, row: Row) -> dict[str, list[float]]:
+    """How much faster a row of our TNT is than its peers of the same run, with the interval: "timm_compiled", "deit_eager", …,
+    of DeiT with cuDNN's attention or our outer kernels "deit_cudnn_compiled", "deit_outer_compiled"."""
+    found, deit = {}, "deit_" + row["model"].split("_")[1]
+    for other in models(device):
+        peer = who(other) == "timm" and other["model"] == row["model"] or other["model"] == deit
+        if peer and key(other) == key(row) and other["run"] == row["run"]:
+            name = "_".join((who(other), *([path(other)] if path(other) in ("cudnn", "outer") else ()), way(other)))
+            found[name] = ratio(other["data"], row["data"], paired=other["group"] == row["group"])
+    return found
+
+
 def summary(devices: dict[str, Device]) -> dict[str, dict[str, Row]]:
-    """By device and model/mode/dtype/batch: the fastest provider (of a TNT: of ours), and how much faster than others."""
+    """By device and model/mode/dtype/batch: the fastest provider (of a TNT: of ours; of DeiT: without our kernels), and how
+    much faster than others, with the interval of 95%."""
     found: dict[str, dict[str, Row]] = {}
     for name, device in devices.items():
         flat = found.setdefault(name, {})
         for row in models(device):
             label = "/".join(map(str, (row["model"], *key(row))))
-            if who(row) == "timm" or (label in flat and flat[label]["ms"] <= row["median"] * 1e3):
+            if who(row) == "timm" or path(row) == "outer" or (label in flat and flat[label]["ms"] <= row["median"] * 1e3):
                 continue
             entry = {"img_s": row["img_s"], "ms": round(row["median"] * 1e3, 4), "provider": row["provider"]}
-            entry |= {part: row[part] for part in ("peak_mib", "percent_of_roof", "joules", "p99_ms") if part in row}
-            deit = "deit_" + row["model"].split("_")[1]
-            for other in models(device) if who(row) == "tnt_fast" else ():
-                peer = who(other) == "timm" and other["model"] == row["model"] or other["model"] == deit
-                if peer and key(other) == key(row) and other["run"] == row["run"]:
-                    entry[f"vs_{who(other)}_{way(other)}"] = round(other["median"] / row["median"], 3)
+            kept = ("peak_mib", "percent_of_roof", "joules", "p99_ms", "warm_p50_ms", "sustained_img_s", "residual")
+            entry |= {part: row[part] for part in kept if part in row}
+            for name, found_ratio in against(device, row).items() if who(row) == "tnt_fast" else ():
+                entry[f"vs_{name}"], *entry[f"vs_{name}_interval"] = found_ratio
             flat[label] = entry
     return found
 
@@ -188,7 +208,7 @@ def headline(device: Device) -> str:
     found: dict[tuple, dict[str, str]] = {}
     columns = []
     gpu = device["machine"]["kind"] != "cpu"
-    for row in models(device):
+    for row in plain(device):
         mode, dtype, batch = key(row)
         if row["model"].split("_", 1)[1] not in ("s", "b") or (gpu and (HEADLINE[0].get(mode), HEADLINE[1]) != (batch, dtype)):
             continue
@@ -223,21 +243,39 @@ def work_table(device: Device, chosen: Iterable[str]) -> str:
 
 
 def cells(row: Row, columns: dict[str, str]) -> list[str]:
-    return [number(row[name]) if name in row else "" for name in columns]
+    return ["" if name not in row else row[name] if isinstance(row[name], str) else number(row[name]) for name in columns]
+
+
+def ratio_table(device: Device) -> str | None:
+    """How many times as fast as its peers each row of our TNT is, with the interval of 95%, taken within one run."""
+    found = {row["id"]: against(device, row) for row in plain(device) if who(row) == "tnt_fast"}
+    columns = list(dict.fromkeys(name for each in found.values() for name in each))
+    if not columns:
+        return None
+    lines = [
+        [f"`{id}`", *("{:.2f} ({:.2f} to {:.2f})".format(*each[c]) if c in each else "" for c in columns)]
+        for id, each in found.items()
+        if each
+    ]
+    return table(["times as fast as", *(c.replace("_", " ") for c in columns)], lines)
 
 
 def every_row(device: Device) -> list[str]:
     """Tables of all rows of a device."""
     parts = []
     columns = {
-        "img_s": "img/s", "p50_ms": "p50 ms", "p99_ms": "p99 ms", "peak_mib": "peak MiB", "joules": "J a call",
-        "tflop_s": "TFLOP/s", "gb_s": "GB/s", "percent_of_roof": "% of roof", "percent_of_issue": "% of issue bound",
-        "error_over_eager": "error over eager's",
+        "img_s": "img/s", "p50_ms": "p50 ms", "p99_ms": "p99 ms", "warm_p50_ms": "p50 ms, L2 warm",
+        "sustained_img_s": "img/s sustained", "sustained_ms": "ms sustained", "mhz": "MHz", "peak_mib": "peak MiB",
+        "joules": "J a call", "residual": "residual stream", "tflop_s": "model TFLOP/s", "gb_s": "GB/s",
+        "percent_of_roof": "% of roof", "percent_of_issue": "% of issue bound", "error_over_eager": "error over eager's",
     }  # fmt: skip
     for suite in ("models", "operations", "library"):
         if found := rows(device, suite):
+            found = [row | {"mhz": row["clock"]["sm_mhz"][1]} if "clock" in row else row for row in found]
             used = {name: title for name, title in columns.items() if any(name in row for row in found)}
             parts.append(table([suite, *used.values()], [[f"`{row['id']}`", *cells(row, used)] for row in found]))
+    if (ratios := ratio_table(device)) is not None:
+        parts.append(ratios)
     if found := rows(device, "scaling"):
         lines = [[f"`{row['id']}`", f"{row['gmacs']:.3f}", number(row["p50_ms"])] for row in found]
         parts.append(table(["scaling", "GMACs an image", "p50 ms"], lines))
@@ -248,10 +286,10 @@ def every_row(device: Device) -> list[str]:
     }
     if roofs:
         lines = [
-            [dtype, date, number(roof["bytes_per_s"] / 1e9), number(roof["flop_per_s"] / 1e12)]
+            [dtype, date, number(roof["bytes_per_s"] / 1e9), number(roof["flop_per_s"] / 1e12), roof.get("statistic", "best")]
             for (date, dtype), roof in roofs.items()
         ]
-        parts.append(table(["roof", "date", "copy, GB/s", "product, TFLOP/s"], lines))
+        parts.append(table(["roof", "date", "copy, GB/s", "product, TFLOP/s", "of its times"], lines))
     return parts
 
 
@@ -399,7 +437,7 @@ def _style(row: Row) -> dict[str, Any]:
 
 
 def _throughput_rows(device: Device) -> list[Row]:
-    return [row for row in models(device) if row["mode"] == "inference" and row["model"] in TOP1]
+    return [row for row in plain(device) if row["mode"] == "inference" and row["model"] in TOP1]
 
 
 def _throughput(figure, device: Device) -> None:
@@ -471,7 +509,7 @@ def _waterfall(figure, device: Device) -> None:
 
 
 def _memory_rows(device: Device) -> list[Row]:
-    return [row for row in models(device) if row.get("peak_mib", 0) > 0 and row["model"] in ("tnt_s", "deit_s")]
+    return [row for row in plain(device) if row.get("peak_mib", 0) > 0 and row["model"] in ("tnt_s", "deit_s")]
 
 
 def _memory(figure, device: Device) -> None:

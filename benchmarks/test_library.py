@@ -75,7 +75,7 @@ def product_case(size: str, name: str, way: str, batch: int, dtype: str) -> Case
     info = dict(suite="library", operation=name, variant=size, mode="forward", provider=way, dtype=dtype, batch=batch)
     shape = dict(m=rows, n=n * E, k=k * E, after=after)
     group = f"{name}/{size}/forward/{dtype}/{batch}"
-    return Case(f"library/{group}/{way}", group, build, info | shape)
+    return Case(f"library/{group}/{way}", f"library/{group}", build, info | shape)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -124,8 +124,8 @@ def attention_case(size: str, mode: str, way: str, batch: int, dtype: str) -> Ca
         return Provider(lambda i: run(ATTENTIONS[way], sets[i % SETS]), check, slack=measure.FOREIGN, ahead=True)
 
     info = dict(suite="library", operation="attention", variant=size, mode=mode, provider=way, dtype=dtype, batch=batch)
-    group = f"attention/{size}/{mode}/{dtype}/{batch}"
-    return Case(f"library/{group}/{way}", group, build, info)
+    group = f"library/attention/{size}/{mode}/{dtype}/{batch}"
+    return Case(f"{group}/{way}", group, build, info)
 
 
 def library_cases() -> list[Case]:

@@ -1,9 +1,12 @@
 """Whole models: TNT against timm's TNT and DeiT of the same size; eager, compiled, in CUDA graphs; inference and train step.
 
 The groups that tell most come first; ``--minutes`` bounds the time on a GPU. On a CPU: small batches of the reference.
-A train step is forward, loss, backward and AdamW, in bf16 and fp16 by autocast, fp16 with loss scaling. Its guard, as that of
-inference, looks at the first and the last image: at their output and, by name, at the gradients of their loss. A CUDA graph's
-time includes copying the images into it.
+A train step is forward, loss, backward and AdamW, in bf16 and fp16 by autocast, fp16 with loss scaling; the row says in which
+precision what the blocks add to comes out of them ("residual"). Its guard, as that of inference, looks at the first and the
+last image: at their output and, by name, at the gradients of their loss. A CUDA graph's time includes copying the images in.
+
+DeiT is measured in four more ways: with cuDNN's attention, on our outer kernels, and both models as compiled with
+max-autotune-no-cudagraphs ("tuned").
 """
 
 import contextlib
@@ -15,11 +18,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tnt_fast
 from benchmarks import measure
+from benchmarks.compare import is_control
 from benchmarks.measure import DEVICE, DTYPES, GPU, Case, Provider
-from tnt_fast import flops, kernels
+from tnt_fast import flops, kernels, reference
 from tnt_fast.dispatch import OPERATIONS
 from tnt_fast.tnt import Block, PixelEmbed
 
@@ -35,6 +40,7 @@ TNTS = {
 }
 DEITS = {"deit_ti": "deit_tiny_patch16_224", "deit_s": "deit_small_patch16_224", "deit_b": "deit_base_patch16_224"}
 SETS = 3  # of images, in turns
+COMPILED = {"compiled": None, "tuned": "max-autotune-no-cudagraphs"}  # mode of torch.compile
 
 
 def bare(family: str, own: bool = True, **others) -> nn.Module:
@@ -75,6 +81,49 @@ def fuse(model: nn.Module, operations: Iterable[str]) -> nn.Module:
             method = getattr(Block, name)
             setattr(block, name, lambda *given, block=block, method=method: method(block, *given[:-1], True))
     return model
+
+
+def on_outer(model: nn.Module) -> nn.Module:
+    """timm's DeiT with our outer operation for each block: what the kernels are worth to a plain ViT."""
+    for block in model.blocks:
+        attn, mlp, E = block.attn, block.mlp, block.attn.qkv.in_features
+
+        def forward(x: torch.Tensor, block=block, attn=attn, mlp=mlp, E=E) -> torch.Tensor:
+            weight, bias = attn.qkv.weight, attn.qkv.bias
+            layers = (block.norm1, attn.proj, block.norm2, mlp.fc1, mlp.fc2)
+            norm1, *others = [(layer.weight, layer.bias) for layer in layers]
+            given = (
+                *norm1,
+                weight[: 2 * E],
+                bias[: 2 * E],
+                weight[2 * E :],
+                bias[2 * E :],
+                *(w for pair in others for w in pair),
+            )
+            return kernels.OPERATIONS["outer"](x, reference.TransformerWeights(*given), attn.num_heads, block.norm1.eps)
+
+        block.forward = forward
+    return model
+
+
+def residual(model: nn.Module, images: torch.Tensor, dtype: str) -> str:
+    """The precision in which the last block hands on what all blocks add to, in a train step."""
+    seen: list[torch.dtype] = []
+    hook = model.norm.register_forward_pre_hook(lambda module, given: seen.append(given[0].dtype))
+    with torch.autocast(DEVICE, DTYPES[dtype], enabled=dtype != "fp32"):
+        model(images)
+    hook.remove()
+    return next(name for name, kind in DTYPES.items() if kind == seen[0])
+
+
+def with_cudnn(call):
+    """What scaled_dot_product_attention takes inside, too, where it is compiled."""
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return call(images)
+
+    return run
 
 
 def steps() -> list[str]:
@@ -161,11 +210,12 @@ def _graph(model: nn.Module, image: torch.Tensor):
 
 
 def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, group: str) -> Case:
-    """``provider``: timm, fused or reference, then -eager or -compiled; or eager+OPERATION+..., a step of the waterfall."""
+    """``provider``: timm, fused or reference, of a DeiT also cudnn or outer, then -eager, -compiled or -tuned; or
+    eager+OPERATION+..., a step of the waterfall."""
 
     def build() -> Provider:
         kind = torch.float32 if mode == "train" else DTYPES[dtype]
-        path = provider.split("-")[0]
+        path, _, way = provider.partition("-")
         others = {"backend": "fused"} if path == "fused" else {}
         raw = fuse(filled(bare(family, path != "timm", **others), kind), path.split("+")[1:])
         if path == "fused" and mode == "train":
@@ -173,7 +223,11 @@ def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, gr
                 reasons = tnt_fast.why_not_fused(raw, torch.empty(1, 3, 224, 224, device=DEVICE), gradients=True)
             if reasons:
                 raise measure.Skipped("not fused: " + "; ".join(reasons))
-        call = torch.compile(raw, dynamic=False) if provider.endswith("-compiled") else raw
+        if path == "outer":
+            raw = on_outer(raw)
+        call = raw if way not in COMPILED else torch.compile(raw, dynamic=False, mode=COMPILED[way])
+        if path == "cudnn":
+            call = with_cudnn(call)
         sets, labels = random_images(batch, kind)
         own_bytes = sum(x.numel() * x.element_size() for x in (*raw.parameters(), *raw.buffers()))
         if mode == "latency_graph":
@@ -200,18 +254,22 @@ def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, gr
             found = outputs(call, raw, sets[0], labels, mode, dtype, looked_at(batch))
             return errors(found, *expected(family, "train" if mode == "train" else "inference", dtype, batch), dtype)
 
-        slack = measure.FOREIGN if path == "timm" or provider.endswith("-compiled") else 1.0
-        return Provider(run, check, own_bytes, slack, peak=mode != "latency_graph", energy=batch == 256)
+        slack = measure.FOREIGN if is_control(info) else 1.0
+        about = {"residual": residual(raw, sets[0], dtype)} if mode == "train" else {}
+        return Provider(run, check, own_bytes, slack, peak=mode != "latency_graph", energy=batch == 256, about=about)
 
     info = dict(suite="models", model=family, mode=mode, dtype=dtype, batch=batch, provider=provider)
     return Case(f"{family}/{mode}/{dtype}/{batch}/{provider}", group, build, info)
 
 
-def group_cases(size: str, mode: str, dtype: str, batch: int, own: str, ways=("eager", "compiled"), more=False) -> list[Case]:
-    """TNT of ours (``own``: the path) and of timm, and DeiT, of one size; ``more``: the legacy TNT and one of Table 5, too."""
+def group_cases(
+    size: str, mode: str, dtype: str, batch: int, own: str, ways=("eager", "compiled"), more=False, peers=()
+) -> list[Case]:
+    """TNT of ours (``own``: the path) and of timm, and DeiT, of one size; ``more``: the legacy TNT and one of Table 5, too;
+    ``peers``: other paths of DeiT."""
     group = f"{size}/{mode}/{dtype}/{batch}" + ("" if len(ways) > 1 else f"/{ways[0]}")
     case = partial(model_case, mode=mode, dtype=dtype, batch=batch, group=group)
-    models = [(f"tnt_{size}", own), (f"tnt_{size}", "timm"), (f"deit_{size}", "timm")]
+    models = [(f"tnt_{size}", own), (f"tnt_{size}", "timm"), *((f"deit_{size}", path) for path in ("timm", *peers))]
     found = [case(family, f"{path}-{way}") for family, path in models for way in ways]
     if more:
         models = [("tnt_s_legacy", own), ("tnt_s_legacy", "timm"), ("tnt_s_inner4", own)]
@@ -224,12 +282,26 @@ def waterfall(size: str) -> list[Case]:
     return [model_case(f"tnt_{size}", provider, "inference", "bf16", 256, group) for provider in steps()]
 
 
+def tuned(size: str, mode: str) -> list[Case]:
+    """What torch.compile finds by trying, of ours, timm's TNT and DeiT, that with cuDNN's attention, too."""
+    group = f"{size}/{mode}/bf16/256/tuned"
+    models = [(f"tnt_{size}", "fused"), (f"tnt_{size}", "timm"), (f"deit_{size}", "timm"), (f"deit_{size}", "cudnn")]
+    return [model_case(family, f"{path}-tuned", mode, "bf16", 256, group) for family, path in models]
+
+
 def gpu_cases() -> list[Case]:
     """What tells most first; then everything eager; compiled last, since compiling takes most of the time."""
     cases = partial(group_cases, own="fused")
-    found = [*cases("s", "inference", "bf16", 256, more=True), *waterfall("s"), *cases("s", "train", "bf16", 256)]
-    found += [*cases("b", "inference", "bf16", 256), *cases("s", "latency_graph", "bf16", 1)]
-    found += [*cases("s", "latency_graph", "bf16", 256), *waterfall("b")]  # what the GPU alone takes
+    found = [*cases("s", "inference", "bf16", 256, more=True, peers=("cudnn", "outer"))]
+    found += [
+        *cases("b", "inference", "bf16", 256, peers=("cudnn", "outer")),
+        *cases("s", "train", "bf16", 256, peers=("cudnn",)),
+    ]
+    found += [case for size in ("s", "b") for case in cases(size, "latency_graph", "bf16", 1, peers=("cudnn", "outer"))]
+    found += [*cases("s", "inference", "bf16", 1), *cases("b", "inference", "bf16", 1)]
+    found += [*cases("b", "train", "bf16", 256, peers=("cudnn",)), *cases("s", "train", "bf16", 1)]
+    found += [*tuned("s", "inference"), *tuned("s", "train"), *tuned("b", "inference"), *waterfall("s"), *waterfall("b")]
+    found += cases("s", "latency_graph", "bf16", 256)  # what the GPU alone takes
     sizes, dtypes, batches = ("s", "b", "ti"), ("bf16", "fp16", "fp32"), (256, 1, 8, 64, 1024)
     plan = [(size, mode, "bf16", batch) for batch in batches for mode in ("inference", "train") for size in sizes]
     plan += [(size, "latency_graph", "bf16", batch) for size in sizes for batch in (1, 8, 64)]
@@ -263,5 +335,7 @@ def test_model(take, case):
     if not done["benchmark"].disabled:
         work = 2e9 * gmacs(info["model"]) * info["batch"] * (3 if info["mode"] == "train" else 1)
         rates = measure.rates(done["seconds"], info["dtype"], work)
-        img_s = round(info["batch"] / done["seconds"], 2)
-        done["benchmark"].extra_info.update(img_s=img_s, gmacs=gmacs(info["model"]), **rates)
+        img_s = {"img_s": round(info["batch"] / done["seconds"], 2)}
+        if "sustained_ms" in done:
+            img_s["sustained_img_s"] = round(info["batch"] / done["sustained_ms"] * 1e3, 2)
+        done["benchmark"].extra_info.update(img_s, gmacs=gmacs(info["model"]), **rates)

@@ -2,7 +2,8 @@
 
 "backward" is the call that gives gradients: forward and backward. Each row has GB/s (activations read and written once) and
 TFLOP/s, and the percent of the nearer roof, measured in the same run. "eager" is tnt_fast.reference, equal to timm's code.
-A fused forward of one kernel has beside that the percent of its issue bound: what its static cost says it needs at least.
+A fused forward of one kernel has beside that the percent of its issue bound: what its static cost says it needs at least, at
+the clock that was sampled while it ran.
 """
 
 import importlib
@@ -96,13 +97,15 @@ def static_cost(operation: str, variant: str, dtype: str) -> float | None:
     return rows[0]["warp_instructions_per_patch"] if rows else None
 
 
-def issue(info: dict, seconds: float) -> dict[str, float]:
-    """The percent of its issue bound that a fused forward reaches on a GPU; nothing for others."""
+def issue(info: dict, seconds: float, megahertz: float | None) -> dict[str, float]:
+    """The percent of its issue bound that a fused forward reaches on a GPU at its clock; nothing for others."""
     if not GPU or torch.version.hip or (info["provider"], info["mode"]) != ("fused", "forward"):
         return {}
     cost = static_cost(info["operation"], info["variant"], info["dtype"])
-    bound = measure.issue_seconds(cost * info["batch"] * 196) if cost else None
-    return {"issue_bound_ms": round(bound * 1e3, 4), "percent_of_issue": round(100 * bound / seconds, 1)} if bound else {}
+    if not cost or not megahertz:
+        return {}
+    bound = measure.issue_seconds(cost * info["batch"] * 196, megahertz)
+    return {"issue_bound_ms": round(bound * 1e3, 4), "percent_of_issue": round(100 * bound / seconds, 1)}
 
 
 def operation_cases(gpu: bool) -> list[Case]:
@@ -122,7 +125,8 @@ def test_operation(take, case):
     done, info = take(case), case.info
     if not done["benchmark"].disabled:
         rates = measure.rates(done["seconds"], info["dtype"], *work(info))
-        done["benchmark"].extra_info.update(rates, **issue(info, done["seconds"]))
+        clock = done.get("clock", {}).get("sm_mhz", [None] * 3)[1]
+        done["benchmark"].extra_info.update(rates, **issue(info, done["seconds"], clock))
 
 
 # ---- inner attention alone ----

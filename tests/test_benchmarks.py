@@ -1,27 +1,33 @@
 """The benchmarks: their guard, their files, the report and the counts. What needs a GPU is only collected here."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
+from helpers import perturb, relative_error
 
 pytest.importorskip("triton")
 pytest.importorskip("pytest_benchmark")
 
+import benchmarks.conftest as suites_conftest
 import benchmarks.test_flops as flops_suite
+import benchmarks.test_library as library_suite
 import benchmarks.test_models as models_suite
 import benchmarks.test_operations as operations_suite
 import benchmarks.test_scaling as scaling_suite
 import tnt_fast
-from benchmarks import compare, measure, report
+from benchmarks import compare, measure, precompile, report
 from benchmarks import kernels as timed
 from tnt_fast import cli, flops, kernels, reference
 
@@ -171,7 +177,7 @@ def test_a_provider_that_raises_leaves_the_others_in():
 
 def test_an_error_of_the_machine_is_the_reason_of_every_row(monkeypatch):
     calls = []
-    monkeypatch.setattr(measure, "clocks", lambda: calls.append(1) or 1 / 0)
+    monkeypatch.setattr(measure.os, "getloadavg", lambda: calls.append(1) or 1 / 0)
     found = measure.measure([_case("one", lambda i: None), _case("two", lambda i: None)], rounds=2)
     assert [type(found[name]) for name in ("one", "two")] == [measure.Broken] * 2
     assert len(calls) == 1
@@ -234,7 +240,9 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(measure, "GPU", True)
     monkeypatch.setattr(measure, "_scratch", lambda: SimpleNamespace(zero_=lambda: told.append("empty the cache")))
     monkeypatch.setattr(measure, "_millijoules", lambda: next(joules))
-    monkeypatch.setattr(measure, "nvidia_smi", lambda asked: "1980" if asked == "clocks.max.sm" else f"0 of {asked}")
+    monkeypatch.setattr(measure, "_nvml", lambda: "a library")
+    monkeypatch.setattr(measure, "sample", lambda: (1755, 650.0, 61, 0x4))
+    monkeypatch.setattr(measure, "preheat", lambda: told.append("preheat"))
     for name, function in {
         "Event": Event,
         "_sleep": lambda cycles: told.append("sleep"),
@@ -261,23 +269,279 @@ def test_a_row_of_a_gpu_has_times_memory_and_energy(ahead, stand_in):
         ahead=ahead,
     )
     found = measure.measure([measure.Case("row", "group", lambda: provider)])["row"]
-    assert found["times"] == [1e-3] * measure.ROUNDS[1]
+    assert found["times"] == [1e-3] * measure.ROUNDS[True][1]
     assert found["peak_mib"] == 4.0
     assert found["joules"] == 10 / 1000  # over a second, of calls that take 1 ms
-    assert found["clocks_before"] == f"0 of {measure.CLOCKS}"
-    first = stand_in.index("empty the cache")
-    before = "sleep" if ahead else "synchronize"
+    clock = dict(sm_mhz=[1755] * 3, watts=[650.0] * 3, celsius=61, throttled={"power cap": 1.0})
+    assert found["clock"] | clock == found["clock"]
+    assert found["sustained_clock"] | clock == found["sustained_clock"]
+    assert (found["l2"], found["warm_p50_ms"]) == ("cold", 1.0)
+    assert stand_in[0] == "preheat"
+    first, before = stand_in.index("empty the cache"), "sleep" if ahead else "synchronize"
     assert stand_in[first : first + 6] == ["empty the cache", before, "record", "call", "record", "wait"]
+    last = len(stand_in) - stand_in[::-1].index("wait") - 6  # then the same with a warm cache, then back to back
+    assert stand_in[last : last + 6] == ["call", before, "record", "call", "record", "wait"]
+    assert stand_in[last + 6 :] == ["call"] * 1000 + ["synchronize"]
 
 
 def test_the_issue_bound_of_a_fused_forward(stand_in, monkeypatch):
     monkeypatch.setattr(operations_suite, "GPU", True)
     info = dict(operation="inner", variant="s", mode="forward", provider="fused", dtype="bf16", batch=256)
     cost = operations_suite.static_cost("inner", "s", "bf16")
-    bound = cost * 256 * 196 / (132 * 4 * 1980e6)
-    found = operations_suite.issue(info, 2 * bound)
+    bound = cost * 256 * 196 / (132 * 4 * 1755e6)
+    found = operations_suite.issue(info, 2 * bound, 1755)
     assert found == {"issue_bound_ms": round(bound * 1e3, 4), "percent_of_issue": 50.0}
-    assert operations_suite.issue(info | dict(provider="eager"), 1.0) == {}
+    assert operations_suite.issue(info, 2 * bound, None) == {}  # nobody knows at which clock
+    assert operations_suite.issue(info | dict(provider="eager"), 1.0, 1755) == {}
+
+
+def test_what_is_sampled_while_something_runs(monkeypatch):
+    """A GPU that is held down by its power in half of the samples, asked by NVML's names."""
+    asked, given = [], iter([(1980, 500_000, 60, 0), (1755, 700_000, 65, 0x4)] * 100)
+
+    class Library:
+        def __getattr__(self, name):
+            def answer(handle, *arguments):
+                if name == "nvmlDeviceGetClockInfo":
+                    asked.append(next(given))
+                names = ("ClockInfo", "PowerUsage", "Temperature", "CurrentClocksThrottleReasons")
+                arguments[-1]._obj.value = asked[-1][names.index(name.removeprefix("nvmlDeviceGet"))]
+                return 0
+
+            return answer
+
+    monkeypatch.setattr(measure, "GPU", True)
+    monkeypatch.setattr(measure, "_nvml", lambda: (Library(), "handle"))
+    monkeypatch.setattr(measure.Watch, "EVERY", 0.001)
+    with measure.Watch() as watch:
+        while len(asked) < 10:
+            time.sleep(0.001)
+    found = watch.summary
+    assert found["samples"] == len(asked) >= 10
+    assert (found["sm_mhz"][0], found["sm_mhz"][2], found["watts"][2], found["celsius"]) == (1755, 1980, 700.0, 65)
+    assert found["throttled"] == {"power cap": pytest.approx(0.5, abs=0.06)}
+    monkeypatch.setattr(measure, "_nvml", lambda: None)
+    with measure.Watch() as watch:
+        pass
+    assert watch.summary == {}
+
+
+def test_each_round_has_another_order_and_its_times_one_place(monkeypatch):
+    told, now = [], [0.0]
+
+    def run(name, seconds, i):
+        told.append((i, name))
+        now[0] += seconds * (i + 1)
+
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(measure, "GPU", False)
+    functions = {name: partial(run, name, seconds) for name, seconds in dict(a=1.0, b=2.0, c=4.0).items()}
+    found = measure.interleaved(functions, rounds=40)
+    for name, seconds in dict(a=1.0, b=2.0, c=4.0).items():
+        assert found[name] == pytest.approx([seconds * (i + 1) for i in range(1, 41)])
+    orders = {tuple(name for i, name in told if i == turn) for turn in range(41)}
+    assert orders == set(itertools.permutations("abc"))
+
+
+def test_on_a_gpu_a_group_has_fifty_rounds_at_least(stand_in):
+    slow = {name: lambda i: None for name in "ab"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "once", lambda *given: 10.0)
+        assert {len(times) for times in measure.interleaved(slow).values()} == {50}
+
+
+def test_the_interval_of_a_ratio():
+    """Rounds that are slow for both: pairs show what medians apart do not."""
+    noise = np.random.default_rng(1)
+    rounds = 1 + noise.random(60)  # the machine's, the same for both
+    ours, others = rounds * (1 + 0.01 * noise.random(60)), 1.2 * rounds * (1 + 0.01 * noise.random(60))
+    middle, low, high = compare.ratio(others, ours)
+    assert low < middle < high
+    assert 1.18 < low < 1.2 < high < 1.22
+    apart = compare.ratio(others, ours, paired=False)
+    assert apart[0] == middle
+    assert apart[2] - apart[1] > 5 * (high - low)
+    inside = 0
+    for _ in range(100):  # 95 of 100 intervals have what is true
+        a, b = 1.1 * (1 + 0.05 * noise.standard_normal(50)), 1 + 0.05 * noise.standard_normal(50)
+        _, low, high = compare.ratio(a, b)
+        inside += low <= 1.1 <= high
+    assert 88 <= inside <= 100
+
+
+def test_rows_of_ours_are_compared_with_whoever_does_the_same():
+    case = partial(models_suite.model_case, mode="inference", dtype="bf16", batch=256, group="group")
+    names = [("tnt_s", "fused-eager"), ("tnt_s", "timm-eager"), ("deit_s", "cudnn-compiled"), ("tnt_s_legacy", "timm-eager")]
+    cases = [case(*name) for name in names]
+    found = {case.id: {"times": [seconds] * 50} for case, seconds in zip(cases, (1.0, 2.0, 3.0, 4.0), strict=True)}
+    found["tnt_s_legacy/inference/bf16/256/timm-eager"] = measure.Skipped("no time left")
+    suites_conftest.compared(cases, found)
+    ours = found["tnt_s/inference/bf16/256/fused-eager"]
+    assert ours["ratios"] == {
+        "tnt_s/inference/bf16/256/timm-eager": [2.0, 2.0, 2.0],
+        "deit_s/inference/bf16/256/cudnn-compiled": [3.0, 3.0, 3.0],
+    }
+    assert "ratios" not in found["deit_s/inference/bf16/256/cudnn-compiled"]
+
+
+def test_what_decides_is_measured_first_and_150_rows_fit(stand_in, monkeypatch):
+    """By the times of the committed runs on an H200, and what a row took there to be built and checked."""
+    cases = [*library_suite.library_cases(), *models_suite.gpu_cases(), *operations_suite.operation_cases(True)]
+    cases = measure.in_order([*cases, *operations_suite.attention_cases(True), *scaling_suite.scaling_cases(True)])
+    groups = list(dict.fromkeys(case.group for case in cases))
+    assert [case.group for case in cases] == [case.group for name in groups for case in cases if case.group == name]
+    order = [
+        "s/inference/bf16/256",
+        "s/latency_graph/bf16/1",
+        "library/attention/s/forward/bf16/256",
+        "fold/s/forward/bf16/256",
+    ]
+    order += ["library/qkv/s/forward/bf16/256", "inner/s/forward/bf16/256"]
+    assert [name for name in groups if name in order] == order
+
+    device = report.read(sorted(report.RESULTS.glob("*/*.json")))["NVIDIA H200"]
+    seconds = {id: row["median"] for (_, id), row in device["rows"].items() if "median" in row}
+    now, timed = [0.0], []
+
+    def seconds_of(case) -> float:
+        others = [found for id, found in seconds.items() if id.rpartition("/")[0] == case.id.rpartition("/")[0]]
+        if case.info["batch"] == 1 and case.info["mode"] != "latency_graph":
+            return 5e-3  # of the host
+        guess = {"train": 0.15, "inference": 0.02}.get(case.info["mode"], 2e-3)
+        return seconds.get(case.id, max(others, default=guess))
+
+    def fake(case) -> measure.Case:
+        taken = seconds_of(case)
+
+        def run(i: int) -> None:
+            now[0] += taken
+
+        def build() -> measure.Provider:
+            provider = case.info["provider"]
+            now[0] += 20 if provider.endswith("tuned") else 2.0 if provider.endswith("compiled") else 0.8
+            return measure.Provider(run, dict, energy=case.info["batch"] == 256 and case.info["suite"] == "models")
+
+        return measure.Case(case.id, case.group, build, case.info)
+
+    def once(function, i: int, ahead: bool = False, warm: bool = False) -> float:
+        start = now[0]
+        function(i)
+        now[0] += 1.2e-3 + (now[0] - start if warm else 0)
+        return now[0] - start
+
+    monkeypatch.setattr(measure, "once", once)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(measure.gc, "collect", lambda: None)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: None)
+    monkeypatch.setattr(measure, "preheat", lru_cache(lambda: now.append(now.pop() + measure.PREHEAT)))
+    for name in groups:
+        found = measure.measure([fake(case) for case in cases if case.group == name], deadline=5.75 * 60)
+        timed += [row for row in found.values() if not isinstance(row, Exception)]
+    assert len(timed) >= 150
+    assert min(len(row["times"]) for row in timed) >= 50
+
+
+SMALL = dict(img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=5)
+
+
+def test_a_deit_on_our_outer_kernels_is_the_same_model():
+    model = perturb(timm.create_model("deit_small_patch16_224", **SMALL)).eval()
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(image)
+        called, right = [], type(kernels.OPERATIONS["outer"]).__call__
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(kernels.OPERATIONS["outer"]), "__call__", lambda *a: called.append(1) or right(*a))
+            found = models_suite.on_outer(model)(image)
+    assert len(called) == len(model.blocks)
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_train_rows_say_in_what_precision_the_residual_stream_is(monkeypatch):
+    sizes = dict(img_size=32, embed_dim=48, inner_dim=12, num_heads_inner=2, num_heads_outer=3, depth=1)
+    models = {backend: tnt_fast.TNT(**sizes, backend=backend) for backend in ("fused", "reference")}
+    models["deit"] = timm.create_model("deit_small_patch16_224", **SMALL)
+    image = torch.randn(1, 3, 32, 32)
+    found = {name: models_suite.residual(model, image, "fp16") for name, model in models.items()}
+    assert found == {"fused": "fp16", "reference": "fp32", "deit": "fp32"}
+    assert all(not model.norm._forward_pre_hooks for model in models.values())
+    monkeypatch.setitem(models_suite.TNTS, "tnt_small", {k: v for k, v in sizes.items() if k != "img_size"})
+    case = models_suite.model_case("tnt_small", "reference-eager", "train", "fp32", 1, "group")
+    assert measure.measure([case], rounds=1)[case.id]["residual"] == "fp32"
+
+
+def test_deit_with_cudnn_attention_has_no_other():
+    chosen = []
+    models_suite.with_cudnn(lambda images: chosen.append(torch.backends.cuda.cudnn_sdp_enabled()) or chosen.append(
+        torch.backends.cuda.flash_sdp_enabled()))(None)  # fmt: skip
+    assert chosen == [True, False]
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_ours_gets_no_slack_compiled_and_tuned_peers_do():
+    rows = {case.id: case for case in models_suite.gpu_cases() if case.group.startswith("s/inference/bf16/256")}
+    slack = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("bare", "filled", "on_outer", "fuse"):
+            patch.setattr(models_suite, name, lambda *given, **more: torch.nn.Identity())
+        patch.setattr(models_suite, "random_images", lambda *given: ([], None))
+        compiled = []
+        patch.setattr(torch, "compile", lambda model, dynamic, mode: compiled.append(mode) or model)
+        for id, case in rows.items():
+            slack[id.removesuffix("/").split("/")[-1], id.split("_")[0]] = case.build().slack
+    assert {name: each for name, each in slack.items() if each == 1} == dict.fromkeys(
+        [
+            ("fused-eager", "tnt"),
+            ("fused-compiled", "tnt"),
+            ("fused-tuned", "tnt"),
+            ("outer-eager", "deit"),
+            ("outer-compiled", "deit"),
+        ],
+        1,
+    )
+    assert compiled.count("max-autotune-no-cudagraphs") == 4
+    assert slack["timm-tuned", "deit"] == slack["cudnn-compiled", "deit"] == measure.FOREIGN
+
+
+def test_what_is_timed_first_is_compiled_first(monkeypatch, tmp_path, capsys):
+    started = []
+
+    class Child:
+        def __init__(self, command, env):
+            started.append(command[-1])
+            self.killed = len(started) > 3  # the others never end
+
+        def poll(self):
+            return None if self.killed else 0
+
+        def kill(self):
+            assert self.killed
+
+        def wait(self):
+            pass
+
+    known = measure.machine()
+    file = _written(tmp_path / "known.json", {"machine_info": known, "left_out": {}, "benchmarks": [
+        {"extra_info": {"id": "tnt_s/inference/bf16/256/fused-compiled"}}]})  # fmt: skip
+    monkeypatch.setattr(measure, "GPU", True)
+    monkeypatch.setattr(measure, "machine", lambda: known)
+    monkeypatch.setattr(precompile.subprocess, "Popen", Child)
+    now = itertools.count()
+    monkeypatch.setattr(precompile, "time", SimpleNamespace(perf_counter=lambda: next(now), sleep=lambda seconds: None))
+    assert precompile.main(["--processes", "2", "--seconds", "10", "--skip-measured", str(file)]) == 0
+    assert started[:2] == ["tnt_s/inference/bf16/256/timm-compiled", "deit_s/inference/bf16/256/timm-compiled"]
+    left = len(precompile.compiled_cases()) - 1 - 3
+    assert f"3 rows done, {left} are left to the timing" in capsys.readouterr().out
+    assert "fold/s/forward/bf16/256/compiled" in precompile.compiled_cases()
+
+
+@pytest.mark.parametrize(("what", "value"), [("device", "another GPU"), ("commit", "fffffff")])
+def test_rows_of_another_device_or_commit_are_not_gone_on_from(what, value, tmp_path):
+    file = _written(
+        tmp_path / "old.json", {"machine_info": measure.machine() | {what: value}, "left_out": {}, "benchmarks": []}
+    )
+    with pytest.raises(ValueError, match=f"is of {what} {value}, this is .*their rows do not go together"):
+        measure.measured_in([file])
 
 
 # ---- counts ----
@@ -524,7 +788,7 @@ def test_compare_says_what_became_slower(tmp_path, capsys):
     assert compare.main([old, slow]) == 1
     out = capsys.readouterr().out
     assert "slower: 5" in out
-    assert "+20.0%  tnt_s/inference/bf16/256/fused-eager" in out
+    assert "+20.0% (+20.0% to +20.0%)  tnt_s/inference/bf16/256/fused-eager" in out
     assert compare.main([slow, old]) == 0
     assert "faster: 5" in capsys.readouterr().out
     assert compare.main([old, drift]) == 0
@@ -544,9 +808,10 @@ def test_the_noise_is_what_the_rows_of_others_show():
     control = [pair(change) for change in (-0.1, -0.02, 0.0, 0.02, 0.1)]
     drift, noise = compare.drift_and_noise([*control, pair(5.0, "fused-eager")])
     assert (drift, round(noise, 6)) == (1.0, 0.1)
-    assert compare.verdict(*pair(0.09), drift, noise) == "same"
-    assert compare.verdict(*pair(0.11), drift, noise) == "slower"
-    assert compare.verdict(*pair(-0.11), drift, noise) == "faster"
+    assert compare.verdict(0.09, 0.08, 0.1, noise) == "same"
+    assert compare.verdict(0.11, 0.09, 0.13, noise) == "slower"
+    assert compare.verdict(0.11, -0.01, 0.23, noise) == "same"  # its interval has zero
+    assert compare.verdict(-0.11, -0.13, -0.09, noise) == "faster"
     assert compare.drift_and_noise([]) == (1.0, compare.LEAST)
 
 
