@@ -608,3 +608,11 @@ def contiguous(x: Any) -> Any:
     if isinstance(x, tuple):
         return type(x)(*[each if each is None else each.contiguous() for each in x])
     return None if x is None else x.contiguous()
+
+
+def joined(first: Tensor, second: Tensor) -> Tensor:
+    """The rows of both, contiguous tensors; no copy where they lie one behind the other in one memory."""
+    one_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr() and first.dtype == second.dtype
+    if one_memory and second.storage_offset() == first.storage_offset() + first.numel():
+        return first.as_strided((len(first) + len(second), *first.shape[1:]), first.stride())
+    return torch.cat((first, second))

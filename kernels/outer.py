@@ -93,8 +93,8 @@ class Outer(Operation):
             later = w.proj_bias if a.attn_scale is None else None
             second = f.fold_proj_bias, f.fold_norm2_weight, f.fold_norm2_bias
             h = norm.add(z, a.patch, out, norm.AddWeights(*second, w.norm1_weight, w.norm1_bias, later), a.eps)
-        bias = None if w.qk_bias is None else torch.cat((w.qk_bias, w.v_bias))
-        qkv = F.linear(h, torch.cat((w.qk_weight, w.v_weight)), bias).view(B, T, 3, H, E // H)
+        bias = None if w.qk_bias is None else operation.joined(w.qk_bias, w.v_bias)
+        qkv = F.linear(h, operation.joined(w.qk_weight, w.v_weight), bias).view(B, T, 3, H, E // H)
         h = attention.attend(*qkv.unbind(2)).reshape(B * T, E)
         end(h, w.proj_weight, w.proj_bias, a.attn_scale)
 

@@ -17,6 +17,7 @@ ALLOWED = {
     "kernels/outer.py": ("tnt_fast/attention.py", ""),
     "tnt_fast/dispatch.py": ("kernels/__init__.py tnt_fast/reference.py", "torch timm"),
     "tnt_fast/tnt.py": ("tnt_fast/attention.py tnt_fast/dispatch.py tnt_fast/reference.py", "torch timm"),
+    "tnt_fast/optimize.py": ("tnt_fast/tnt.py tnt_fast/dispatch.py tnt_fast/reference.py", "torch timm"),
     "tnt_fast/reading.py": ("", "torch safetensors"),
     "tnt_fast/writing.py": ("", ""),
     "tnt_fast/checkpoints.py": ("tnt_fast/tnt.py tnt_fast/reading.py tnt_fast/writing.py", "torch timm"),
@@ -25,7 +26,8 @@ ALLOWED = {
         "torch timm huggingface_hub",
     ),
     "tnt_fast/__init__.py": (
-        "kernels/__init__.py tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py",
+        "kernels/__init__.py tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py "
+        "tnt_fast/optimize.py",
         "",
     ),
     # the command: all of this knows the package, which knows none of it

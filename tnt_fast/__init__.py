@@ -26,6 +26,7 @@ if TYPE_CHECKING or not _is_command():
     import tnt_fast.kernels  # type: ignore[import-not-found]  # noqa: F401  first: a broken Triton breaks timm else
     from tnt_fast.checkpoints import CheckpointError, from_timm, load_checkpoint, save_checkpoint
     from tnt_fast.dispatch import why_not_fused
+    from tnt_fast.optimize import optimize_for_inference
     from tnt_fast.tnt import TNT
     from tnt_fast.variants import (
         tnt_fast_b_patch16_224,
@@ -40,9 +41,10 @@ else:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         import tnt_fast.kernels  # noqa: F401
-        from tnt_fast import checkpoints, dispatch, tnt, variants
+        from tnt_fast import checkpoints, dispatch, optimize, tnt, variants
 
-        return next(getattr(module, name) for module in (checkpoints, dispatch, tnt, variants) if hasattr(module, name))
+        modules = (checkpoints, dispatch, optimize, tnt, variants)
+        return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "CheckpointError",
     "from_timm",
     "load_checkpoint",
+    "optimize_for_inference",
     "save_checkpoint",
     "tnt_fast_b_patch16_224",
     "tnt_fast_s_legacy_patch16_224",

@@ -161,6 +161,27 @@ def why_not_fused(model: Any, image: Tensor | None = None, gradients: bool = Fal
     return reasons + _gradient_reasons(model, image) if gradients and not reasons else reasons
 
 
+def changes(model: Any) -> list[str]:
+    """Everything done to a model's parts that a forward past all of its modules leaves out: replaced, hooked, dropping, …"""
+    found, looked_at = _global_hook_reasons(), set()
+    for i, block in (("", model), *enumerate(model.blocks)):
+        prefix = "" if block is model else f"blocks.{i}."
+        expected = _STEM + _REST if block is model else (_BLOCK if block.has_inner else ()) + _OUTER
+        _check_modules(prefix, block, expected, found)
+        looked_at |= {prefix + path for path, *_ in expected}
+    for name, module in model.named_modules():
+        if name in looked_at:
+            continue
+        if _is_hooked(module):
+            found.append(f"{name or 'the model'} has hooks; remove them")
+        replaced = [key for key, x in vars(module).items() if callable(x) and callable(getattr(type(module), key, None))]
+        found += [f"{f'{name}.{key}'.lstrip('.')} was replaced on the instance" for key in replaced]
+    if not found:
+        _check_embed(model, found)
+    odd = {f"{name} is a {type(x).__name__}; accepted: a parameter" for name, x in model.named_parameters() if not _is_plain(x)}
+    return [*dict.fromkeys(found), *sorted(odd)]
+
+
 def _gradient_reasons(model: Any, image: Tensor | None) -> list[str]:
     """Why PyTorch computes the gradients of an operation that is fused."""
     like = model.cls_token if image is None else image
@@ -323,6 +344,7 @@ _BLOCK = _split(
     ("mlp_in.drop1", nn.Dropout), ("mlp_in.norm", nn.Identity), ("mlp_in.fc2", nn.Linear), ("mlp_in.drop2", nn.Dropout),
     ("norm1_proj", nn.LayerNorm), ("proj", nn.Linear), ("norm2_proj", nn.LayerNorm), ("drop_path", DropPath),
 )  # fmt: skip
+_REST = _split(("pos_drop", nn.Dropout), ("head_drop", nn.Dropout))
 _OUTER = _split(
     ("norm_out", nn.LayerNorm), ("attn_out", "Attention"), ("attn_out.qk", nn.Linear), ("attn_out.v", nn.Linear),
     ("attn_out.attn_drop", nn.Dropout), ("attn_out.proj", nn.Linear), ("attn_out.proj_drop", nn.Dropout),

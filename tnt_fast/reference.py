@@ -80,8 +80,11 @@ def cut_patches(x: Tensor, size: tuple[int, int], stride: tuple[int, int]) -> Te
 
 
 def as_pixels(x: Tensor) -> Tensor:
-    """Feature maps of patches, ``(B·N, C, h, w)``, as pixel tokens ``(B·N, S, C)`` with S = h·w."""
-    return x.reshape(x.shape[0], x.shape[1], x.shape[2] * x.shape[3]).transpose(1, 2)
+    """Feature maps of patches, ``(B·N, C, h, w)``, as pixel tokens ``(B·N, S, C)`` with S = h·w.
+
+    Contiguous: what is added onto them keeps their layout, and every LayerNorm would copy another one.
+    """
+    return x.reshape(x.shape[0], x.shape[1], x.shape[2] * x.shape[3]).transpose(1, 2).contiguous()
 
 
 def pixel_embed(

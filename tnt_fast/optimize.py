@@ -1,0 +1,391 @@
+"""optimize_for_inference: a copy of a model that only infers, its weights laid out once for the machine that they are on.
+
+Where the fused path can be taken, the copy takes it, with the choice and the arguments of the operations made once and the
+weights of q, k and v in one piece. Elsewhere, on a CPU above all, it computes the same functions as the reference in fewer and
+larger steps. With n = LN(x) less its affine part, which every product behind one has in its weights:
+
+    inner   s = (n·M) nᵀ, M = W_qᵀ W_k / √D     the scores of all heads: a product, then one of 16·H rows a patch
+            x + (softmax(s) n)·N, N = W_o W_v   no copy between heads and channels: values and projection are one product
+    outer   q, k, v = n·W in one product, PyTorch's fused attention
+
+A bias of k adds the same to a row of scores, which softmax leaves out; that of v is added once, since the rows sum to one. On a
+CPU products are oneDNN's, with GELU or the sum behind them inside.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from tnt_fast import dispatch, reference
+from tnt_fast.tnt import TNT, Block
+
+PIECE = 8  # images at once on a CPU: what is between two operations then stays in its caches
+
+
+def optimize_for_inference(model: TNT, dtype: torch.dtype | None = None) -> "OptimizedTNT":
+    """A copy of a model for inference alone, faster and with the same outputs up to rounding; the model stays as it is.
+
+    On a GPU where the fused path can be taken (``why_not_fused``), and elsewhere with ``backend="fused"``, that path, with its
+    checks made now. Else PyTorch's operations on repacked weights, on a CPU with the products of oneDNN; where PyTorch was
+    built without oneDNN, or the CPU has no instructions for the dtype, with PyTorch's own.
+
+    Args:
+        model: in evaluation mode, on the device to infer on. Other sizes of images (``set_input_size``), another head or other
+            weights: change the model, and optimise it anew. ``attn_backend`` is not looked at where the path is not fused:
+            attention is PyTorch's fused one.
+        dtype: of weights and computation; None: the model's. bfloat16 is the faster one on a CPU that has it (AVX512-BF16,
+            AMX). Autocast does not change it.
+
+    Returns:
+        A module with ``forward``, ``forward_features`` and ``forward_head`` as ``TNT`` has them, without gradients. It takes
+        images of any floating dtype. ``torch.compile(fullgraph=True)`` goes through; on a CPU the compiler's products take the
+        place of oneDNN's, and it is better left as it is.
+
+    Raises:
+        TypeError: not a ``TNT`` (timm's: ``from_timm``), or no floating dtype. ValueError: the model is in training mode, or
+            its parts were replaced or hooked, which the copy would pass over: all of them are named. RuntimeError:
+            ``backend="fused"`` cannot run.
+    """
+    _check(model, dtype)
+    with torch.no_grad():
+        return OptimizedTNT(model, dtype or model.cls_token.dtype).eval()
+
+
+def _check(model: Any, dtype: torch.dtype | None) -> None:
+    if type(model) is not TNT:
+        raise TypeError(
+            f"optimize_for_inference takes a tnt_fast.TNT, got a {type(model).__module__}.{type(model).__qualname__}; timm's "
+            "TNT becomes one by tnt_fast.from_timm, a wrapped one is inside of the wrapper"
+        )
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype={dtype} is no floating dtype; accepted: torch.float32, torch.bfloat16, torch.float16, …")
+    if training := [name or "the model" for name, module in model.named_modules() if module.training]:
+        raise ValueError(f"{training[0]} is in training mode, and the copy only infers: call model.eval() first")
+    reasons = [
+        f"blocks.{i} is a {type(block).__module__}.{type(block).__qualname__}; the copy computes TNT blocks"
+        for i, block in enumerate(model.blocks)
+        if type(block) is not Block
+    ]
+    reasons = reasons or dispatch.changes(model)
+    if reasons:
+        raise ValueError(
+            "optimize_for_inference cannot keep what was done to the model:\n"
+            + "".join(f"  - {reason}\n" for reason in reasons)
+            + "Undo it, or take the model itself."
+        )
+
+
+def _onednn(weight: Tensor) -> bool:
+    """Whether oneDNN computes a product with this weight here."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return weight.dtype == torch.float32
+
+
+def _frozen(x: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(x.detach().to(dtype, copy=True).contiguous(), requires_grad=False)
+
+
+def _of_normed(norm: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias, in float64, of a product behind a LayerNorm without its affine part that is as one behind all of it."""
+    weight = weight.double()
+    found = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device) if bias is None else bias.double()
+    times = weight.shape[1] // len(norm.weight)  # legacy: a norm over each pixel, a product over all of a patch
+    if norm.bias is not None:
+        found = found + weight @ norm.bias.double().repeat(times)
+    return weight * norm.weight.double().repeat(times), found
+
+
+class Product(nn.Module):
+    """x Wᵀ + b over the last axis, with GELU, or the sum with ``plus``, behind it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
+        super().__init__()
+        self.weight, self.bias = _frozen(weight, dtype), None if bias is None else _frozen(bias, dtype)
+        self.by_onednn = _onednn(self.weight)
+
+    def forward(self, x: Tensor, gelu: bool = False, plus: Tensor | None = None) -> Tensor:
+        if self.by_onednn and not torch.compiler.is_compiling():
+            product = torch.ops.mkldnn._linear_pointwise
+            if plus is not None:
+                return product.binary(x, plus, self.weight, self.bias, "add")
+            return product.default(x, self.weight, self.bias, "gelu" if gelu else "none", [], "none")
+        x = F.linear(x, self.weight, self.bias)
+        x = F.gelu(x) if gelu else x
+        return x if plus is None else plus + x
+
+
+def _normed(x: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+class Perceptron(nn.Module):
+    """x + MLP(LN(x)); ``after``: what else is added, of the MLP's result."""
+
+    def __init__(self, norm: Any, mlp: Any, dtype: torch.dtype, after: nn.Module | None = None):
+        super().__init__()
+        self.eps = norm.eps
+        self.fc1 = Product(*_of_normed(norm, mlp.fc1.weight, mlp.fc1.bias), dtype)
+        self.fc2 = Product(mlp.fc2.weight, mlp.fc2.bias, dtype)
+        self.after = None if after is None else copy.deepcopy(after).to(dtype).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(_normed(x, self.eps), gelu=True)
+        if self.after is None:
+            return self.fc2(h, plus=x)
+        h = self.fc2(h)
+        return x + h + self.after(h)
+
+
+class Inner(nn.Module):
+    """``reference.inner``."""
+
+    def __init__(self, norm1: Any, attn: Any, norm2: Any, mlp: Any, dtype: torch.dtype):
+        super().__init__()
+        self.eps, self.num_heads = norm1.eps, attn.num_heads
+        C, H, D = attn.v.weight.shape[1], attn.num_heads, attn.head_dim
+        (qk, qk_bias), (v, v_bias) = (_of_normed(norm1, layer.weight, layer.bias) for layer in (attn.qk, attn.v))
+        (q, k), q_bias = qk.view(2, H, D, C), qk_bias.view(2, H, D)[0]
+        out = attn.proj.weight.double()
+        bias = out @ v_bias if attn.proj.bias is None else out @ v_bias + attn.proj.bias.double()
+        scores, scores_bias = torch.einsum("hdi,hdj->hji", q, k), torch.einsum("hd,hdj->hj", q_bias, k)
+        values = torch.einsum("ohd,hdi->ohi", out.view(-1, H, D), v.view(H, D, C))
+        self.scores = Product(scores.reshape(-1, C) * D**-0.5, scores_bias.reshape(-1) * D**-0.5, dtype)
+        self.values = Product(values.reshape(-1, H * C), bias, dtype)
+        self.mlp = Perceptron(norm2, mlp, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        P, S, C = x.shape
+        n = _normed(x, self.eps)
+        weights = torch.bmm(self.scores(n).view(P, S * self.num_heads, C), n.transpose(1, 2)).softmax(-1)
+        return self.mlp(self.values(torch.bmm(weights, n).view(P, S, self.num_heads * C), plus=x))
+
+
+class Outer(nn.Module):
+    """``reference.outer``, and squeeze-and-excitation where the block has it."""
+
+    def __init__(self, block: Any, dtype: torch.dtype):
+        super().__init__()
+        norm, attn = block.norm_out, block.attn_out
+        self.eps, self.num_heads = norm.eps, attn.num_heads
+        (qk, qk_bias), (v, v_bias) = (_of_normed(norm, layer.weight, layer.bias) for layer in (attn.qk, attn.v))
+        self.qkv = Product(torch.cat((qk, v)), torch.cat((qk_bias, v_bias)), dtype)
+        self.proj = Product(attn.proj.weight, attn.proj.bias, dtype)
+        self.mlp = Perceptron(block.norm_mlp, block.mlp, dtype, block.se_layer if block.has_se else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, E = x.shape
+        qkv = self.qkv(_normed(x, self.eps)).view(B, T, 3, self.num_heads, E // self.num_heads)
+        attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        return self.mlp(self.proj(attended.transpose(1, 2).reshape(B, T, E), plus=x))
+
+
+class Fold(nn.Module):
+    """``reference.fold``, in place: the patches are the copy's own."""
+
+    def __init__(self, owner: Any, dtype: torch.dtype):
+        super().__init__()
+        norm, second = owner.norm1_proj, owner.norm2_proj
+        self.eps, self.width = norm.eps, len(norm.weight)
+        self.proj = Product(*_of_normed(norm, owner.proj.weight, owner.proj.bias), dtype)
+        self.norm = None if second is None else copy.deepcopy(second).to(dtype).requires_grad_(False)
+
+    def forward(self, pixel: Tensor, patch: Tensor) -> Tensor:
+        (P, S, C), (B, T, _) = pixel.shape, patch.shape
+        x = self.proj(_normed(pixel.view(P * S * C // self.width, self.width), self.eps).view(B, T - 1, S * C))
+        patch[:, 1:] += x if self.norm is None else self.norm(x)
+        return patch
+
+
+class PackedBlock(nn.Module):
+    """A block by PyTorch's operations."""
+
+    def __init__(self, block: Any, dtype: torch.dtype):
+        super().__init__()
+        self.inner, self.fold = None, None
+        if block.has_inner:
+            self.inner = Inner(block.norm_in, block.attn_in, block.norm_mlp_in, block.mlp_in, dtype)
+            self.fold = Fold(block, dtype)
+        self.outer = Outer(block, dtype)
+
+    def forward(self, pixel: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
+        if self.inner is not None and self.fold is not None:
+            pixel = self.inner(pixel)
+            patch = self.fold(pixel, patch)
+        return pixel, self.outer(patch)
+
+
+class Operation(nn.Module):
+    """An operation, fused or the reference's, with all that it is given but activations."""
+
+    def __init__(self, name: str, given: dict[str, Any], dtype: torch.dtype, fused: bool = True):
+        super().__init__()
+        self.operation, self.fused = name, fused
+        found = {key: _frozen(x, dtype) if isinstance(x, Tensor) else x for key, x in reference.by_name(given).items()}
+        for pair in (("qk_weight", "v_weight"), ("qk_bias", "v_bias")):
+            parts = [found[key] for key in pair if found.get(key) is not None]
+            if len(parts) == 2:  # one behind the other, so that outer's product needs no copy of them
+                for key, piece in zip(pair, torch.cat(parts).split([len(part) for part in parts]), strict=True):
+                    found[key].data = piece
+        for key, x in found.items():
+            if isinstance(x, nn.Parameter):
+                self.register_parameter(key, x)
+        self.given = reference.in_records(found)
+
+    def forward(self, **activations: Tensor) -> Tensor:
+        function = dispatch.kernel(self.operation).trusted if self.fused else getattr(reference, self.operation)
+        return function(**activations, **self.given)
+
+
+class FusedBlock(nn.Module):
+    """A block by the fused operations, the outer transformer too where it can be, with fold before it where that can be."""
+
+    def __init__(self, block: Any, dtype: torch.dtype):
+        super().__init__()
+        given, weight = block.fused_arguments(), block.norm_out.weight
+        of_outer = dispatch.outer_arguments(block, weight.new_empty(1, 1, len(weight)))
+        self.inner = self.fold = None
+        self.outer_is_fused, self.outer_folds = of_outer is not None, False
+        if given:
+            self.inner = Operation("inner", given["inner"], dtype)
+            *of_fold, eps = given["fold"].values()
+            if of_outer is not None and of_outer["eps"] == eps:
+                of_outer["fold_weights"], self.outer_folds = reference.FoldWeights(*of_fold), True
+            else:
+                self.fold = Operation("fold", given["fold"], dtype)
+        self.outer = Outer(block, dtype) if of_outer is None else Operation("outer", of_outer, dtype)
+
+    def forward(self, pixel: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
+        if self.inner is not None:
+            pixel = self.inner(pixel=pixel)
+        if self.outer_folds:
+            return pixel, self.outer(patch=patch, pixel=pixel)
+        if self.fold is not None:
+            patch = self.fold(pixel=pixel, patch=patch)
+        return pixel, self.outer(patch=patch) if self.outer_is_fused else self.outer(patch)
+
+
+class OptimizedTNT(nn.Module):
+    """What ``optimize_for_inference`` makes: it only infers, on the device and in the dtype that it was made for."""
+
+    def __init__(self, model: TNT, dtype: torch.dtype):
+        super().__init__()
+        embed = model.pixel_embed
+        self.in_chans, self.img_size, self.grid_size = model.in_chans, embed.img_size, embed.grid_size
+        self.patch_size, self.patch_stride = embed.patch_size, embed.patch_stride
+        self.dynamic_img_size, self.num_prefix_tokens = model.dynamic_img_size, model.num_prefix_tokens
+        self.num_classes, self.global_pool, self.embed_dim = model.num_classes, model.global_pool, model.embed_dim
+        self.num_features = self.head_hidden_size = model.num_features
+        self.device, self.dtype = model.cls_token.device, dtype
+
+        as_computed = copy.deepcopy(model).to(dtype).requires_grad_(False)
+        image = torch.empty(1, self.in_chans, *self.img_size, device=self.device, dtype=dtype)
+        with torch.autocast(self.device.type, enabled=False):
+            self.fused = dispatch.choose(as_computed, image, warn=False)
+            source, made = (as_computed, FusedBlock) if self.fused else (model, PackedBlock)
+            stem = source.fused_arguments()
+            self.pixel_embed = Operation("pixel_embed", stem["pixel_embed"], dtype, self.fused)
+            self.stem = Operation("fold", stem["fold"], dtype) if self.fused else Fold(source, dtype)
+            self.blocks = nn.ModuleList(made(block, dtype) for block in source.blocks)
+        tokens = F.pad(model.cls_token, (0, 0, 0, model.num_patches))
+        self.tokens = _frozen(tokens if model.patch_pos is None else tokens + model.patch_pos, dtype)
+        self.norm, self.head = as_computed.norm, as_computed.head
+        for name in ("pretrained_cfg", "default_cfg"):
+            if hasattr(model, name):
+                setattr(self, name, copy.deepcopy(getattr(model, name)))
+
+    def extra_repr(self) -> str:
+        return f"{'fused' if self.fused else 'packed'}, {self.device}, {self.dtype}"
+
+    def train(self, mode: bool = True) -> "OptimizedTNT":
+        """Raises: RuntimeError: for training."""
+        if mode:
+            raise RuntimeError(
+                "a copy of optimize_for_inference only infers: its weights are merged, so that none of the model's is left "
+                "to learn. Train the model that it was made of, and optimise that again"
+            )
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "OptimizedTNT":
+        """Raises: RuntimeError: where gradients are asked for."""
+        return super().requires_grad_(False) if not requires_grad else self.train()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "OptimizedTNT":
+        moved = fn(self.tokens[:0].detach())
+        if (moved.device, moved.dtype) != (self.device, self.dtype):
+            raise RuntimeError(
+                f"a copy of optimize_for_inference stays where it was made ({self.device}, {self.dtype}), for which its "
+                f"weights are laid out; move the model that it was made of to {moved.device}, {moved.dtype} and optimise that"
+            )
+        return super()._apply(fn, recurse)
+
+    def _grid(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns of an image's patches.
+
+        Raises:
+            ValueError, TypeError: the copy does not take it.
+        """
+        taken = f"(batch, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]})"
+        if image.ndim != 4 or image.shape[1] != self.in_chans or not self.dynamic_img_size and image.shape[2:] != self.img_size:
+            raise ValueError(
+                f"the image has shape {tuple(image.shape)}; this copy takes {taken}: resize the image, or change the model "
+                "that it was made of (set_input_size, dynamic_img_size=True) and optimise that again"
+            )
+        if not image.is_floating_point():
+            raise TypeError(f"the image is {image.dtype}; scale it to the model's mean and std first, which makes it floating")
+        if image.device != self.device:
+            raise ValueError(f"the image is on {str(image.device)!r}, this copy on {str(self.device)!r}: move the image")
+        if image.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the image requires gradients, and a copy of optimize_for_inference has none: ask the model that it was made "
+                "of, or call this one inside of torch.no_grad()"
+            )
+        sides = []
+        for side, patch, step in zip(image.shape[2:], self.patch_size, self.patch_stride, strict=True):
+            if side < patch or (side - patch) % step:
+                raise ValueError(
+                    f"the image has shape {tuple(image.shape)}, which patches of {self.patch_size} every {self.patch_stride} "
+                    f"do not cover; this copy takes {taken}, and other sizes that they cover"
+                )
+            sides.append((side - patch) // step + 1)
+        return sides[0], sides[1]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image ``(B, in_chans, H, W)`` → normalised tokens ``(B, 1 + N, E)``, class token first."""
+        grid = self._grid(x)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            tokens = self.tokens
+            if grid != self.grid_size:
+                tokens = resample_abs_pos_embed(tokens, list(grid), list(self.grid_size), num_prefix_tokens=1)
+            x = x.to(self.dtype)
+            if x.device.type != "cpu" or torch.compiler.is_compiling() or len(x) <= PIECE:
+                return self._tokens(x, tokens)
+            return torch.cat([self._tokens(piece, tokens) for piece in x.split(PIECE)])
+
+    def _tokens(self, x: Tensor, tokens: Tensor) -> Tensor:
+        pixel = self.pixel_embed(image=x)
+        if self.fused:
+            patch = self.stem(pixel=pixel, patch=tokens.expand(len(x), -1, -1))
+        else:
+            patch = self.stem(pixel, tokens.repeat(len(x), 1, 1))
+        for block in self.blocks:
+            pixel, patch = block(pixel, patch)
+        return self.norm(patch)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens ``(B, 1 + N, E)`` → pooled features (``pre_logits``) ``(B, E)`` or logits ``(B, num_classes)``."""
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            if self.global_pool:
+                x = x[:, self.num_prefix_tokens :].mean(dim=1) if self.global_pool == "avg" else x[:, 0]
+            return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
