@@ -25,9 +25,10 @@ ALLOWED = {
         "tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/reading.py",
         "torch timm huggingface_hub",
     ),
+    "tnt_fast/vit.py": ("tnt_fast/tnt.py", "torch timm"),
     "tnt_fast/__init__.py": (
         "kernels/__init__.py tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py "
-        "tnt_fast/optimize.py",
+        "tnt_fast/optimize.py tnt_fast/vit.py",
         "",
     ),
     # the command: all of this knows the package, which knows none of it

@@ -34,6 +34,7 @@ if TYPE_CHECKING or not _is_command():
         tnt_fast_s_patch16_224,
         tnt_fast_ti_patch16_224,
     )
+    from tnt_fast.vit import from_vit
 else:
 
     def __getattr__(name: str) -> Any:
@@ -41,9 +42,9 @@ else:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         import tnt_fast.kernels  # noqa: F401
-        from tnt_fast import checkpoints, dispatch, optimize, tnt, variants
+        from tnt_fast import checkpoints, dispatch, optimize, tnt, variants, vit
 
-        modules = (checkpoints, dispatch, optimize, tnt, variants)
+        modules = (checkpoints, dispatch, optimize, tnt, variants, vit)
         return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
@@ -51,6 +52,7 @@ __all__ = [
     "TNT",
     "CheckpointError",
     "from_timm",
+    "from_vit",
     "load_checkpoint",
     "optimize_for_inference",
     "save_checkpoint",

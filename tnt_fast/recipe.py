@@ -298,7 +298,8 @@ def build_model(config: Config, num_classes: int, saved: Mapping[str, Any] | Non
     depth, frozen = len(model.blocks), config.freeze_blocks
     _require(frozen <= depth, f"freeze_blocks={frozen} must be at most {depth}, the model's depth")
     if frozen:
-        freeze(model, ["pixel_embed", "norm1_proj", "proj", "norm2_proj", *(f"blocks.{i}" for i in range(frozen))])
+        stem = ["pixel_embed", "norm1_proj", "proj", "norm2_proj", *(["patch_embed"] if model.patch_embed is not None else [])]
+        freeze(model, [*stem, *(f"blocks.{i}" for i in range(frozen))])
         for name in model.no_weight_decay():  # class token and positions
             if (parameter := getattr(model, name)) is not None:
                 parameter.requires_grad_(False)

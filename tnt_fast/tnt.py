@@ -450,6 +450,7 @@ class TNT(nn.Module):
         inner_mlp_ratio: of the inner MLP (timm: always 4).
         patch_stride: smaller than the patch, neighbouring patches share pixels; None: patches touch.
         use_pixel_pos, use_patch_pos: position encodings (Table 6).
+        use_patch_embed: add a ViT's linear embedding of each patch to its token (``from_vit``; the paper has none).
         dynamic_img_size: take images of any size that the patches cover; patch positions are resampled (bicubic) in each
             forward. ``set_input_size`` does it once.
         se_ratio: above 0, squeeze-and-excitation after the outer MLP (Table 12; the authors take 0.25).
@@ -494,6 +495,7 @@ class TNT(nn.Module):
         patch_stride: int | tuple[int, int] | None = None,
         use_pixel_pos: bool = True,
         use_patch_pos: bool = True,
+        use_patch_embed: bool = False,
         se_ratio: float = 0.0,
         dynamic_img_size: bool = False,
     ):
@@ -549,6 +551,10 @@ class TNT(nn.Module):
         self.patch_pos = nn.Parameter(torch.zeros(1, self.num_patches + 1, embed_dim, **dd)) if use_patch_pos else None
         self.pixel_pos = nn.Parameter(torch.zeros(1, inner_dim, height, width, **dd)) if use_pixel_pos else None
         self.pos_drop = nn.Dropout(p=pos_drop_rate)
+        embed = self.pixel_embed
+        self.patch_embed = (
+            nn.Conv2d(in_chans, embed_dim, embed.patch_size, embed.patch_stride, **dd) if use_patch_embed else None
+        )
 
         rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
@@ -670,7 +676,7 @@ class TNT(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return dict(
-            stem=r"^cls_token|patch_pos|pixel_pos|pixel_embed|norm[12]_proj|proj",
+            stem=r"^cls_token|patch_pos|pixel_pos|pixel_embed|patch_embed|norm[12]_proj|proj",
             blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         )
 
@@ -694,7 +700,10 @@ class TNT(nn.Module):
         self.head = head.train(self.training)
 
     def _stem(self, pixel: Tensor, fused: bool = False, image: Tensor | None = None) -> Tensor:
-        """The first fold, onto ``[cls; 0] + patch_pos``: ``(B, 1 + N, E)``; ``image``: of a size of its own."""
+        """The first fold, onto ``[cls; 0] + patch_pos``: ``(B, 1 + N, E)``.
+
+        ``image``: for its own size, where sizes vary, and for the patch embedding, where the model has one.
+        """
         patch_pos, num_patches = self.patch_pos, self.num_patches
         if self.dynamic_img_size and image is not None:
             grid = self.pixel_embed.dynamic_feat_size((image.shape[2], image.shape[3]))
@@ -706,6 +715,9 @@ class TNT(nn.Module):
         if patch_pos is not None:
             base = base + patch_pos
         patch = base.expand(pixel.shape[0] // num_patches, -1, -1)
+        if self.patch_embed is not None:
+            assert image is not None
+            patch = patch + nn.functional.pad(self.patch_embed(image).flatten(2).transpose(1, 2), (0, 0, 1, 0))
         if fused and not torch.jit.is_scripting():
             return self.pos_drop(_fused_fold(self, pixel, patch))
         flat = pixel.reshape(patch.shape[0], num_patches, pixel.shape[1] * pixel.shape[2])

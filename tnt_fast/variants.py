@@ -141,9 +141,9 @@ SIZES: dict[str, Any] = {
     "global_pool": _OneOf(("", "token", "avg")), "embed_dim": _Number(int, 1, 2**14), "inner_dim": _Number(int, 1, 2**12),
     "depth": _Number(int, 1, 100), "num_heads_inner": _Number(int, 1, 2**12), "num_heads_outer": _Number(int, 1, 2**14),
     "mlp_ratio": _RATIO, "inner_mlp_ratio": _RATIO, "se_ratio": _RATIO, "qkv_bias": _FLAG, "legacy": _FLAG,
-    "inner_blocks": _Blocks(), "use_pixel_pos": _FLAG, "use_patch_pos": _FLAG, "dynamic_img_size": _FLAG, "drop_rate": _RATE,
-    "pos_drop_rate": _RATE, "proj_drop_rate": _RATE, "attn_drop_rate": _RATE, "drop_path_rate": _RATE,
-    "attn_backend": _OneOf(("auto", "sdpa", "xformers", "eager")),
+    "inner_blocks": _Blocks(), "use_pixel_pos": _FLAG, "use_patch_pos": _FLAG, "use_patch_embed": _FLAG,
+    "dynamic_img_size": _FLAG, "drop_rate": _RATE, "pos_drop_rate": _RATE, "proj_drop_rate": _RATE,
+    "attn_drop_rate": _RATE, "drop_path_rate": _RATE, "attn_backend": _OneOf(("auto", "sdpa", "xformers", "eager")),
 }  # fmt: skip
 """What a file or ``--model-kwargs`` may say about a model, and what is accepted; the constructor checks how sizes fit."""
 
