@@ -12,7 +12,7 @@ What the numbers mean, and what they do not:
 
 - Counted is one turn of the main loop, over ``patches``; what stands outside, once a program, is not. Where the loop walks over
   parts of patches instead (``turns`` above 1), a program does its ``patches`` in so many turns: then those count, and all that
-  stands outside the loop once. A kernel without a loop is counted whole.
+  stands outside the loop once. A kernel without a loop, or whose loop was unrolled, is counted whole.
 - Instructions are static: code behind a branch counts once, taken or not, for every warp. So does every other loop (the row
   then shows "+" behind the sum; ``other_loops`` in JSON), and a loop that ptxas unrolled counts as one turn although it is
   several.
@@ -345,7 +345,8 @@ def _row(kernel: str, number: int, target: str, sass: Path | None, gpu: simulate
     programs, warps = occupancy(target, launch.config.warps, found["registers"], shared, columns)
     counted = read_code(text, limits.backend)
     whole = launch.turns > 1  # else the main loop goes over patches, and the rest is shared by all its turns
-    ops = Counter({op: n * launch.turns for op, n in counted.loop.items()}) + (counted.rest if whole else Counter())
+    turns = launch.turns if counted.rest else 1  # without a loop there are none: the compiler has unrolled it
+    ops = Counter({op: n * turns for op, n in counted.loop.items()}) + (counted.rest if whole else Counter())
     kinds = dict.fromkeys(KIND_NAMES, 0)
     for op, count in ops.items():
         name = op.split(".")[0]

@@ -18,8 +18,11 @@ Backward, with g the gradient of y, from the inputs alone:
     dimage[b, channel, iy, ix] = Σ over the windows on it of Σ_c weight[c, channel, ky, kx] · g[token, c]
 
 A program sums dweight in float32 over all its tiles and stores it once; one reduction adds the programs. The image's gradient,
-which training does not ask for, is gathered: each of its pixels looks up the windows that cover it. No atomics: the same input
-gives the same bits. Bytes moved: image and g once each for the weight, g and the weights from the caches for the image.
+which training does not ask for, is gathered by cells of stride × stride pixels: few tokens have windows over a cell, 2 × 2 for
+stride 4, and the sum of their products with what their windows have there is all of it, in float32, in one launch. No atomics:
+the same input gives the same bits. Bytes moved: image and g once each for the weight; for the image its gradient once, and g
+once, as often as tokens are near from the caches. A product and a col2im would keep columns in memory, 49 / stride² times as
+large as the image where patches touch; here it is one copy of the weight, of at most max(9, 2·stride) rows and columns.
 """
 
 from collections import namedtuple
@@ -30,6 +33,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,7 +52,7 @@ CONFIGS = {  # of half precision, or not
         True: Config(32, warps=4, per_sm=2, mma_arch="sm80"),
         False: Config(16, warps=4, per_sm=4, mma_arch="sm80"),
     },
-    "_pixel_embed_image_bwd_kernel": dict.fromkeys((True, False), Config(32, warps=2)),  # rows: pixels of the image
+    "_pixel_embed_image_bwd_kernel": dict.fromkeys((True, False), Config(32, warps=2)),  # rows: cells of the image
 }
 WINDOW = 7
 LONGEST_SIDE = 2**20
@@ -73,16 +77,21 @@ class Sizes(operation.Sizes):
     LEGACY: bool
     BLOCK: int
     KEEP: bool = True  # the forward's weights stay on the chip
-    GROUP: int  # channels of the image that a program takes
+    GROUP: int  # what a program takes: channels of the image, of the image's gradient values of a cell
+    GROUPS: int
 
     S: int = derived(lambda Z: Z.S_H * Z.S_W)
     PATCH_H: int = derived(lambda Z: Z.S_H * Z.STRIDE)
     PATCH_W: int = derived(lambda Z: Z.S_W * Z.STRIDE)
-    GROUPS: int = derived(lambda Z: -(-Z.CHANNELS // Z.GROUP))
-    # rows of the grid of all patches' tokens that have a window over a row of the image, and patches that a row of it lies in
-    NEAR: int = derived(lambda Z: -(-WINDOW // Z.STRIDE))
-    OVER_H: int = derived(lambda Z: -(-Z.PATCH_H // Z.STEP_H))
-    OVER_W: int = derived(lambda Z: -(-Z.PATCH_W // Z.STEP_W))
+    # the image's gradient: values of a cell; in each direction NEAR tokens with a window over it, of which the last is AHEAD cells
+    # behind it; cells from patch to patch, and patches that a cell is in
+    VALUES: int = derived(lambda Z: Z.CHANNELS * Z.STRIDE * Z.STRIDE)
+    AHEAD: int = derived(lambda Z: (Z.STRIDE + 2) // Z.STRIDE)
+    NEAR: int = derived(lambda Z: Z.AHEAD + 3 // Z.STRIDE + 1)
+    EVERY_H: int = derived(lambda Z: Z.STEP_H // Z.STRIDE)
+    EVERY_W: int = derived(lambda Z: Z.STEP_W // Z.STRIDE)
+    OVER_H: int = derived(lambda Z: -(-Z.S_H // Z.EVERY_H))
+    OVER_W: int = derived(lambda Z: -(-Z.S_W // Z.EVERY_W))
 
 
 @triton.jit
@@ -183,47 +192,41 @@ def _pixel_embed_weight_bwd_kernel(gradient_ptr, image, sums_ptr, n_tokens, n_pa
 
 
 @triton.jit
-def _pixel_embed_image_bwd_kernel(
-    dimage_ptr, weight_ptr, gradient_ptr, n_pixels, rows, columns, height, width, Z: tl.constexpr
-):  # fmt: skip
-    """Gradient of BLOCK pixels of the image, all channels; weight: [CHANNELS, 7, 7, C], dimage: contiguous.
+def _pixel_embed_image_bwd_kernel(dimage_ptr, taps_ptr, gradient_ptr, n_cells, rows, columns, Z: tl.constexpr):
+    """Gradient of BLOCK cells of the image, as many values of each as a program takes.
 
-    Were the tokens of all patches on one grid, every STRIDE pixels, then ceil(7 / STRIDE) of its rows have windows over an
-    image row; and as patches overlap, a row of the grid is a row of up to S_H / (STEP_H / STRIDE), rounded up, of them.
+    ``taps``: [NEAR, NEAR, C, VALUES], what the window of the token so many cells before the last has over a cell; ``dimage``:
+    contiguous. Were the tokens of all patches on one grid, each would have a cell of it. As patches overlap, it is one of up to
+    OVER_H × OVER_W of them.
     """
-    CHANNELS: tl.constexpr = Z.CHANNELS
-    pixel = tl.program_id(0).to(tl.int64) * Z.BLOCK + tl.arange(0, Z.BLOCK)
-    ix = (pixel % width).to(tl.int32)
-    iy = (pixel // width % height).to(tl.int32)
-    b = pixel // width // height
+    across, down = (columns - 1) * Z.EVERY_W + Z.S_W, (rows - 1) * Z.EVERY_H + Z.S_H  # cells of an image
+    cell = tl.program_id(0) // Z.GROUPS * Z.BLOCK + tl.arange(0, Z.BLOCK)
+    x, y, b = cell % across, cell // across % down, (cell // across // down).to(tl.int64)
     ch = tl.arange(0, Z.C_PAD)
-    sums = ()
-    for _ in tl.static_range(CHANNELS):
-        sums = sums + (tl.full((Z.BLOCK,), 0.0, tl.float32),)
-    for i in range(Z.NEAR * Z.OVER_H * Z.NEAR * Z.OVER_W):
-        grid_y = (iy + 3) // Z.STRIDE - i // (Z.OVER_H * Z.NEAR * Z.OVER_W)  # may fall below 0: then so does sy
-        grid_x = (ix + 3) // Z.STRIDE - i // Z.OVER_W % Z.NEAR
-        ky, kx = iy + 3 - grid_y * Z.STRIDE, ix + 3 - grid_x * Z.STRIDE
-        py = grid_y * Z.STRIDE // Z.STEP_H - i // (Z.NEAR * Z.OVER_W) % Z.OVER_H
-        px = grid_x * Z.STRIDE // Z.STEP_W - i % Z.OVER_W
-        sy, sx = grid_y - py * (Z.STEP_H // Z.STRIDE), grid_x - px * (Z.STEP_W // Z.STRIDE)
-        counts = (pixel < n_pixels) & (ky < 7) & (kx < 7) & (grid_y >= 0) & (grid_x >= 0)
-        counts = counts & (py >= 0) & (py < rows) & (px >= 0) & (px < columns) & (sy < Z.S_H) & (sx < Z.S_W)
+    value = tl.program_id(0) % Z.GROUPS * Z.GROUP + tl.arange(0, Z.GROUP)  # channel, row, column
+    total = tl.full((Z.BLOCK, Z.GROUP), 0.0, tl.float32)
+    for i in range(Z.NEAR * Z.NEAR * Z.OVER_H * Z.OVER_W):
+        near, over = i // (Z.OVER_H * Z.OVER_W), i % (Z.OVER_H * Z.OVER_W)
+        ty, tx = y + Z.AHEAD - near // Z.NEAR, x + Z.AHEAD - near % Z.NEAR  # on the grid of tokens
+        py, px = ty // Z.EVERY_H - over // Z.OVER_W, tx // Z.EVERY_W - over % Z.OVER_W
+        top, left = py * Z.EVERY_H, px * Z.EVERY_W
+        # as unsigned numbers, those below zero are past every size
+        counts = (cell < n_cells) & (py.to(tl.uint32) < rows) & (px.to(tl.uint32) < columns)
+        counts = counts & ((ty - top).to(tl.uint32) < Z.S_H) & ((tx - left).to(tl.uint32) < Z.S_W)
         if not Z.LEGACY:  # the window sees its own patch only
-            y, x = iy - py * Z.STEP_H, ix - px * Z.STEP_W
-            counts = counts & (y >= 0) & (y < Z.PATCH_H) & (x >= 0) & (x < Z.PATCH_W)
+            counts = counts & ((y - top).to(tl.uint32) < Z.S_H) & ((x - left).to(tl.uint32) < Z.S_W)
+        token = ((b * rows + py) * columns + px) * Z.S + (ty - top) * Z.S_W + (tx - left)
         mask = counts[:, None] & (ch < Z.C)[None, :]
-        token = ((b * rows + py) * columns + px) * (Z.S_H * Z.S_W) + sy * Z.S_W + sx
-        g = load(gradient_ptr + token[:, None] * Z.C, ch[None, :], mask)  # [BLOCK, C_PAD]
-        new = ()
-        for c in tl.static_range(CHANNELS):
-            tap = (c * 49 + ky * 7 + kx)[:, None] * Z.C + ch[None, :]
-            w = tl.load(weight_ptr + tap, mask=mask, other=0.0).to(Z.DTYPE).to(tl.float32)  # [BLOCK, C_PAD]
-            new = new + (sums[c] + tl.sum(g * w, 1),)
-        sums = new
-    for c in tl.static_range(CHANNELS):
-        to = dimage_ptr + ((b * Z.CHANNELS + c) * height + iy) * width + ix
-        tl.store(to, sums[c].to(Z.DTYPE), mask=pixel < n_pixels)
+        g = tl.load(gradient_ptr + token[:, None] * Z.C + ch[None, :], mask=mask, other=0.0)  # [BLOCK, C_PAD]
+        taps = taps_ptr + tl.cast(near, tl.int64) * (Z.C * Z.VALUES) + ch[:, None] * Z.VALUES + value[None, :]
+        w = tl.load(taps, mask=(ch < Z.C)[:, None] & (value < Z.VALUES)[None, :], other=0.0)  # [C_PAD, GROUP]
+        total = dot(g, w, Z, total)
+    channel, row, column = value // (Z.STRIDE * Z.STRIDE), value // Z.STRIDE % Z.STRIDE, value % Z.STRIDE
+    width = tl.cast(across, tl.int64) * Z.STRIDE
+    size = down * Z.STRIDE * width  # of a channel
+    to = dimage_ptr + b * Z.CHANNELS * size + y * Z.STRIDE * width + x * Z.STRIDE
+    to = to[:, None] + (channel * size + row * width + column)[None, :]
+    tl.store(to, total.to(Z.DTYPE), mask=(cell < n_cells)[:, None] & (value < Z.VALUES)[None, :])
 
 
 # ---- on the host ----
@@ -234,16 +237,21 @@ def _specialise(
     kernel: Any, dtype: torch.dtype, channels: int, C: int, patch_size: Any, stride: int, patch_stride: Any, legacy: bool
 ) -> Launch:  # fmt: skip
     config, c_pad = CONFIGS[kernel.__name__][dtype != torch.float32], max(16, triton.next_power_of_2(C))
+    whole = group = channels
+    if kernel is _pixel_embed_weight_bwd_kernel:  # all, or what fits into registers, 96 of each thread
+        group = max(1, min(channels, 192 // c_pad))
+    elif kernel is _pixel_embed_image_bwd_kernel:
+        whole = channels * stride * stride
+        group = min(64, max(16, triton.next_power_of_2(whole)))
     Z = Sizes.computed(
         dtype, CHANNELS=channels, C=C, C_PAD=c_pad, S_H=patch_size[0] // stride, S_W=patch_size[1] // stride, STRIDE=stride,
-        STEP_H=patch_stride[0], STEP_W=patch_stride[1], LEGACY=legacy, BLOCK=config.rows,
+        STEP_H=patch_stride[0], STEP_W=patch_stride[1], LEGACY=legacy, BLOCK=config.rows, GROUP=group,
+        GROUPS=-(-whole // group),
         KEEP=channels * 64 * c_pad * dtype.itemsize <= 64 << 10,  # else the weights do not fit on every chip
-        # channels a program: all, or what fits into registers, 96 of each thread
-        GROUP=max(1, min(channels, 192 // c_pad)) if kernel is _pixel_embed_weight_bwd_kernel else channels,
     )  # fmt: skip
-    patches, turns = config.rows / Z.S * Z.GROUP / channels, 1
+    patches, turns = config.rows / Z.S * min(1, group / whole), 1
     if kernel is _pixel_embed_image_bwd_kernel:
-        patches, turns = config.rows / (Z.STEP_H * Z.STEP_W), Z.NEAR * Z.OVER_H * Z.NEAR * Z.OVER_W
+        patches, turns = patches * Z.S / (Z.EVERY_H * Z.EVERY_W), Z.NEAR * Z.NEAR * Z.OVER_H * Z.OVER_W
     return Launch(kernel, {"Z": Z}, config, patches, turns)
 
 
@@ -343,10 +351,11 @@ class PixelEmbed(Operation):
         if "image" in needed:
             spec, image, grid = self._launch(_pixel_embed_image_bwd_kernel, a)
             found["image"] = torch.empty(a.image.shape, dtype=a.image.dtype, device=a.image.device)
-            pixels = a.image.shape[0] * image.height * image.width
-            taps = a.weight.permute(1, 2, 3, 0).contiguous()  # a token's channels side by side, as in the gradient
-            sides = (*grid, image.height, image.width)
-            launch(spec, -(-pixels // spec.config.rows), found["image"], taps, gradient, pixels, *sides)
+            Z = spec.constants["Z"]
+            cells, first = found["image"].numel() // Z.VALUES, Z.AHEAD * Z.STRIDE - 3
+            taps = F.pad(a.weight.to(a.image.dtype), 2 * (first, Z.NEAR * Z.STRIDE - WINDOW - first))
+            taps = taps.view(Z.C, Z.CHANNELS, Z.NEAR, Z.STRIDE, Z.NEAR, Z.STRIDE).permute(2, 4, 0, 1, 3, 5).contiguous()
+            launch(spec, -(-cells // Z.BLOCK) * Z.GROUPS, found["image"], taps, gradient, cells, *grid)
         return found
 
 

@@ -422,7 +422,7 @@ def interpreted_turns(image: Tensor, others: dict[str, Any]) -> float:
     if stride < 1 or min(step) < 1:
         return 0
     over = math.prod([-(-p // s) for p, s in zip(patch, step, strict=False)])
-    return image[:, :1].numel() / 32 * (-(-7 // stride)) ** 2 * over
+    return image[:, :1].numel() / stride**2 / 32 * (3 // stride + (stride + 2) // stride + 1) ** 2 * over
 
 
 def inner_values(dice: Dice) -> tuple[dict, dict, set, dict]:

@@ -385,7 +385,7 @@ def _of_pixel_embed(launch: Any) -> Iterator[dict[str, Interval]]:
         )
         yield {
             "n_tokens": _product(batch, rows, columns, Z.S),
-            "n_pixels": _product(batch, height, width),
+            "n_cells": _product(batch, *(Interval(x.low // Z.STRIDE, x.high // Z.STRIDE) for x in (height, width))),
             "n_patches": _product(rows, columns),
             "rows": rows,
             "columns": columns,
@@ -417,7 +417,7 @@ def _of_norm(launch: Any) -> Iterator[dict[str, Interval]]:
         }
 
 
-COUNTS = ("n_rows", "n_tokens", "n_pixels", "n_patches")  # what a kernel's tiles are cut from: the first that it has
+COUNTS = ("n_rows", "n_tokens", "n_cells", "n_patches")  # what a kernel's tiles are cut from: the first that it has
 OPTIONAL = {
     "pixel_embed": {"bias_ptr", "pixel_pos_ptr"},
     "inner": {"qk_bias", "v_bias", "attn_scale_ptr", "mlp_scale_ptr", "sums_ptr"},
@@ -425,7 +425,7 @@ OPTIONAL = {
     "outer": {"bias_ptr", "rest_ptr", "later_ptr", "shift", "bias", "next_bias", "later"},
 }
 PASSED = {"pixel_embed": _of_pixel_embed, "inner": _of_inner, "fold": _of_norm, "outer": _of_norm}
-LIMITS = {"n_tokens": ROWS, "n_pixels": ROWS, "n_patches": ROWS, "n_rows": ROWS, "n_group": ROWS, "height": SIDE, "width": SIDE}
+LIMITS = {"n_tokens": ROWS, "n_cells": ROWS, "n_patches": ROWS, "n_rows": ROWS, "n_group": ROWS, "height": SIDE, "width": SIDE}
 
 
 def ranges(operation: str, launch: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Interval]]:

@@ -112,7 +112,7 @@ for kind, most in (("i32", 2**31 - 1), ("i64", 2**44)):
 
 def widest():
     # launches at the ends of what unsupported() accepts, and such as the named variants have none of
-    for channels, C, legacy, step in ((8, 128, True, 1), (1, 24, False, 4)):
+    for channels, C, legacy, step in ((8, 128, True, 1), (1, 24, False, 4), (8, 128, False, 16)):
         image = pixel_embed.Image("*bf16", *["i32"] * 6)
         for kernel in ("fwd", "weight_bwd", "image_bwd"):
             kernel = getattr(pixel_embed, f"_pixel_embed_{kernel}_kernel")

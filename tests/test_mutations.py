@@ -62,7 +62,7 @@ def break_(judge: Judge, name: str, kind: str, operation: str, seed: int, precis
         ("_pixel_embed_fwd_kernel", "barrier dropped", "bar.sync"),
         ("_pixel_embed_fwd_kernel", "mask weakened", "ld.global"),
         ("_pixel_embed_weight_bwd_kernel", "stage shifted", "ldmatrix"),
-        ("_pixel_embed_image_bwd_kernel", "constant changed", "shfl"),
+        ("_pixel_embed_image_bwd_kernel", "barrier dropped", "bar.sync"),
     ],
 )
 def test_what_the_interpreter_cannot_see_is_noticed(name, kind, operation, judge):

@@ -25,8 +25,11 @@ everywhere = pytest.mark.everywhere
         (1, 4, 48, 24, 12, (24, 12), 4, (24, 12)),
         (1, 3, 16, 48, 24, (16, 16), 4, (16, 16)),
         (2, 4, 32, 16, 40, (16, 16), 4, (16, 16)),
+        (1, 2, 6, 4, 5, (4, 4), 1, (2, 4)),
+        (1, 3, 12, 6, 5, (6, 6), 3, (3, 6)),
+        (2, 5, 40, 20, 5, (10, 20), 10, (30, 20)),
     ],
-    ids=["S", "stride2", "stride8", "overlap", "S18", "odd", "B4"],
+    ids=["S", "stride2", "stride8", "overlap", "S18", "odd", "B4", "stride1", "stride3", "gaps"],
 )
 def test_pixel_embed(B, channels, H, W, C, patch, stride, step, legacy, path, dtype):
     check(path, "pixel_embed", *embed_case(B, channels, H, W, C, patch, stride, step, legacy), dtype)
