@@ -83,8 +83,8 @@ class Sizes(operation.Sizes):
     S: int = derived(lambda Z: Z.S_H * Z.S_W)
     PATCH_H: int = derived(lambda Z: Z.S_H * Z.STRIDE)
     PATCH_W: int = derived(lambda Z: Z.S_W * Z.STRIDE)
-    # the image's gradient: values of a cell; in each direction NEAR tokens with a window over it, of which the last is AHEAD cells
-    # behind it; cells from patch to patch, and patches that a cell is in
+    # the image's gradient: values of a cell; tokens with a window over it, NEAR in each direction, of which the last is AHEAD
+    # cells behind it; cells from patch to patch, and patches that a cell is in
     VALUES: int = derived(lambda Z: Z.CHANNELS * Z.STRIDE * Z.STRIDE)
     AHEAD: int = derived(lambda Z: (Z.STRIDE + 2) // Z.STRIDE)
     NEAR: int = derived(lambda Z: Z.AHEAD + 3 // Z.STRIDE + 1)
