@@ -38,7 +38,7 @@ setup(
     python_requires=">=3.10",
     packages=["tnt_fast", "tnt_fast.kernels"],
     package_dir={"tnt_fast.kernels": "kernels"},
-    package_data={"tnt_fast": ["py.typed"]},
+    package_data={"tnt_fast": ["py.typed", "page.html"]},
     install_requires=[
         "torch>=2.8",
         'triton>=3.4; platform_system == "Linux"',

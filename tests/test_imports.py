@@ -34,6 +34,16 @@ ALLOWED = {
     # the command: all of this knows the package, which knows none of it
     "tnt_fast/flops.py": ("", "torch"),
     "tnt_fast/visualize.py": ("tnt_fast/images.py tnt_fast/terminal.py tnt_fast/writing.py", "matplotlib numpy"),
+    "tnt_fast/seeing.py": (
+        "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/reading.py tnt_fast/checkpoints.py tnt_fast/variants.py "
+        "tnt_fast/data.py tnt_fast/classify.py",
+        "torch timm numpy PIL sklearn",
+    ),
+    "tnt_fast/page.py": (
+        "tnt_fast/__init__.py tnt_fast/images.py tnt_fast/seeing.py tnt_fast/terminal.py tnt_fast/visualize.py "
+        "tnt_fast/writing.py",
+        "numpy PIL",
+    ),
     "tnt_fast/bench.py": (
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py tnt_fast/variants.py",
         "torch timm tqdm",
@@ -69,7 +79,7 @@ ALLOWED = {
         "kernels/__init__.py "
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py tnt_fast/variants.py tnt_fast/terminal.py "
         "tnt_fast/bench.py tnt_fast/check.py tnt_fast/recipe.py tnt_fast/train.py tnt_fast/images.py tnt_fast/classify.py "
-        "tnt_fast/validate.py tnt_fast/visualize.py",
+        "tnt_fast/validate.py tnt_fast/visualize.py tnt_fast/page.py tnt_fast/seeing.py",
         "torch timm tqdm",
     ),
 }

@@ -71,7 +71,7 @@ class Classifier:
         if class_names is not None:
             self.classes = list(class_names)
         elif not self.classes:
-            self.classes = _imagenet_classes(self.model.num_classes)
+            self.classes = class_names_of(self.model.num_classes)
         if len(self.classes) != self.model.num_classes:
             raise ValueError(f"{len(self.classes)} class names, but the model has {self.model.num_classes} classes")
         self.transform = evaluation_transform(self.data_config)
@@ -194,7 +194,8 @@ def summary(rows: Sequence[dict[str, Any]], others: Mapping[Path, str]) -> list[
     return lines
 
 
-def _imagenet_classes(count: int) -> list[str]:
+def class_names_of(count: int) -> list[str]:
+    """The names of a model's classes where nobody says them: ImageNet's, of as many as it has, or their numbers."""
     info = ImageNetInfo()
     if count == info.num_classes():
         return [info.index_to_description(i) for i in range(count)]

@@ -90,7 +90,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"tnt_fast {tnt_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for add in (_add_train, _add_check, _add_classify, _add_validate, _add_bench, _add_info, _add_completion):
+    for add in (_add_train, _add_check, _add_classify, _add_validate, _add_visualize, _add_bench, _add_info, _add_completion):
         add(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
@@ -417,6 +417,66 @@ def _validate(args: argparse.Namespace) -> int:
         for path in validate.save(result, args.out):
             say(f"written: {path}", error=True)
     return 1 if result.errors else 0
+
+
+# ---- visualize ----
+
+
+def _add_visualize(commands: Any) -> None:
+    visualize = commands.add_parser(
+        "visualize",
+        help="show what a model makes of pictures, on a page",
+        description="Write a page that shows a TNT's attention, rollouts, features and positions, with pictures and arrays.",
+        epilog=_examples(
+            "visualize cat.jpg dog.jpg --checkpoint runs/mine/best.pt --out seen",
+            "visualize cat.jpg --model tnt_s_patch16_224.in1k --beside-model deit_small_patch16_224 --out seen",
+        ),
+    )
+    visualize.set_defaults(command=_visualize, less_memory="name fewer images")
+    visualize.add_argument("paths", nargs="+", metavar="IMAGE", help="image files, directories, patterns, or - for a list")
+    visualize.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="folder to write: index.html, and a folder an image"
+    )
+    visualize.add_argument(
+        "--blocks", type=int, nargs="+", metavar="N", help="whose feature maps are shown, from 1 (default: first, middle, last)"
+    )
+    _add_model(visualize)
+    model = visualize.add_argument_group("a second model, whose features are shown beside")
+    model.add_argument("--beside-checkpoint", metavar="FILE", help="file of its weights")
+    model.add_argument("--beside-model", metavar="NAME", help="a TNT, or a ViT of timm such as deit_small_patch16_224")
+    machine = visualize.add_argument_group("machine")
+    machine.add_argument("--device", help="such as cpu, cuda:0")
+    machine.add_argument("--backend", default="auto", help="auto | fused | reference (default auto)")
+
+
+def _visualize(args: argparse.Namespace) -> int:
+    from tnt_fast.images import named_images
+
+    files, _ = named_images(args.paths)
+    try:
+        from tqdm import tqdm
+
+        from tnt_fast import classify, page, seeing
+    except ImportError as error:
+        raise ImportError(f'the page needs more packages ({error}): pip install "tnt_fast[train]"') from error
+
+    images = page.check(files, args.out)
+    names = None if args.class_names is None else classify.read_class_names(args.class_names)
+    sizes = _key_values(args.model_kwargs or [])
+    subject = seeing.load(args.checkpoint, args.model, args.device, args.backend, sizes, names)
+    page.chosen(args.blocks, len(subject.model.blocks))
+    beside = None
+    if args.beside_checkpoint or args.beside_model:
+        beside = seeing.load_beside(args.beside_checkpoint, args.beside_model, args.device)
+    for each in (subject, *([beside] if beside else [])):
+        say(f"weights: {each.said}", error=True)
+    say(f"path: {_path(args.backend, subject.why_not_fused, next(subject.model.parameters()).device)}", error=True)
+    written = page.write_page(
+        subject, files, images, args.out, args.blocks, beside, lambda each: tqdm(each, unit="image", leave=False, disable=None)
+    )
+    say(f"pictures and arrays: {len(written.others)} files in {args.out}", error=True)
+    say(written.page)
+    return 0
 
 
 # ---- bench ----

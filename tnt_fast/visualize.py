@@ -1,11 +1,11 @@
-"""Pictures of a training run and of predictions; needs matplotlib (``pip install "tnt_fast[pictures]"``)."""
+"""Pictures of a run, of predictions, of what a model makes of an image; needs matplotlib (``tnt_fast[pictures]``)."""
 
 import io
 import math
 import os
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,4 +190,95 @@ def calibration(bins: Sequence[dict[str, float]], ece: float, path: str | os.Pat
         accuracy.legend(loc="upper left")
         count.bar(edges, [row["images"] for row in bins], widths, align="edge", edgecolor="white", color="gray")
         count.set(xlabel="confidence", ylabel="images")
+        return _save(figure, path)
+
+
+def colors(name: str) -> np.ndarray:
+    """One of matplotlib's maps of colours as ``(256, 3)``, 0 to 255."""
+    with _style():
+        from matplotlib import colormaps
+
+        return colormaps[name](np.arange(256), bytes=True)[:, :3]
+
+
+def maps(rows: Mapping[str, np.ndarray], path: str | os.PathLike, title: str, names: Sequence[str] = ()) -> Path:
+    """Groups of maps ``(count, height, width)``, each map on a scale of its own; ``names``: of the maps of a group."""
+    columns = min(12, max(len(group) for group in rows.values()))
+    heights = [math.ceil(len(group) / columns) for group in rows.values()]
+    with _style():
+        figure = _figure(figsize=(0.8 * columns + 0.3, (1.0 if names else 0.85) * sum(heights) + 0.35 * len(rows) + 0.4))
+        figure.suptitle(title, fontsize=9)
+        for part, (label, group), lines in zip(
+            np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights)), rows.items(), heights, strict=True
+        ):
+            part.suptitle(label, fontsize=8)
+            for i, axes in enumerate(part.subplots(lines, columns, squeeze=False).ravel()):
+                axes.axis("off")
+                if i < len(group):
+                    axes.imshow(group[i], cmap="magma")
+                    axes.set_title(names[i] if names else "", fontsize=7)
+        return _save(figure, path)
+
+
+def overlay(image: np.ndarray, layers: Mapping[str, np.ndarray], path: str | os.PathLike) -> Path:
+    """A picture ``(height, width, 3)``, and maps over it, each on a scale of its own."""
+    with _style():
+        figure = _figure(figsize=(2.6 * (1 + len(layers)), 2.9))
+        first, *others = figure.subplots(1, 1 + len(layers))
+        first.imshow(image)
+        extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+        for axes, (name, values) in zip(others, layers.items(), strict=True):
+            axes.imshow(image.mean(-1), cmap="gray", extent=extent)
+            axes.imshow(values, cmap="magma", alpha=0.7, extent=extent)
+            axes.set_title(name, fontsize=8)
+        for axes in (first, *others):
+            axes.axis("off")
+        return _save(figure, path)
+
+
+def mosaic(tiles: np.ndarray, grid: tuple[int, int], path: str | os.PathLike, title: str) -> Path:
+    """Cosines, a tile for each cell of a grid, which has the whole grid in it: ``(rows², columns²)``."""
+    with _style():
+        figure = _figure(figsize=(5.4, 4.6))
+        axes = figure.subplots()
+        shown = axes.imshow(tiles, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        axes.set_xticks([grid[1] * i - 0.5 for i in range(grid[1] + 1)], labels=[])
+        axes.set_yticks([grid[0] * i - 0.5 for i in range(grid[0] + 1)], labels=[])
+        axes.grid(color="white", linewidth=0.8)
+        axes.tick_params(length=0)
+        figure.colorbar(shown, shrink=0.8)
+        figure.suptitle(title, fontsize=9)
+        return _save(figure, path)
+
+
+def by_block(series: Mapping[str, tuple[Sequence[int], np.ndarray]], path: str | os.PathLike, title: str, unit: str) -> Path:
+    """Values by block: ``(blocks,)`` as a line, ``(blocks, heads)`` as a point a head with a line through their means."""
+    with _style():
+        from matplotlib.ticker import MaxNLocator
+
+        figure = _figure(figsize=(4.6, 3))
+        axes = figure.subplots()
+        for i, (name, (blocks, values)) in enumerate(series.items()):
+            if values.size == 0:
+                continue
+            means = values.reshape(len(values), -1).mean(1)
+            axes.plot(blocks, means, color=f"C{i}", marker="o", markersize=3, label=_label(name, 40))
+            if values.ndim == 2:
+                axes.plot(np.repeat(blocks, values.shape[1]), values.ravel(), ".", color=f"C{i}", alpha=0.4)
+        axes.set(xlabel="block", ylabel=unit, title=title, ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        return _save(figure, path)
+
+
+def points(groups: Mapping[str, np.ndarray], path: str | os.PathLike, title: str) -> Path:
+    """Points ``(count, 2)`` of one plane, by group."""
+    with _style():
+        figure = _figure(figsize=(4.6, 4))
+        axes = figure.subplots()
+        for name, places in groups.items():
+            axes.scatter(*places.T, s=10, alpha=0.7, label=_label(name, 40))
+        axes.set(xticks=[], yticks=[], title=title)
+        axes.legend(fontsize=8)
         return _save(figure, path)
