@@ -20,6 +20,7 @@ MODELS = {
     "overlapping": dict(patch_stride=8),
     "overlapping_legacy": dict(patch_stride=(8, 16), legacy=True, img_size=(32, 48)),
     "se": dict(se_ratio=0.25),
+    "patch_embed": dict(use_patch_embed=True, patch_stride=8),
     "no_positions": dict(use_pixel_pos=False, use_patch_pos=False),
     "one_inner_block": dict(inner_blocks=(1,), inner_mlp_ratio=2.0, mlp_ratio=3.0),
     "stride": dict(first_stride=8, num_heads_inner=1),

@@ -71,6 +71,13 @@ def test_the_fused_path_has_the_patch_embedding_too():
         assert relative_error(ours(picture), expected) > 1e-3
 
 
+def test_it_is_scripted_and_compiled():
+    ours, picture = tnt_fast.from_vit(tiny(depth=1), **INNER), image()
+    expected = ours(picture)
+    assert torch.equal(torch.jit.script(ours)(picture), expected)
+    assert torch.equal(torch.compile(ours, fullgraph=True, backend="eager")(picture), expected)
+
+
 def test_it_has_the_vits_settings_and_its_weights_go_through_a_file(tmp_path):
     vit = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=2, drop_path_rate=0.1, drop_rate=0.2).train()
     ours = tnt_fast.from_vit(vit, backend="reference")

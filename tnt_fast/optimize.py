@@ -297,7 +297,7 @@ class OptimizedTNT(nn.Module):
             self.blocks = nn.ModuleList(made(block, dtype) for block in source.blocks)
         tokens = F.pad(model.cls_token, (0, 0, 0, model.num_patches))
         self.tokens = _frozen(tokens if model.patch_pos is None else tokens + model.patch_pos, dtype)
-        self.norm, self.head = as_computed.norm, as_computed.head
+        self.patch_embed, self.norm, self.head = as_computed.patch_embed, as_computed.norm, as_computed.head
         for name in ("pretrained_cfg", "default_cfg"):
             if hasattr(model, name):
                 setattr(self, name, copy.deepcopy(getattr(model, name)))
@@ -372,10 +372,11 @@ class OptimizedTNT(nn.Module):
 
     def _tokens(self, x: Tensor, tokens: Tensor) -> Tensor:
         pixel = self.pixel_embed(image=x)
-        if self.fused:
-            patch = self.stem(pixel=pixel, patch=tokens.expand(len(x), -1, -1))
+        if self.patch_embed is not None:
+            patch = tokens + self.patch_embed(x)
         else:
-            patch = self.stem(pixel, tokens.repeat(len(x), 1, 1))
+            patch = tokens.expand(len(x), -1, -1) if self.fused else tokens.repeat(len(x), 1, 1)
+        patch = self.stem(pixel=pixel, patch=patch) if self.fused else self.stem(pixel, patch)
         for block in self.blocks:
             pixel, patch = block(pixel, patch)
         return self.norm(patch)

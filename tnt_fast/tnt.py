@@ -425,6 +425,14 @@ class PixelEmbed(nn.Module):
             )
 
 
+class PatchEmbed(nn.Conv2d):
+    """A ViT's linear embedding of each patch: image ``(B, in_chans, H, W)`` → ``(B, 1 + N, E)``, zeros for the class token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._conv_forward(x, self.weight, self.bias)
+        return nn.functional.pad(x.flatten(2).transpose(1, 2), (0, 0, 1, 0))
+
+
 class TNT(nn.Module):
     """Transformer in Transformer (Han et al. 2021, arXiv:2103.00112), a drop-in for timm's.
 
@@ -553,7 +561,7 @@ class TNT(nn.Module):
         self.pos_drop = nn.Dropout(p=pos_drop_rate)
         embed = self.pixel_embed
         self.patch_embed = (
-            nn.Conv2d(in_chans, embed_dim, embed.patch_size, embed.patch_stride, **dd) if use_patch_embed else None
+            PatchEmbed(in_chans, embed_dim, embed.patch_size, embed.patch_stride, **dd) if use_patch_embed else None
         )
 
         rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
@@ -717,7 +725,7 @@ class TNT(nn.Module):
         patch = base.expand(pixel.shape[0] // num_patches, -1, -1)
         if self.patch_embed is not None:
             assert image is not None
-            patch = patch + nn.functional.pad(self.patch_embed(image).flatten(2).transpose(1, 2), (0, 0, 1, 0))
+            patch = patch + self.patch_embed(image)
         if fused and not torch.jit.is_scripting():
             return self.pos_drop(_fused_fold(self, pixel, patch))
         flat = pixel.reshape(patch.shape[0], num_patches, pixel.shape[1] * pixel.shape[2])
