@@ -20,6 +20,7 @@ SECONDS = 75  # to begin tests in; the last one comes on top
 HOLDS = {
     "test_model": ["tnt_fast/tnt.py"],
     "test_forward_attention": ["tnt_fast/tnt.py"],
+    "test_gradients": ["tnt_fast/tnt.py", "kernels/pixel_embed.py"],
     "test_timm_parity": ["tnt_fast/tnt.py", "tnt_fast/variants.py"],
     "test_kernels": ["kernels/*.py", "tests/conftest.py"],
     "test_backward": ["kernels/*.py"],

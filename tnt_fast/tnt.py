@@ -858,6 +858,28 @@ class TNT(nn.Module):
         return AttentionMaps(inner.unflatten(1, (images, patches)), outer)
 
     @torch.jit.ignore
+    def as_maps(self, tokens: Tensor) -> Tensor:
+        """Tokens of any layer as maps of the image: the ``reshape_transform`` that pytorch-grad-cam asks for.
+
+        Patches ``(B, 1 + N, E)`` become ``(B, E, rows, columns)``, without the class token; pixels ``(B·N, S, C)`` become
+        ``(B, C, rows · h, columns · w)``, h × w of each patch, side by side where patches overlap.
+
+        Raises:
+            ValueError: tokens of neither shape; of images of another size, call ``set_input_size`` first.
+        """
+        embed, shape = self.pixel_embed, tuple(tokens.shape)
+        (rows, columns), (h, w), N = embed.grid_size, embed.new_patch_size, embed.num_patches
+        if shape[1:] == (1 + N, self.embed_dim):
+            return tokens[:, 1:].transpose(1, 2).unflatten(2, (rows, columns))
+        _require(
+            shape[1:] == (h * w, embed.in_dim) and shape[0] % N == 0,
+            f"tokens have shape {shape}; accepted: patches (B, {1 + N}, {self.embed_dim}), "
+            f"pixels (B·{N}, {h * w}, {embed.in_dim})",
+        )
+        maps = tokens.unflatten(1, (h, w)).unflatten(0, (-1, rows, columns))  # [B, rows, columns, h, w, C]
+        return maps.permute(0, 5, 1, 3, 2, 4).flatten(2, 3).flatten(3, 4)
+
+    @torch.jit.ignore
     def _chosen(self, blocks: Iterable[int] | None) -> list[int]:
         """The indices of the blocks asked for, from 0, each once and in order."""
         depth = len(self.blocks)
