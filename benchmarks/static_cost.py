@@ -272,16 +272,17 @@ def compile_launch(found: Launched, target: Target) -> Any:
     return found.kernel.run(*found.arguments, grid=(1,), warmup=True, **constants, **found.options)
 
 
-def read_nvidia(compiled: Any, arch: int) -> tuple[str, dict[str, Any]]:
-    """Disassembly, and what the cubin and the PTX say."""
+def read_nvidia(compiled: Any, arch: int, disassembled: bool = True) -> tuple[str, dict[str, Any]]:
+    """Disassembly, if it is wanted, and what the cubin and the PTX say."""
     tools = triton.knobs.nvidia
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        text, usage = (
-            subprocess.run([tool, option, cubin.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in ((tools.nvdisasm.path, "-c"), (tools.cuobjdump.path, "-res-usage"))
-        )
+
+        def told(tool: Any, option: str) -> str:
+            return subprocess.run([tool.path, option, cubin.name], capture_output=True, text=True, check=True).stdout
+
+        text, usage = told(tools.nvdisasm, "-c") if disassembled else "", told(tools.cuobjdump, "-res-usage")
     registers, stack = re.search(rf"Function {compiled.metadata.name}:\s+REG:(\d+) STACK:(\d+)", usage).groups()
     ptxas = getattr(tools, "ptxas_blackwell", tools.ptxas) if arch >= 100 else tools.ptxas
     return text, {
@@ -326,48 +327,59 @@ def _time(found: Launched, launch: Any, compiled: Any, resident: int, gpu: simul
     return {"gpu": gpu.name, "error": None, "other_loops": code.other_loops} | time._asdict()
 
 
-def _row(kernel: str, number: int, target: str, sass: Path | None, gpu: simulate.Gpu | None) -> dict[str, Any]:
+def _row(
+    kernel: str, number: int, target: str, sass: Path | None, gpu: simulate.Gpu | None, counted: bool = True
+) -> dict[str, Any]:
     """Compile one launch, the ``number``-th of its module, and read its cost. Runs in a worker."""
     variant, dtype, launch = list(shipped.OPERATIONS[kernel].launches())[number]
     limits = TARGETS[target]
     started = _as_launched(kernel, variant, dtype, launch, target)
     compiled = compile_launch(started, limits)
     code = compiled.asm["cubin" if limits.backend == "cuda" else "amdgcn"]
-    known = _known(code, target, launch.config, launch.patches, launch.turns, started.grid, gpu)
+    known = _known(code, target, launch.config, launch.patches, launch.turns, started.grid, gpu, counted)
     if sass is None and known.exists():
         return json.loads(known.read_text())
-    text, found = read_nvidia(compiled, limits.arch) if limits.backend == "cuda" else _read_amd(compiled)
+    text, found = read_nvidia(compiled, limits.arch, counted) if limits.backend == "cuda" else _read_amd(compiled)
     if sass is not None:
         name = f"{kernel}-{variant}-{dtype}-{launch.kernel.__name__}-{number}-{target}"
         (sass / f"{name}.{'sass' if limits.backend == 'cuda' else 'amdgcn'}").write_text(text)
 
     shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0)
     programs, warps = occupancy(target, launch.config.warps, found["registers"], shared, columns)
-    counted = read_code(text, limits.backend)
+    found |= {
+        "shared_bytes": shared,
+        "tensor_columns": columns,
+        "occupancy_programs": programs,
+        "occupancy_warps": warps,
+    }
+    if counted:
+        found |= _counts(launch, target, text)
+    if gpu is not None:
+        found["simulated"] = _time(started, launch, compiled, programs, gpu)
+    write_json(known, found)
+    return found
+
+
+def _counts(launch: Any, target: str, text: str) -> dict[str, Any]:
+    """Instructions of a patch, of a launch's machine code."""
+    backend = TARGETS[target].backend
+    counted = read_code(text, backend)
     whole = launch.turns > 1  # else the main loop goes over patches, and the rest is shared by all its turns
     turns = launch.turns if counted.rest else 1  # without a loop there are none: the compiler has unrolled it
     ops = Counter({op: n * turns for op, n in counted.loop.items()}) + (counted.rest if whole else Counter())
     kinds = dict.fromkeys(KIND_NAMES, 0)
     for op, count in ops.items():
         name = op.split(".")[0]
-        kinds[next((kind for kind, form in KINDS[limits.backend].items() if re.fullmatch(form, name)), "other")] += count
+        kinds[next((kind for kind, form in KINDS[backend].items() if re.fullmatch(form, name)), "other")] += count
     each = launch.config.warps / launch.patches
     per_patch = sum(kinds.values()) * each
-    found |= {
-        "shared_bytes": shared,
-        "tensor_columns": columns,
-        "occupancy_programs": programs,
-        "occupancy_warps": warps,
+    return {
         "warp_instructions_per_patch": round(per_patch, 1),
         "instructions_by_kind": {kind: round(count * each, 1) for kind, count in kinds.items()},
         "matrix_instructions": kinds["matrix"],
         "other_loops": counted.loops_in_loop + (counted.loops_in_rest if whole else 0),
         "us_12_layers_batch_256": round(PATCHES * per_patch / SLOTS_PER_US, 1) if target == TIMED_TARGET else None,
     }
-    if gpu is not None:
-        found["simulated"] = _time(started, launch, compiled, programs, gpu)
-    write_json(known, found)
-    return found
 
 
 def _known(code: str | bytes, *about: Any) -> Path:
@@ -400,18 +412,20 @@ def rows(
     sass: Path | None = None,
     dynamic: bool = False,
     time: str | None = None,
+    counted: bool = True,
 ) -> list[dict[str, Any]]:
     """One row for each shipped launch and target among those asked for (None: all), in that order.
 
     What does not compile has a row, too, with ``error`` instead of numbers. ``sass``: a folder that gets the disassembly.
     ``dynamic``: NVIDIA's rows of the targets that are asked for by name, or sm_90's, have what is executed as well, under that
-    name. ``time``: a GPU of simulate.py's; rows of its target have ``simulated``.
+    name. ``time``: a GPU of simulate.py's; rows of its target have ``simulated``. Without ``counted`` a row has no
+    instructions: to disassemble takes as long as to assemble.
     """
     gpu = None if time is None else simulate.gpu(time)
     kernels = _chosen("kernel", kernels, shipped.OPERATIONS)
     variants = _chosen("variant", variants, VARIANTS)
     dtypes = _chosen("dtype", dtypes, DTYPES)
-    counted = {TIMED_TARGET} if targets is None else {t for t in targets if t in TARGETS and TARGETS[t].backend == "cuda"}
+    executes = {TIMED_TARGET} if targets is None else {t for t in targets if t in TARGETS and TARGETS[t].backend == "cuda"}
     targets = _chosen("target", targets, TARGETS)
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs is {jobs}; at least 1 is needed")
@@ -431,10 +445,10 @@ def rows(
                     sizes |= dict(patches=launch.patches, turns=launch.turns)
                     for target in targets:
                         asked = gpu if gpu is not None and gpu.target == target else None
-                        row = pool.submit(_row, kernel, number, target, sass, asked)
+                        row = pool.submit(_row, kernel, number, target, sass, asked, counted)
                         found[row], constants[row] = names | {"target": target} | sizes, launch.constants
                         operation = (kernel, variant, dtype, target)
-                        if dynamic and target in counted and operation not in executed:
+                        if dynamic and target in executes and operation not in executed:
                             executed[operation] = pool.submit(_dynamic, *operation)
         futures = {*found, *executed.values()}
         for future in tqdm(as_completed(futures), total=len(futures), desc="compile", file=sys.stderr, disable=not found):

@@ -25,6 +25,11 @@ def _broken(x_ptr):
     x_ptr.nosuch()
 
 
+@triton.jit
+def _sum(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    tl.store(y_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK))))
+
+
 def copy(x, n, target="sm_90", by=None, **options):
     return (by or compiler()).compile(_copy, (x, torch.empty(512), n, 0.5), {"BLOCK": 512}, options, target)
 
@@ -85,3 +90,14 @@ def test_kernels_of_another_source_tree(tmp_path):
         other.close()
     assert "0f3E800000" in changed.ptx  # 0.25
     assert "0f3E800000" not in copy(torch.empty(512), 512).ptx
+
+
+def test_shared_memory_is_known_without_code():
+    sizes = Compiler(only_sizes=True)
+    try:
+        x = torch.empty(512)
+        whole, early = (by.compile(_sum, (x, x), {"BLOCK": 512}, {}, "sm_90") for by in (compiler(), sizes))
+    finally:
+        sizes.close()
+    assert early.shared == whole.shared > 0
+    assert (bool(early.ptx), bool(whole.ptx)) == (False, True)

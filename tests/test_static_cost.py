@@ -425,9 +425,10 @@ from pathlib import Path
 
 from benchmarks.static_cost import TARGETS, rows
 
-table = rows(dtypes=["bf16", "fp16"], targets=["sm_90"])
-table += rows(variants=["s"], dtypes=["bf16"], targets=[name for name in TARGETS if name not in ("sm_86", "sm_90")])
-table += rows(variants=["s"], dtypes=["fp32"], targets=["sm_90"])
+table = rows(["inner"], ["s", "b"], ["bf16"], ["sm_90"])  # first: their instructions are held below
+table += rows(dtypes=["bf16", "fp16"], targets=["sm_90"], counted=False)
+table += rows(variants=["s"], dtypes=["bf16"], targets=[t for t in TARGETS if t not in ("sm_86", "sm_90")], counted=False)
+table += rows(variants=["s"], dtypes=["fp32"], targets=["sm_90"], counted=False)
 Path("rows.json").write_text(json.dumps(table))
 """
 
@@ -482,11 +483,17 @@ class TestShipped:
         assert self._where([row for row in launches(target=["sm_90"], error=[None]) if row["risky"]]) == []
 
 
+def _counted(shipped, variant, which):
+    """Rows of inner in bfloat16 on sm_90 that have instructions, of its forward or backward."""
+    wanted = dict(kernel="inner", variant=variant, dtype="bf16", target="sm_90", error=None)
+    found = [row for row in shipped if all(row[k] == v for k, v in wanted.items()) and which in row["function"]]
+    return [row for row in found if "warp_instructions_per_patch" in row]
+
+
 @measured_compiler
 def test_cost_of_the_inner_backward(shipped):
     """Both halves together, of TNT-S in bfloat16."""
-    wanted = dict(kernel="inner", variant="s", dtype="bf16", target="sm_90", error=None)
-    found = [row for row in shipped if all(row[k] == v for k, v in wanted.items()) and "bwd" in row["function"]]
+    found = _counted(shipped, "s", "bwd")
     assert len(found) == 2
     assert sum(row["warp_instructions_per_patch"] for row in found) <= 2700
 
@@ -505,8 +512,7 @@ def test_cost_of_the_images_gradient(shipped, variant):
 def test_cost_of_the_inner_forward(shipped, variant, registers, instructions):
     """The lines that are held: issue-bound time grows with the instructions, and above 168 registers less than 3 warps fit in
     each quarter of an SM."""
-    wanted = dict(kernel="inner", variant=variant, dtype="bf16", target="sm_90", error=None)
-    found = [row for row in shipped if all(row[k] == v for k, v in wanted.items()) and "fwd" in row["function"]]
+    found = _counted(shipped, variant, "fwd")
     assert found
     for row in found:
         assert row["registers"] <= registers

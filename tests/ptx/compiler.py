@@ -22,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 TESTS = Path(__file__).resolve().parents[1]
@@ -70,9 +71,10 @@ def _each(arguments: Sequence[Any], change: Callable[[Any], Any]) -> tuple:
 class Compiler:
     """Compiles the kernels of a source tree, a folder with ``tnt_fast/`` and ``kernels/``, in a process of its own."""
 
-    def __init__(self, tree: Path = TESTS.parent, quiet: bool = False):
-        """``quiet``: without what Triton prints of what it cannot compile, thousands of lines."""
-        self.tree, self.quiet = Path(tree), quiet
+    def __init__(self, tree: Path = TESTS.parent, quiet: bool = False, only_sizes: bool = False):
+        """``quiet``: without what Triton prints of what it cannot compile, thousands of lines. ``only_sizes``: no PTX, which is
+        half of the time; how much shared memory a program takes is known before."""
+        self.tree, self.quiet, self.only_sizes = Path(tree), quiet, only_sizes
         self.process: subprocess.Popen | None = None
         self.known: dict[Any, Compiled] = {}
 
@@ -108,8 +110,8 @@ class Compiler:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = os.pathsep.join([str(self.tree), str(TESTS)])
         # the machine code is left out, so nobody else may find these kernels
-        environment["TRITON_CACHE_DIR"] = triton.knobs.cache.dir.rstrip(os.sep) + "-ptx"
-        command = [sys.executable, "-c", "from ptx.compiler import serve; serve()"]
+        environment["TRITON_CACHE_DIR"] = triton.knobs.cache.dir.rstrip(os.sep) + ("-sizes" if self.only_sizes else "-ptx")
+        command = [sys.executable, "-c", f"from ptx.compiler import serve; serve({self.only_sizes})"]
         self.process = subprocess.Popen(
             command, cwd=self.tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if self.quiet else None,
@@ -161,14 +163,14 @@ class Device:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def serve() -> None:
+def serve(only_sizes: bool = False) -> None:
     """Answer requests from stdin on stdout: the fields of ``Compiled``, or the text of an error."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a compiler prints is no answer
     device = Device()
     triton.runtime.driver.set_active(device)
     if hasattr(triton.knobs.runtime, "add_stages_inspection_hook"):
-        triton.knobs.runtime.add_stages_inspection_hook = _without_machine_code
+        triton.knobs.runtime.add_stages_inspection_hook = _without_code if only_sizes else _without_machine_code
     while True:
         try:
             request = pickle.load(requests)
@@ -188,6 +190,15 @@ def _without_machine_code(backend=None, stages=None, *rest):
         return "without machine code", "without machine code"
     stages["cubin"] = lambda source, metadata: b""
     return None
+
+
+def _without_code(backend=None, stages=None, *rest):
+    """Nor LLVM's optimisations and the PTX: how much shared memory there is was settled before."""
+    if stages is None:
+        return "without code", "without code"
+    nvidia.llvm.optimize_module = lambda *given: None
+    stages["ptx"] = lambda source, metadata: metadata.update(name="") or ""
+    return _without_machine_code(backend, stages)
 
 
 def _compile(device: Device, module: str, name: str, given: tuple, constants: dict, options: dict, arch: int) -> tuple:
