@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.launched import arguments
+from benchmarks.launched import arguments, calls
 from benchmarks.measure import DTYPES
 from tnt_fast import kernels as shipped
 from tnt_fast import reference
@@ -64,9 +64,12 @@ def _launched(kernel: str, variant: str, dtype: str, target: str, images: int) -
     given = arguments(kernel, variant, DTYPES[dtype], images, IMAGE, "cpu")
     executor = Executor(target, count=True)
     with running(executor):
-        out = shipped.OPERATIONS[kernel](**reference.in_records(given))
-        leaves = [x for x in given.values() if isinstance(x, Tensor) and x.requires_grad]
-        torch.autograd.grad(out, leaves, torch.randn_like(out))
+        for each, recorded in calls(kernel, given):
+            with torch.set_grad_enabled(recorded):
+                out = shipped.OPERATIONS[kernel](**reference.in_records(each))
+            if recorded:
+                leaves = [x for x in each.values() if isinstance(x, Tensor) and x.requires_grad]
+                torch.autograd.grad(out, leaves, torch.randn_like(out))
     return executor.launched
 
 

@@ -101,10 +101,19 @@ def launched(
 ) -> list[Launched]:
     """The launches of an operation, forward and backward with all gradients, of 256 images of 224 × 224 pixels."""
     function, recorder = shipped.OPERATIONS[kernel], Recorder(multiprocessors, capability)
-    given = arguments(kernel, variant, dtype, BATCH, IMAGE, "meta")
-    packed = SimpleNamespace(**function.defaults | reference.in_records(given))
     with recorder.running(), torch.no_grad():
-        out = function.empty(packed)
-        function.forward(packed, out)
-        function.backward(torch.empty_like(out), packed, {name for name, x in given.items() if isinstance(x, Tensor)})
+        for given, recorded in calls(kernel, arguments(kernel, variant, dtype, BATCH, IMAGE, "meta")):
+            packed = SimpleNamespace(**function.defaults | reference.in_records(given), kept={} if recorded else None)
+            out = function.empty(packed)
+            function.forward(packed, out)
+            if recorded:
+                needed = {name for name, x in given.items() if isinstance(x, Tensor)}
+                function.backward(torch.empty_like(out), packed, needed)
     return recorder.launched
+
+
+def calls(kernel: str, given: dict[str, Any]) -> list[tuple[dict[str, Any], bool]]:
+    """The arguments that a model calls an operation with, and whether it records gradients: outer has no fold, then."""
+    if kernel != "outer":
+        return [(given, True)]
+    return [(given, False), (given | {"pixel": None} | reference.NO_FOLD._asdict(), True)]

@@ -89,7 +89,7 @@ class Fold(Operation):
             out.copy_(a.patch)
         else:
             z = product(a.pixel, a.norm1_weight, a.norm1_bias, a.proj_weight, a.eps)
-            norm.add(z, a.patch, out, norm.AddWeights(a.proj_bias, a.norm2_weight, a.norm2_bias), a.eps)
+            norm.add(z, a.patch, out, norm.Weights(a.proj_bias, a.norm2_weight, a.norm2_bias), a.eps)
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         P = a.pixel.shape[0]
@@ -119,20 +119,23 @@ class Fold(Operation):
                 found["proj_bias"] = dz.sum(0, dtype=torch.float32)
         else:
             z = torch.mm(h, weight.t())
-            dz, found["norm2_weight"], found["norm2_bias"], found["proj_bias"] = norm.backward(
-                gradient, z, a.proj_bias, a.norm2_weight, eps, bool(needed - of_second - {"patch"}), bool(needed & of_second)
-            )
+            dz = torch.empty_like(z) if needed - of_second - {"patch"} else None
+            sums = norm.partial_sums(z, 2 if a.proj_bias is None else 3) if needed & of_second else None
+            norm.backward(gradient, z, a.norm2_weight, eps, dz, sums, shift=a.proj_bias)
+            if sums is not None:
+                found |= zip(("norm2_weight", "norm2_bias", "proj_bias"), sums.sum(1), strict=False)
             del z
         if "proj_weight" in needed:
             found["proj_weight"] = torch.mm(dz.t(), h)
         del h
         if needed & ({"pixel"} | of_first):
             dh = torch.mm(dz, weight).view(1, -1, width)
-            found["pixel"], found["norm1_weight"], found["norm1_bias"], _ = norm.backward(
-                dh, pixel.view(-1, width), None, a.norm1_weight, eps, "pixel" in needed, bool(needed & of_first)
-            )
-            if "pixel" in needed:
-                found["pixel"] = found["pixel"].view(pixel.shape)
+            x = pixel.view(-1, width)
+            found["pixel"] = torch.empty_like(pixel) if "pixel" in needed else None
+            sums = norm.partial_sums(x, 2) if needed & of_first else None
+            norm.backward(dh, x, a.norm1_weight, eps, found["pixel"], sums)
+            if sums is not None:
+                found |= zip(("norm1_weight", "norm1_bias"), sums.sum(1), strict=True)
         return found
 
 

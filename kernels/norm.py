@@ -3,10 +3,11 @@
     y = LN(x), rest = x + later                                forward: the next product's input, and what it is added to
     y[b, 0] = patch[b, 0], y[b, 1 + n] = patch[b, 1 + n] + LN(z[b·N + n] + shift)          add: of fold, with or without LN,
                                                           and then, for outer, LN(y) and y + later
-    dx = rstd · (γg − mean(γg) − x̂ · mean(γg · x̂)), dγ = Σ g · x̂, dβ = Σ g, dshift = Σ dx             backward of LN(x + shift)
+    dx = rstd · (γg − mean(γg) − x̂ · mean(γg · x̂)) + rest, dγ = Σ g · x̂, dβ = Σ g, Σ dx, Σ rest     backward of LN(x + shift)
 
-with x̂ a normalised row, g the gradient of y. Statistics are float32. Bytes moved: each tensor once. Sums over rows are kept in
-float32 by a program over all its tiles and reduced in one launch: no atomics, the same input gives the same bits.
+with x̂ a normalised row, g the gradient of y, rest that of what else reads x: of outer, the branch's and the residual's. Σ dx is
+the gradient of shift, and of a bias that is added before. Statistics are float32. Bytes moved: each tensor once. Sums over rows
+are kept in float32 by a program over all its tiles and reduced in one launch: no atomics, the same input gives the same bits.
 """
 
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ VALUES, EACH, PER_SM = 1024, 32, 8
 WIDEST = 16384  # row of which a program holds several copies in registers
 
 
-class AddWeights(NamedTuple):
-    """An argument of ``add`` and its kernel: of LN(z + shift), of LN(y), and what y is stored with; any may be None."""
+class Weights(NamedTuple):
+    """Of LN(z + shift), of LN(y), which ``add`` alone reads, and what y is stored with; any may be None."""
 
     shift: Any = None
     weight: Any = None
@@ -37,14 +38,23 @@ class AddWeights(NamedTuple):
     later: Any = None
 
 
+class Gradients(NamedTuple):
+    """What the backward writes: the gradient of x, LN(x) again, ``partial_sums``; any may be None."""
+
+    dx: Any
+    y: Any
+    sums: Any
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sizes(operation.Sizes):
-    """Rows of W values; ``GROUPED``: those of the backward's incoming gradient lie in groups."""
+    """Rows of W values; of the backward: GROUPED, the gradient's lie in groups, SUMS, how many sums it makes."""
 
     W: int
     W_PAD: int
     BLOCK: int
     GROUPED: bool = False
+    SUMS: int = 0
 
 
 @triton.jit
@@ -104,72 +114,96 @@ def _norm_add_kernel(
 
 @triton.jit
 def _norm_bwd_kernel(
-    x_ptr, shift_ptr, weight_ptr, gradient_ptr, dx_ptr, sums_ptr, n_rows, n_group, stride_group, stride_row, eps,
-    Z: tl.constexpr,
+    x_ptr, w, gradient_ptr, rest_ptr, out, n_rows, n_group, stride_group, stride_row, eps, Z: tl.constexpr
 ):  # fmt: skip
-    """dx, and a program's sums over its rows of g · x̂, g and dx.
+    """dx, which may lie where the rest does, LN(x) again, and a program's sums over its rows.
 
     GROUPED: the rows of the incoming gradient lie in groups of ``n_group``, the patches of an image.
     """
     col = tl.arange(0, Z.W_PAD)
-    gamma, shift = load(weight_ptr, col, col < Z.W), load(shift_ptr, col, col < Z.W)
+    real = col < Z.W
+    gamma, shift = load(w.weight, col, real), load(w.shift, col, real)
     # whole tiles are summed, and their rows only at the end: no reduction between the warps in a tile
     d_weight = tl.full((Z.BLOCK, Z.W_PAD), 0.0, tl.float32)
     d_bias = tl.full((Z.BLOCK, Z.W_PAD), 0.0, tl.float32)
-    d_shift = tl.full((Z.BLOCK, Z.W_PAD), 0.0, tl.float32)
+    d_x = tl.full((Z.BLOCK, Z.W_PAD), 0.0, tl.float32)
+    d_rest = tl.full((Z.BLOCK, Z.W_PAD), 0.0, tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, Z.BLOCK), tl.num_programs(0)):
         row = tl.cast(tile, tl.int64) * Z.BLOCK + tl.arange(0, Z.BLOCK)
-        mask = (row < n_rows)[:, None] & (col < Z.W)[None, :]
-        x = load(x_ptr + row[:, None] * Z.W, col[None, :], mask) + shift[None, :]
+        mask = (row < n_rows)[:, None] & real[None, :]
+        start = row[:, None] * Z.W
+        x = load(x_ptr + start, col[None, :], mask) + shift[None, :]
         # of rows past the last all is 0: their 1/σ has to be finite, without an eps, too
         x, rstd = _standardised(x, tl.where(row < n_rows, eps, 1.0), Z)  # [BLOCK, W_PAD], [BLOCK]
+        if out.y is not None:
+            y = x * gamma[None, :] + load(w.bias, col, real)[None, :]
+            tl.store(out.y + start + col[None, :], y.to(Z.DTYPE), mask=mask)
         if Z.GROUPED:
             patch = row.to(tl.int32)
             source = (patch // n_group).to(tl.int64) * stride_group + (patch % n_group).to(tl.int64) * stride_row
         else:
             source = row * stride_row
         g = load(gradient_ptr + source[:, None], col[None, :], mask)  # [BLOCK, W_PAD]
-        if sums_ptr is not None:
+        if Z.SUMS > 0:
             d_weight += g * x
             d_bias += g
-        if dx_ptr is not None or shift_ptr is not None:
+        if out.dx is not None or Z.SUMS > 2:
             g = g * gamma[None, :]
             along = tl.sum(g * x, 1) * (1.0 / Z.W)
             dx = (g - (tl.sum(g, 1) * (1.0 / Z.W))[:, None] - x * along[:, None]) * rstd[:, None]
-            if shift_ptr is not None and sums_ptr is not None:
-                d_shift += dx
-            if dx_ptr is not None:
-                tl.store(dx_ptr + row[:, None] * Z.W + col[None, :], dx.to(Z.DTYPE), mask=mask)
-    if sums_ptr is not None:
-        sums = sums_ptr + tl.program_id(0).to(tl.int64) * (3 * Z.W) + col
-        tl.store(sums, tl.sum(d_weight, 0), mask=col < Z.W)
-        tl.store(sums + Z.W, tl.sum(d_bias, 0), mask=col < Z.W)
-        tl.store(sums + 2 * Z.W, tl.sum(d_shift, 0), mask=col < Z.W)  # zero without a shift
+            if rest_ptr is not None:
+                rest = load(rest_ptr + start, col[None, :], mask)
+                dx += rest
+                if Z.SUMS > 3:
+                    d_rest += rest
+            if Z.SUMS > 2:
+                d_x += dx
+            if out.dx is not None:
+                tl.store(out.dx + start + col[None, :], dx.to(Z.DTYPE), mask=mask)
+    if Z.SUMS > 0:
+        sums = out.sums + tl.program_id(0).to(tl.int64) * Z.W + col
+        step = tl.num_programs(0).to(tl.int64) * Z.W
+        tl.store(sums, tl.sum(d_weight, 0), mask=real)
+        tl.store(sums + step, tl.sum(d_bias, 0), mask=real)
+        if Z.SUMS > 2:
+            tl.store(sums + 2 * step, tl.sum(d_x, 0), mask=real)
+        if Z.SUMS > 3:
+            tl.store(sums + 3 * step, tl.sum(d_rest, 0), mask=real)
 
 
 # ---- on the host ----
 
 
 @remembered
-def specialise(kernel: Any, dtype: torch.dtype, W: int, grouped: bool = False) -> Launch:
+def specialise(kernel: Any, dtype: torch.dtype, W: int, grouped: bool = False, sums: int = 0) -> Launch:
     pad = triton.next_power_of_2(W)
     block = max(1, VALUES // pad)
     config = Config(block, warps=min(16, max(1, block * pad // (32 * EACH))), per_sm=PER_SM)
-    return Launch(kernel, {"Z": Sizes.computed(dtype, W=W, W_PAD=pad, BLOCK=block, GROUPED=grouped)}, config, block)
+    return Launch(kernel, {"Z": Sizes.computed(dtype, W=W, W_PAD=pad, BLOCK=block, GROUPED=grouped, SUMS=sums)}, config, block)
 
 
-def launch_of(what: str, dtype: torch.dtype, W: int, rows: int = 1, grouped: bool = False, plain: bool = False) -> Launch:
-    """With types: "forward", "add", "add and norm" (``plain``: without LN) or "backward"; ``rows`` of it are a patch."""
+def launch_of(
+    what: str, dtype: torch.dtype, W: int, rows: int = 1, grouped: bool = False, plain: bool = False, sums: int = 2
+) -> Launch:
+    """With types: "forward", "add", "add and norm" (``plain``: without LN), "backward" or, of ``outer``, "backward and rest".
+
+    ``rows`` of it are a patch.
+    """
     pointer = f"*{operation.DTYPES[dtype]}"
     if what.startswith("add"):
-        types = AddWeights(*[pointer] * 6)._replace(shift=pointer if plain else None)
-        types = types._replace(weight=None, bias=None) if plain else types
+        w = Weights(*[pointer] * 6)._replace(shift=pointer if plain else None)
+        w = w._replace(weight=None, bias=None) if plain else w
         absent = () if what == "add and norm" else ("h_ptr",)
-        types = types._replace(next_weight=None, next_bias=None, later=None) if absent else types
-        return specialise(_norm_add_kernel, dtype, W).shipped(dtype, w=types, **dict.fromkeys(absent))
-    kernel, absent = (_norm_kernel, ("rest_ptr", "later_ptr")) if what == "forward" else (_norm_bwd_kernel, ("shift_ptr",))
-    spec = specialise(kernel, dtype, W, grouped)
-    return spec._replace(patches=spec.patches / rows).shipped(dtype, **{"sums_ptr": "*fp32"} | dict.fromkeys(absent))
+        w = w._replace(next_weight=None, next_bias=None, later=None) if absent else w
+        return specialise(_norm_add_kernel, dtype, W).shipped(dtype, w=w, **dict.fromkeys(absent))
+    types: dict[str, Any] = dict.fromkeys(("rest_ptr", "later_ptr"))
+    if what == "forward":
+        spec = specialise(_norm_kernel, dtype, W)
+    else:
+        spec, alone = specialise(_norm_bwd_kernel, dtype, W, grouped, sums), what == "backward"
+        w, out = Weights(None, pointer, None if alone else pointer), Gradients(pointer, None if alone else pointer, "*fp32")
+        types = {"w": w, "out": out} | ({"rest_ptr": None} if alone else {})
+    return spec._replace(patches=spec.patches / rows).shipped(dtype, **types)
 
 
 def forward(
@@ -182,7 +216,7 @@ def forward(
     return y
 
 
-def add(z: Tensor, patch: Tensor, out: Tensor, weights: AddWeights, eps: float) -> Tensor | None:
+def add(z: Tensor, patch: Tensor, out: Tensor, weights: Weights, eps: float) -> Tensor | None:
     """Into ``out`` (B, T, W), contiguous: ``patch``, of any strides, with the LayerNorm of ``z`` (B·(T − 1), W).
 
     With weights of a next LayerNorm: that of it (B·T, W) comes back, and ``later`` is added to ``out``.
@@ -194,18 +228,24 @@ def add(z: Tensor, patch: Tensor, out: Tensor, weights: AddWeights, eps: float) 
     return h
 
 
+def partial_sums(x: Tensor, count: int) -> Tensor:
+    """For ``backward`` of the rows of x: (``count``, programs, W) in float32."""
+    spec = specialise(_norm_bwd_kernel, x.dtype, x.shape[1])
+    return x.new_empty((count, programs(x.device, -(-x.shape[0] // spec.config.rows), PER_SM), x.shape[1]), dtype=torch.float32)
+
+
 def backward(
-    gradient: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, eps: float, has_dx: bool, has_sums: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight, bias and shift of LN(x + shift), where asked for; ``gradient``: (groups, rows each, W)."""
-    rows, W = x.shape
-    spec = specialise(_norm_bwd_kernel, x.dtype, W, gradient.shape[0] > 1)
-    grid = programs(x.device, -(-rows // spec.config.rows), spec.config.per_sm)
+    gradient: Tensor, x: Tensor, weight: Tensor, eps: float, dx: Tensor | None, sums: Tensor | None,
+    shift: Tensor | None = None, rest: Tensor | None = None, y: Tensor | None = None, bias: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Of y = LN(x + shift) with ``gradient`` (groups, rows each, W), into what is given.
+
+    Args:
+        dx: like x; may be ``rest``. sums: ``partial_sums`` of dγ, dβ and, where there is room, Σ dx and Σ rest.
+        rest: a gradient like x that is added to dx. y: like x; LN(x + shift) again, for which ``bias`` is read.
+    """
+    spec = specialise(_norm_bwd_kernel, x.dtype, x.shape[1], gradient.shape[0] > 1, 0 if sums is None else sums.shape[0])
+    grid = programs(x.device, -(-x.shape[0] // spec.config.rows), PER_SM)
     gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-    dx = torch.empty_like(x) if has_dx else None
-    sums = torch.empty((grid, 3, W), dtype=torch.float32, device=x.device) if has_sums else None
-    launch(
-        spec, grid, x, contiguous(shift), contiguous(weight), gradient, dx, sums, rows, gradient.shape[1],
-        *gradient.stride()[:2], eps,
-    )  # fmt: skip
-    return dx, *(sums.sum(0) if has_sums else (None, None, None))
+    weights, out = contiguous(Weights(shift, weight, bias)), Gradients(dx, y, sums)
+    launch(spec, grid, x, weights, gradient, rest, out, x.shape[0], gradient.shape[1], *gradient.stride()[:2], eps)

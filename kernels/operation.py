@@ -1,9 +1,10 @@
 """What a fused operation is, and what all share on the host: what they read, checks, registration with PyTorch, launching.
 
 An operation is registered as ``torch.ops.tnt_fast.NAME``, so that ``torch.compile``, ``torch.export`` and FlopCounterMode see
-one node. Its backward is another one, ``NAME_backward``, which starts again from the inputs: nothing else is kept. By hand:
-of a call of inner that records gradients, ``torch.library.custom_op`` takes 80 of the host's 145 µs, nearly all of them to fill
-in defaults that no argument has (python -m benchmarks.host).
+one node. Its backward is another one, ``NAME_backward``, which starts again from the inputs: nothing else is kept. Where an
+operation ``keeps`` something, a call that records gradients is a third one, ``NAME_recorded``, with that as further results. By
+hand: of a call of inner that records gradients, ``torch.library.custom_op`` takes 80 of the host's 145 µs, nearly all of them
+to fill in defaults that no argument has (python -m benchmarks.host).
 """
 
 import inspect
@@ -26,7 +27,8 @@ from tnt_fast.reference import by_name
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 LIBRARY = torch.library.Library("tnt_fast", "FRAGMENT")
 # the types of operations' arguments, as PyTorch calls them
-SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", tuple[int, int]: "SymInt[]", int: "SymInt", float: "float", bool: "bool"}
+SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", tuple[int, int]: "SymInt[]", int: "SymInt", float: "float", bool: "bool",
+          str: "str"}  # fmt: skip
 MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a tile more, in 32 bits
 NAMES = {  # what a size is called, or a product of sizes
     "C": "C={} channels a pixel",
@@ -229,23 +231,33 @@ class Operation:
     variants: Mapping[str, tuple[Any, ...]]  # what ``shipped`` is given for a named variant
 
     def forward(self, a: SimpleNamespace, out: Tensor) -> None:
-        """Launch; ``a``: the arguments by name, checked; ``out``: as ``empty`` made it, of at least one value."""
+        """Launch; ``a``: the arguments by name, checked; ``out``: as ``empty`` made it, of at least one value.
+
+        ``a.kept``: where gradients are recorded and ``keeps`` names something, a dictionary that takes it; else None.
+        """
         raise NotImplementedError
 
     def empty(self, a: SimpleNamespace) -> Tensor:
         """A tensor like the result; by itself like the first activation."""
         return torch.empty_like(getattr(a, self.activations[0]), memory_format=torch.contiguous_format)
 
+    keeps: Callable[[SimpleNamespace], dict[str, tuple[tuple[int, ...], torch.dtype]]] | None = None
+    """Shapes and dtypes, by name, of the new tensors that ``forward`` leaves for ``backward`` of such arguments."""
+
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         """Gradients of the tensors that ``needed`` names, in any dtype, none of them an input; more of them do no harm.
 
-        ``gradient``: of at least one value. By itself: by PyTorch.
+        ``gradient``: of at least one value; ``a.kept``: what ``forward`` left. By itself: by PyTorch.
         """
         return self.recomputed(gradient, a, needed)
 
     def multiply_adds(self, a: SimpleNamespace) -> int:
         """Of the forward, from arguments of which the tensors are shapes."""
         raise NotImplementedError
+
+    def backward_multiply_adds(self, a: SimpleNamespace) -> int:
+        """Of the gradients; by itself the forward again, and a product for each side of every product."""
+        return 3 * self.multiply_adds(a)
 
     def shipped(self, dtype: torch.dtype, *variant: Any) -> Iterable[Launch]:
         """The launches of a named variant, with their types."""
@@ -447,6 +459,10 @@ class Operation:
             found[name] = record(*(next(rest) for _ in record._fields)) if record else next(rest)
         return SimpleNamespace(**found)
 
+    def _empty_kept(self, a: SimpleNamespace) -> dict[str, Tensor]:
+        like = getattr(a, self.activations[0])
+        return {name: like.new_empty(shape, dtype=dtype) for name, (shape, dtype) in self.keeps(a).items()}  # type: ignore[misc]
+
     def _register(self, kinds: dict[str, Any]) -> None:
         """As ``torch.ops.tnt_fast.NAME``, and its gradients as ``NAME_backward``; ``kinds``: the types of the arguments."""
         names, taken = list(kinds), ", ".join(f"{SCHEMA[kind]} {name}" for name, kind in kinds.items())
@@ -457,30 +473,48 @@ class Operation:
             torch.library.register_fake(f"tnt_fast::{name}", fake, lib=LIBRARY)
             return getattr(torch.ops.tnt_fast, name).default
 
-        def forward(*flat: Any) -> Tensor:
+        def run(flat: Sequence[Any], kept: dict[str, Tensor] | None) -> tuple[Tensor, SimpleNamespace]:
             if len(flat) == len(names) or not flat[-1]:  # PyTorch passes no argument that is its default
                 self.check(dict(zip(names, flat, strict=False)))
             out = self.empty(a := self._packed(flat))
+            a.kept = kept
             if out.numel():
                 self.forward(a, out)
-            return out
+            return out, a
+
+        def forward_recorded(*flat: Any) -> list[Tensor]:
+            out, a = run(flat, {})
+            kept = a.kept or self._empty_kept(a)
+            return [out, *[kept[name] for name in self.keeps(a)]]  # type: ignore[misc]
 
         def gradients(gradient: Tensor, *flat: Any) -> list[Tensor]:
-            *flat, needed = flat
+            flat, (needed, *kept) = flat[: len(names)], flat[len(names) :]
             if gradient.numel() == 0:
                 return [torch.zeros_like(flat[i], memory_format=torch.contiguous_format) for i in needed]
+            a = self._packed(flat)
+            a.kept = dict(zip(self.keeps(a), *kept, strict=True)) if kept else None  # type: ignore[misc]
             # autocast has chosen the dtypes in the forward; in a backward that runs under it, it must not do so again
             with torch.autocast(gradient.device.type, enabled=False):
-                found = self.backward(gradient, self._packed(flat), {names[i] for i in needed})
+                found = self.backward(gradient, a, {names[i] for i in needed})
             return _new([found[names[i]] for i in needed], [flat[i] for i in needed])
 
         def empty_gradients(gradient: Tensor, *flat: Any) -> list[Tensor]:
-            return [torch.empty(flat[i].shape, dtype=flat[i].dtype, device=flat[i].device) for i in flat[-1]]
+            needed = [flat[i] for i in flat[len(names)]]
+            return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in needed]
 
         # ``checked``: whether the caller has done so
         schema = f"({taken}, bool checked=False) -> Tensor"
-        operation = define(self.name, schema, forward, lambda *flat: self.empty(self._packed(flat)))
-        schema = f"(Tensor gradient, {taken}, SymInt[] needed) -> Tensor[]"
+        operation = define(self.name, schema, lambda *flat: run(flat, None)[0], lambda *flat: self.empty(self._packed(flat)))
+        recorded_operation = operation
+        if self.keeps is not None:
+
+            def empty_recorded(*flat: Any) -> list[Tensor]:
+                a = self._packed(flat)
+                return [self.empty(a), *self._empty_kept(a).values()]
+
+            recorded_operation = define(f"{self.name}_recorded", f"{schema}[]", forward_recorded, empty_recorded)
+        more = "" if self.keeps is None else ", Tensor[] kept"
+        schema = f"(Tensor gradient, {taken}, SymInt[] needed{more}) -> Tensor[]"
         backward_operation = define(f"{self.name}_backward", schema, gradients, empty_gradients)
 
         def twice(ctx, *gradients):
@@ -491,16 +525,19 @@ class Operation:
 
         torch.library.register_autograd(f"tnt_fast::{self.name}_backward", twice, lib=LIBRARY)
 
-        def below(keys, *flat):
+        def below(operation, keys, *flat):
             with torch._C._AutoDispatchBelowAutograd():
                 return operation.redispatch(keys & torch._C._after_autograd_keyset, *flat)
 
         def recorded(ctx, keys, *flat):
-            ctx.save_for_backward(*(
+            found = below(recorded_operation, keys, *flat)
+            out, *kept = [found] if self.keeps is None else found
+            inputs = [
                 x if isinstance(x, Tensor) and name != self.passes else None for name, x in zip(names, flat, strict=False)
-            ))  # fmt: skip
+            ]
+            ctx.save_for_backward(*inputs, *kept)
             ctx.others = [None if isinstance(x, Tensor) else x for x in flat[: len(names)]]
-            return below(keys, *flat)
+            return out
 
         def backward(ctx, gradient):
             batched = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)
@@ -510,7 +547,9 @@ class Operation:
                     "torch.func.vmap); compute them one by one, or take a model with backend='reference'"
                 )
             needed = [i for i, wanted in enumerate(ctx.needs_input_grad[1:]) if wanted]
-            flat = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+            saved = ctx.saved_tensors
+            kept = [] if self.keeps is None else [list(saved[len(names) :])]
+            flat = [other if x is None else x for x, other in zip(saved, ctx.others, strict=False)]
             found: dict[int, Tensor] = {}
             if self.passes is not None:
                 flat[at := names.index(self.passes)] = gradient
@@ -518,7 +557,7 @@ class Operation:
                     found[at] = gradient  # autograd casts it
                     needed.remove(at)
             if needed:
-                found |= zip(needed, backward_operation(gradient, *flat, needed), strict=True)
+                found |= zip(needed, backward_operation(gradient, *flat, needed, *kept), strict=True)
             return None, *[found.get(i) for i in range(len(ctx.needs_input_grad) - 1)]
 
         functions = {"forward": staticmethod(recorded), "backward": staticmethod(backward)}
@@ -527,17 +566,17 @@ class Operation:
         def differentiable(keys, *flat):
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
                 return function.apply(keys, *flat)
-            return below(keys, *flat)
+            return below(operation, keys, *flat)
 
         LIBRARY.impl(self.name, differentiable, "Autograd", with_keyset=True)
 
-        @register_flop_formula(getattr(torch.ops.tnt_fast, self.name))
+        @register_flop_formula([x.overloadpacket for x in {operation, recorded_operation}])
         def _(*flat, out_shape=None, **kwargs):
             return 2 * self.multiply_adds(self._packed(flat))
 
         @register_flop_formula(getattr(torch.ops.tnt_fast, f"{self.name}_backward"))
-        def _(gradient, *flat, out_shape=None, **kwargs):  # the forward again, and a product for each side of every product
-            return 6 * self.multiply_adds(self._packed(flat[:-1]))
+        def _(gradient, *flat, out_shape=None, **kwargs):
+            return 2 * self.backward_multiply_adds(self._packed(flat))
 
         self._operation = operation
 
@@ -553,7 +592,7 @@ class Operation:
                 "gradients=True) says why), and PyTorch cannot compute them inside of a TorchDispatchMode such as "
                 "FlopCounterMode; there, set model.backend = 'reference'"
             )
-        flat = by_name(vars(a))
+        flat = by_name({name: getattr(a, name) for name in self.defaults})
         dtypes = {x.dtype for x in flat.values() if isinstance(x, Tensor)}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # mixed under autocast
         # in one layout, as the kernels read them: for another the library may take another product, with other bits

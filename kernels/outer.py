@@ -10,10 +10,21 @@ writes what the branch behind it is added to, with the biases of that branch, so
 q, k and v are one product; GELU belongs to fc1's.
 
 GELU in bfloat16 is cuBLAS's, of the tanh form: at most 4.7e-4 off the erf form, where rounding values near 1 to bfloat16
-makes 3.9e-3; in float16 and float32 it is PyTorch's own.
+makes 3.9e-3; in float16, in float32 and where gradients are recorded it is PyTorch's own.
 
-The gradients are PyTorch's, through the reference, which starts again from the inputs. A model that trains keeps more instead,
-and takes the submodules (``tnt.Block.outer``).
+Backward, of each of the two branches r + scale · last(f(first(LN r))), f the attention or GELU, with g the gradient of the sum:
+
+    d = scale · g,  dW_last = dᵀ · f(h),  dh = f's backward of d · W_last              f(h): kept, or GELU again
+    dW_first = dhᵀ · LN(r),  dr = g + LN's backward of dh · W_first                     LN(r) is that launch's second result
+
+which also sums g and dr over their rows: the gradients of the biases of fc2 and proj, if there is no scale. Sixteen launches,
+nine of the forward, in the weights' dtype; another one, as under autocast, costs a cast of each weight both ways.
+
+This one operation keeps more than its input: the attention's q, k and v, result and logsumexp, x, and fc1's result; and its
+matrices where they were cast or joined. From the input alone all products and the attention would run twice, half as much
+again of three quarters of a training step. Bytes a token, in half precision: 2·(6 E + M) + 4 H, input included. ``recompute``
+of "mlp" leaves out M, for the product of fc1, that of "all" also x, q, k and v, 4 E, for proj's and theirs. Of a fold nothing
+is kept, and the gradients are PyTorch's, through the reference: a model that trains calls the two one by one.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,6 +40,16 @@ from tnt_fast import attention, reference
 from tnt_fast.kernels import norm, operation
 from tnt_fast.kernels.fold import fold, product
 from tnt_fast.kernels.operation import Launch, Operation, contiguous
+
+MATRICES = ("proj_weight", "fc1_weight", "fc2_weight")  # and that of q, k and v
+SUMS = (
+    "norm2_weight",
+    "norm2_bias",
+    "proj_bias",
+    "fc2_bias",
+    "norm1_weight",
+    "norm1_bias",
+)  # what the LayerNorms' launches sum
 
 
 class Outer(Operation):
@@ -63,47 +84,188 @@ class Outer(Operation):
         return missing or super().wrong_values(given, device, sizes)
 
     def shipped(self, dtype: torch.dtype, E: int) -> Iterable[Launch]:
-        """The LayerNorm before the MLP, and fold's last launch with the one before the attention."""
+        """The LayerNorm before the MLP, fold's last launch with the one before the attention, and both backwards."""
         yield norm.specialise(norm._norm_kernel, dtype, E).shipped(dtype)
         yield norm.launch_of("add and norm", dtype, E)
+        yield norm.launch_of("backward and rest", dtype, E, sums=4)
+        yield norm.launch_of("backward and rest", dtype, E, sums=2)
 
     def multiply_adds(self, a: SimpleNamespace) -> int:
         B, T, E = a.patch
         return B * T * (4 * E * E + 2 * E * a.weights.fc1_weight[0] + 2 * T * E) + (0 if a.pixel is None else E * prod(a.pixel))
 
+    def backward_multiply_adds(self, a: SimpleNamespace) -> int:
+        """A product for each side of every product, the attention's first one again, and what ``recompute`` says."""
+        if a.pixel is not None:
+            return super().backward_multiply_adds(a)
+        (B, T, E), M = a.patch, a.weights.fc1_weight[0]
+        again = {"none": 0, "mlp": M * E, "all": (M + 4 * E) * E}[a.recompute]
+        return 2 * self.multiply_adds(a) + B * T * (T * E + again)
+
+    def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        sizes, reasons = super().numbers(given)
+        if given.get("recompute", "none") not in reference.RECOMPUTE:
+            reasons.append(f"recompute={given['recompute']!r}; accepted: {', '.join(map(repr, reference.RECOMPUTE))}")
+        return sizes, reasons
+
+    def keeps(self, a: SimpleNamespace) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        if a.pixel is not None:
+            return {}
+        (B, T, E), dtype, w = a.patch.shape, a.patch.dtype, a.weights
+        found = {"attended": ((B * T, E), dtype), "logsumexp": ((B, a.num_heads, T), torch.float32)}
+        if a.recompute != "all":
+            found |= {"x": ((B * T, E), dtype), "qkv": ((B * T, 3 * E), dtype)}
+        if a.recompute == "none":
+            found["hidden"] = (B * T, w.fc1_weight.shape[0]), dtype
+        found["qkv_weight"] = (3 * E, E), dtype
+        cast = [name for name in MATRICES if getattr(w, name).dtype != dtype]
+        return found | {name: (tuple(getattr(w, name).shape), dtype) for name in cast}
+
     def forward(self, a: SimpleNamespace, out: Tensor) -> None:
-        (B, T, E), H, w = a.patch.shape, a.num_heads, operation.cast(contiguous(a.weights), a.patch.dtype)
+        (B, T, E), w, f = a.patch.shape, contiguous(a.weights), a.fold_weights
+        matrices = {name: _matrix(a, name) for name in ("qkv_weight", *MATRICES)}
+        recorded = a.kept is not None and a.pixel is None
         rest = out.view(B * T, E)
+        x = torch.empty_like(rest) if recorded else rest  # what the MLP reads; kept
 
-        def begin(x: Tensor, weight: Tensor, bias: Tensor | None, later: Tensor | None, scale: Tensor | None) -> Tensor:
-            """LN(x); the rest is x and, where the branch is not scaled, its last bias."""
-            return norm.forward(x, weight, bias, a.eps, rest, later if scale is None else None)
-
-        def end(h: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
-            if scale is None:
-                rest.addmm_(h, weight.t())
-            else:
-                out.addcmul_(F.linear(h, weight, bias).view(B, T, E), scale.to(out.dtype).view(B, 1, 1))
-
-        f = a.fold_weights
+        later = w.proj_bias if a.attn_scale is None else None
         if a.pixel is None or a.pixel.shape[0] == 0:
-            h = begin(a.patch.contiguous().view(B * T, E), w.norm1_weight, w.norm1_bias, w.proj_bias, a.attn_scale)
+            h = norm.forward(a.patch.contiguous().view(B * T, E), w.norm1_weight, w.norm1_bias, a.eps, x, later)
         else:
             z = product(a.pixel.to(out.dtype), f.fold_norm1_weight, f.fold_norm1_bias, f.fold_proj_weight, a.eps)
-            later = w.proj_bias if a.attn_scale is None else None
             second = f.fold_proj_bias, f.fold_norm2_weight, f.fold_norm2_bias
-            h = norm.add(z, a.patch, out, norm.AddWeights(*second, w.norm1_weight, w.norm1_bias, later), a.eps)
-        bias = None if w.qk_bias is None else operation.joined(w.qk_bias, w.v_bias)
-        qkv = F.linear(h, operation.joined(w.qk_weight, w.v_weight), bias).view(B, T, 3, H, E // H)
-        h = attention.attend(*qkv.unbind(2)).reshape(B * T, E)
-        end(h, w.proj_weight, w.proj_bias, a.attn_scale)
-
-        h = begin(rest, w.norm2_weight, w.norm2_bias, w.fc2_bias, a.mlp_scale)
-        if h.dtype == torch.bfloat16 and w.fc1_bias is not None:
-            h = torch._addmm_activation(w.fc1_bias, h, w.fc1_weight.t(), use_gelu=True)
+            h = norm.add(z, a.patch, out, norm.Weights(*second, w.norm1_weight, w.norm1_bias, later), a.eps)
+        qkv = F.linear(h, matrices["qkv_weight"], _qkv_bias(w, h.dtype))
+        heads = qkv.view(B, T, 3, a.num_heads, -1).unbind(2)
+        if recorded:
+            attended, logsumexp = attention.attend_recorded(*heads)
+            a.kept |= matrices | dict(x=x, attended=attended.view(B * T, E), logsumexp=logsumexp, qkv=qkv)
         else:
-            h = F.gelu(F.linear(h, w.fc1_weight, w.fc1_bias))
-        end(h, w.fc2_weight, w.fc2_bias, a.mlp_scale)
+            attended = attention.attend(*heads)
+        _add(x, attended.reshape(B * T, E), matrices["proj_weight"], w.proj_bias, a.attn_scale)
+
+        h = norm.forward(x, w.norm2_weight, w.norm2_bias, a.eps, rest, w.fc2_bias if a.mlp_scale is None else None)
+        if h.dtype == torch.bfloat16 and w.fc1_bias is not None and not recorded:
+            h = torch._addmm_activation(_to(w.fc1_bias, h.dtype), h, matrices["fc1_weight"].t(), use_gelu=True)
+        else:
+            h = F.linear(h, matrices["fc1_weight"], _to(w.fc1_bias, h.dtype))
+            if recorded:
+                a.kept["hidden"] = h
+            h = F.gelu(h)
+        _add(rest, h, matrices["fc2_weight"], w.fc2_bias, a.mlp_scale)
+
+    def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
+        if a.pixel is not None or needed & {"attn_scale", "mlp_scale"}:
+            return self.recomputed(gradient, a, needed)
+        (B, T, E), w, kept = a.patch.shape, contiguous(a.weights), a.kept
+        patch, attended, x, h1 = a.patch.contiguous().view(B * T, E), kept["attended"], kept.get("x"), None
+        found: dict[str, Any] = {}
+        sums = norm.partial_sums(patch, len(SUMS))
+        if x is None:
+            x = torch.empty_like(patch)
+            later = w.proj_bias if a.attn_scale is None else None
+            h1 = norm.forward(patch, w.norm1_weight, w.norm1_bias, a.eps, x, later)
+            _add(x, attended, _matrix(a, "proj_weight"), w.proj_bias, a.attn_scale)
+
+        def branch(gradient: Tensor, scale: Tensor | None) -> Tensor:
+            return gradient if scale is None else (gradient.view(B, T, E) * _factors(scale, gradient)).view(B * T, E)
+
+        def begun(
+            dh: Tensor, matrix: Tensor, h: Tensor | None, r: Tensor, layer: str, out: Tensor | None, weight: bool, **more: Any
+        ) -> Tensor | None:
+            """Of ``matrix`` · LN(r): into ``out``, if it is there, the gradient of r; returned, if asked for, the matrix's.
+
+            ``h``: LN(r), if it is there.
+            """
+            read = getattr(w, f"{layer}_weight"), getattr(w, f"{layer}_bias")
+            if out is not None:
+                y = torch.empty_like(r) if weight and h is None else None
+                norm.backward((dh @ matrix).view(1, B * T, E), r, read[0], a.eps, out, y=y, bias=read[1], **more)
+                h = y if h is None else h
+            elif weight and h is None:
+                h = norm.forward(r, *read, a.eps)
+            return dh.t() @ h if weight else None  # type: ignore[operator]
+
+        dy = _to(gradient, x.dtype).contiguous().view(B * T, E)
+        d, dx = branch(dy, a.mlp_scale), None
+        if before := needed - {"fc2_bias"}:
+            hidden, h = kept.get("hidden"), None
+            if hidden is None:
+                h = norm.forward(x, w.norm2_weight, w.norm2_bias, a.eps)
+                hidden = F.linear(h, _matrix(a, "fc1_weight"), _to(w.fc1_bias, x.dtype))
+            if "fc2_weight" in needed:
+                found["fc2_weight"] = d.t() @ F.gelu(hidden)
+        if before := before - {"fc2_weight"}:
+            dh = d @ _matrix(a, "fc2_weight")
+            torch.ops.aten.gelu_backward.grad_input(dh, hidden, grad_input=dh)
+            del hidden
+            if "fc1_bias" in needed:
+                found["fc1_bias"] = dh.sum(0, dtype=w.fc1_bias.dtype)
+            before -= {"fc1_weight", "fc1_bias"}
+            dx = torch.empty_like(x) if before else None
+            matrix = _matrix(a, "fc1_weight")
+            found["fc1_weight"] = begun(dh, matrix, h, x, "norm2", dx, "fc1_weight" in needed, rest=dy, sums=sums[:4])
+            del dh, h
+        if "fc2_bias" in needed and (dx is None or a.mlp_scale is not None):
+            found["fc2_bias"] = d.sum(0, dtype=w.fc2_bias.dtype)
+
+        if before := before - {"norm2_weight", "norm2_bias"}:
+            d = branch(dx, a.attn_scale)  # type: ignore[arg-type]
+            if "proj_weight" in needed:
+                found["proj_weight"] = d.t() @ attended
+            if "proj_bias" in needed and a.attn_scale is not None:
+                found["proj_bias"] = d.sum(0, dtype=w.proj_bias.dtype)
+        if before := before - {"proj_weight", "proj_bias"}:
+            qkv = kept["qkv"] if h1 is None else F.linear(h1, _matrix(a, "qkv_weight"), _qkv_bias(w, x.dtype))
+            shape = B, T, a.num_heads, E // a.num_heads
+            given = (d @ _matrix(a, "proj_weight")).view(shape), *qkv.view(B, T, 3, *shape[2:]).unbind(2), attended.view(shape)
+            dh = torch.stack(attention.attend_backward(*given, kept["logsumexp"]), 2).view(B * T, 3 * E)
+            del given, qkv
+            if before & {"qk_bias", "v_bias"}:
+                found["qk_bias"], found["v_bias"] = dh.sum(0, dtype=w.qk_bias.dtype).split((2 * E, E))
+            before -= {"qk_bias", "v_bias"}
+            deeper = before - {"qk_weight", "v_weight"}
+            matrix = _matrix(a, "qkv_weight")
+            matrix = begun(
+                dh, matrix, h1, patch, "norm1", dx if deeper else None, bool(before - deeper), rest=dx, sums=sums[4:]
+            )
+            found["patch"] = dx.view(B, T, E)
+            if matrix is not None:
+                found["qk_weight"], found["v_weight"] = matrix.split((2 * E, E))
+        return found if dx is None else dict(zip(SUMS, _to(sums.sum(1), w.norm2_weight.dtype), strict=True)) | found
+
+
+def _matrix(a: SimpleNamespace, name: str) -> Tensor:
+    """What a product reads, in the activations' dtype: a weight, or those of q, k and v as one."""
+    if a.kept is not None and name in a.kept:
+        return a.kept[name]
+    if name != "qkv_weight":
+        return _to(getattr(a.weights, name).contiguous(), a.patch.dtype)
+    w, E = contiguous(a.weights), a.patch.shape[2]
+    if a.kept is None and w.qk_weight.dtype == a.patch.dtype:
+        return operation.joined(w.qk_weight, w.v_weight)  # perhaps a view of them, which cannot be kept
+    return torch.cat((w.qk_weight, w.v_weight), out=torch.empty(3 * E, E, dtype=a.patch.dtype, device=a.patch.device))
+
+
+def _add(onto: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
+    """The end of a branch; where it is not scaled, its bias is there already."""
+    if scale is None:
+        onto.addmm_(h, weight.t())
+    else:
+        images = scale.shape[0], -1, onto.shape[1]
+        onto.view(images).addcmul_(F.linear(h, weight, _to(bias, h.dtype)).view(images), _factors(scale, h))
+
+
+def _qkv_bias(w: Any, dtype: torch.dtype) -> Tensor | None:
+    return None if w.qk_bias is None else _to(operation.joined(w.qk_bias, w.v_bias), dtype)
+
+
+def _to(x: Tensor | None, dtype: torch.dtype) -> Any:
+    return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
+def _factors(scale: Tensor, like: Tensor) -> Tensor:
+    return _to(scale, like.dtype).view(-1, 1, 1)
 
 
 outer = Outer()

@@ -421,8 +421,8 @@ COUNTS = ("n_rows", "n_tokens", "n_cells", "n_patches")  # what a kernel's tiles
 OPTIONAL = {
     "pixel_embed": {"bias_ptr", "pixel_pos_ptr"},
     "inner": {"qk_bias", "v_bias", "attn_scale_ptr", "mlp_scale_ptr", "sums_ptr"},
-    "fold": {"bias_ptr", "shift_ptr", "dx_ptr", "sums_ptr", "shift", "bias"},
-    "outer": {"bias_ptr", "rest_ptr", "later_ptr", "shift", "bias", "next_bias", "later"},
+    "fold": {"bias_ptr", "shift", "bias", "dx"},
+    "outer": {"bias_ptr", "rest_ptr", "later_ptr", "shift", "bias", "next_bias", "later", "dx", "y"},
 }
 PASSED = {"pixel_embed": _of_pixel_embed, "inner": _of_inner, "fold": _of_norm, "outer": _of_norm}
 LIMITS = {"n_tokens": ROWS, "n_cells": ROWS, "n_patches": ROWS, "n_rows": ROWS, "n_group": ROWS, "height": SIDE, "width": SIDE}

@@ -7,8 +7,10 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 BACKENDS = ("auto", "sdpa", "xformers", "eager")
 
@@ -39,3 +41,82 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
         return xformers()[0].memory_efficient_attention(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _backend(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend | None:
+    """Which of PyTorch's kernels ``scaled_dot_product_attention`` takes here; None: those of the CPU.
+
+    One that would pad the heads, does not take wide ones' gradients everywhere, or is not PyTorch's own, counts as products and
+    a softmax.
+    """
+    found = SDPBackend(torch._fused_sdp_choice(q, k, v))
+    if q.device.type == "cpu":
+        return None if found == SDPBackend.FLASH_ATTENTION else SDPBackend.MATH
+    known = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+    return found if found in known and q.is_cuda and q.shape[-1] in range(0, 193, 8) else SDPBackend.MATH
+
+
+def attend_recorded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``attend`` by "sdpa", and log Σ exp(q kᵀ / √D), ``(B, H, T)`` in float32: what ``attend_backward`` asks for.
+
+    These two are for an operation with a backward of its own: autograd would keep the same. Which kernel computes each of them
+    is PyTorch's choice, the two need not agree, and the backwards of some add in no fixed order unless
+    ``torch.use_deterministic_algorithms`` is on.
+    """
+    aten, T = torch.ops.aten, q.shape[1]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    match _backend(q, k, v):
+        case None:
+            out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        case SDPBackend.FLASH_ATTENTION:
+            out, logsumexp = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+        case SDPBackend.CUDNN_ATTENTION:
+            out, logsumexp = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]  # (B, H, T, 1)
+        case SDPBackend.EFFICIENT_ATTENTION:
+            out, logsumexp = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]  # whole blocks of 32
+        case _:
+            scores = _scores(q, k)
+            logsumexp = scores.logsumexp(-1)
+            out = (scores - logsumexp[..., None]).exp().to(v.dtype) @ v
+    return out.transpose(1, 2).contiguous(), logsumexp.flatten(2)[:, :, :T].contiguous()
+
+
+def attend_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, from that of ``out``; all but ``logsumexp`` are ``(B, T, H, D)``."""
+    aten, T = torch.ops.aten, q.shape[1]
+    if T == 1:  # a softmax of one score: the kernels find 0 but for rounding
+        return torch.zeros_like(gradient), torch.zeros_like(gradient), gradient
+    gradient, q, k, v, out = (x.transpose(1, 2) for x in (gradient, q, k, v, out))
+    match backend := _backend(q, k, v):
+        case None:
+            found = aten._scaled_dot_product_flash_attention_for_cpu_backward(gradient, q, k, v, out, logsumexp, 0.0, False)
+        case SDPBackend.FLASH_ATTENTION:
+            state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
+            found = aten._scaled_dot_product_flash_attention_backward(
+                gradient, q, k, v, out, logsumexp, None, None, T, T, 0.0, False, state, state[0]
+            )
+        case SDPBackend.CUDNN_ATTENTION | SDPBackend.EFFICIENT_ATTENTION:
+            state = torch.empty((), dtype=torch.int64, device=q.device)
+            if backend == SDPBackend.CUDNN_ATTENTION:
+                found = aten._scaled_dot_product_cudnn_attention_backward(
+                    gradient, q, k, v, out, logsumexp[..., None], state, state, None, None, None, T, T, 0.0, False
+                )
+            else:
+                logsumexp = F.pad(logsumexp, (0, -T % 32), value=torch.inf)
+                found = aten._scaled_dot_product_efficient_attention_backward(
+                    gradient, q, k, v, None, out, logsumexp, state, state, 0.0, [True, True, True, False]
+                )
+        case _:
+            weights = (_scores(q, k) - logsumexp[..., None]).exp()
+            along = (gradient.float() * out.float()).sum(-1, keepdim=True)
+            scores = (weights * ((gradient @ v.transpose(-2, -1)).float() - along) * q.shape[-1] ** -0.5).to(q.dtype)
+            found = (scores @ k, scores.transpose(-2, -1) @ q, weights.to(q.dtype).transpose(-2, -1) @ gradient)
+    d_q, d_k, d_v = (x.transpose(1, 2) for x in found[:3])
+    return d_q, d_k, d_v
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q kᵀ / √D in float32."""
+    return (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
 from tnt_fast import kernels
-from tnt_fast.reference import by_name
+from tnt_fast.reference import RECOMPUTE, by_name
 
 BACKENDS = ("auto", "fused", "reference")
 OPERATIONS = ("pixel_embed", "inner", "fold", "outer")
@@ -31,6 +31,12 @@ def check_backend(backend: str) -> None:
     """Raise ValueError for anything but one of ``BACKENDS``."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; accepted: {', '.join(map(repr, BACKENDS))}")
+
+
+def check_recompute(recompute: str) -> None:
+    """Raise ValueError for anything but one of ``reference.RECOMPUTE``."""
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute={recompute!r} is unknown; accepted: {', '.join(map(repr, RECOMPUTE))}")
 
 
 def find_device(name: str | None = None) -> torch.device:
@@ -69,10 +75,13 @@ def choose(model: Any, image: Tensor, warn: bool = True) -> bool:
     reasons = _machine_reasons(image, backend)
     if backend == "fused" or not reasons:  # the model is only looked through where it can matter
         reasons = reasons + _model_reasons(model, image)
-    if not reasons:
+    kept = [] if reasons or not torch.is_grad_enabled() else _recompute_reasons(model, image)
+    if not reasons and (not kept or backend == "auto"):
         if warn and torch.is_grad_enabled():
             _warn("computes gradients with PyTorch: ", _gradient_reasons(model, image))
+            _warn("keeps what it was to compute again, take model.set_grad_checkpointing(): ", kept)
         return True
+    reasons = reasons + kept
     if backend == "fused":
         raise RuntimeError(
             "backend='fused' cannot run:\n"
@@ -117,29 +126,48 @@ def _warn_once(text: str) -> bool:
 def outer_arguments(block: Any, patch: Tensor) -> dict[str, Any] | None:
     """What a block on the fused path gives the operation ``outer``; None where its submodules run, with PyTorch's attention.
 
-    For gradients they keep what the operation would compute again. Anything done to a submodule is a reason, too.
+    They do where anything was done to one of them.
     """
-    if "outer" not in kernels.OPERATIONS or block.has_se or getattr(block.attn_out, "attn_backend", "") not in ("auto", "sdpa"):
-        return None
-    if torch.is_grad_enabled() and patch.requires_grad:
-        return None
-    reasons: list[str] = []
-    _check_modules("", block, _OUTER, reasons)
-    if reasons:
+    if "outer" not in kernels.OPERATIONS or _outer_reasons("", block, patch):
         return None
     given = block.outer_arguments()
-    record = given["weights"]
-    if (record.qk_bias is None) != (record.v_bias is None):  # the operation takes both or none
-        return None
+    return given if all([x is None or _is_plain(x) for x in given["weights"]]) else None
+
+
+def _recompute_reasons(model: Any, image: Tensor) -> list[str]:
+    """Why a block keeps for gradients what ``recompute`` says it should compute again: its submodules run."""
+    asked = [(f"blocks.{i}.", block) for i, block in enumerate(model.blocks) if getattr(block, "recompute", "none") != "none"]
+    if not asked:
+        return []
+    if "outer" not in kernels.OPERATIONS:
+        return ["this version has no fused kernel for outer"]
+    found = [reason for prefix, block in asked for reason in _outer_reasons(prefix, block, image)]
+    return [f"recompute={asked[0][1].recompute!r} is of the fused outer transformer: {reason}" for reason in found]
+
+
+def _outer_reasons(prefix: str, block: Any, like: Tensor) -> list[str]:
+    """Why the submodules of a block compute its outer transformer, of a dtype and a device like these."""
+    if block.has_se:
+        return [f"{prefix}se_layer squeezes and excites, which the kernels do not compute"]
+    if (backend := getattr(block.attn_out, "attn_backend", "")) not in ("auto", "sdpa"):
+        return [f"{prefix}attn_out has attn_backend={backend!r}; the kernels take 'auto' and 'sdpa'"]
+    reasons: list[str] = []
+    _check_modules(prefix, block, _OUTER, reasons)
+    if reasons:
+        return reasons
+    record = block.outer_arguments()["weights"]
+    if (record.qk_bias is None) != (record.v_bias is None):
+        return [f"{prefix}attn_out has one of the biases of qk and v; the kernels take both or none"]
     # what the LayerNorm kernels read; the library looks at the other shapes, as for the submodules
     read = (record.norm1_weight, record.norm1_bias, record.proj_bias, record.norm2_weight, record.norm2_bias, record.fc2_bias)
-    if any([x is not None and x.shape != patch.shape[-1:] for x in read]):
-        return None
-    weights = [weight for weight in record if weight is not None]
-    if torch.is_grad_enabled() and any([weight.requires_grad for weight in weights]):
-        return None
-    taken = (_computed(patch), torch.float32) if torch.is_autocast_enabled(patch.device.type) else (patch.dtype,)
-    return given if all([_is_plain(x) and x.dtype in taken for x in weights]) else None
+    width = record.v_weight.shape[:1]
+    if any([x is not None and x.shape != width for x in read]):
+        return [f"{prefix}outer: a LayerNorm or a bias has not the {width[0]} values of the patches"]
+    weights = [x for x in record if x is not None and not _is_sharded(x)]
+    taken = (_computed(like), torch.float32) if torch.is_autocast_enabled(like.device.type) else (like.dtype,)
+    if any([x.dtype not in taken or not _is_plain(x) for x in weights]):
+        return [f"{prefix}outer: its weights are not all plain parameters of {taken[0]}"]
+    return []
 
 
 def is_looked_at(drop: nn.Module) -> bool:

@@ -50,6 +50,7 @@ class FoldWeights(NamedTuple):
 
 
 NO_FOLD = FoldWeights()
+RECOMPUTE = ("none", "mlp", "all")  # what ``outer`` may be told to compute again for its gradients
 
 
 def by_name(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,11 +228,14 @@ def outer(
     mlp_scale: Tensor | None = None,
     pixel: Tensor | None = None,
     fold_weights: FoldWeights = NO_FOLD,
+    recompute: str = "none",
 ) -> Tensor:
     """Outer transformer: an ordinary ViT block over class token and patches (paper, Eq. 9 and 10).
 
     As ``inner``, with ``patch`` ``(B, 1 + N, E)``, E channels, and drop-path factors ``(B,)``, one an image. Of ``pixel``,
-    where there is one, and ``patch`` it is ``fold``, with the same eps, that the transformer is given.
+    where there is one, and ``patch`` it is ``fold``, with the same eps, that the transformer is given. ``recompute`` changes no
+    number: it says what the fused operation computes again for the gradients instead of keeping it: "none"; "mlp", what GELU is
+    given; "all" but the attention.
     """
     if pixel is not None:
         patch = fold(pixel, patch, *fold_weights, eps)  # type: ignore[arg-type]

@@ -144,6 +144,7 @@ SIZES: dict[str, Any] = {
     "inner_blocks": _Blocks(), "use_pixel_pos": _FLAG, "use_patch_pos": _FLAG, "use_patch_embed": _FLAG,
     "dynamic_img_size": _FLAG, "drop_rate": _RATE, "pos_drop_rate": _RATE, "proj_drop_rate": _RATE,
     "attn_drop_rate": _RATE, "drop_path_rate": _RATE, "attn_backend": _OneOf(("auto", "sdpa", "xformers", "eager")),
+    "recompute": _OneOf(("none", "mlp", "all")),
 }  # fmt: skip
 """What a file or ``--model-kwargs`` may say about a model, and what is accepted; the constructor checks how sizes fit."""
 
