@@ -157,7 +157,7 @@ def test_opcheck(operation):
     tensors, others = (
         embed_case(1, 3, 16, 32, 12, (16, 16), 4, (16, 16), False) if operation == "pixel_embed"
         else (inner_tensors(3, 16, 12, 48), dict(num_heads=2, eps=1e-5, a=None, m=None)) if operation == "inner"
-        else (outer_tensors(2, 3, 12, 48), dict(num_heads=2, eps=1e-5, **dict.fromkeys("amp012345"), r="none")) if operation == "outer"
+        else (outer_tensors(2, 3, 12, 48), dict(H=2, eps=1e-5, **dict.fromkeys("amp012345"), r="none")) if operation == "outer"
         else (fold_tensors(1, 3, 16, 12, 24, False), dict(eps=1e-5))
     )  # fmt: skip
     given = [None if v is None else v.float().to(DEVICE).requires_grad_() for v in tensors.values()]
