@@ -210,13 +210,13 @@ def _graph(model: nn.Module, image: torch.Tensor):
 
 
 def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, group: str) -> Case:
-    """``provider``: timm, fused or reference, of a DeiT also cudnn or outer, then -eager, -compiled or -tuned; or
-    eager+OPERATION+..., a step of the waterfall."""
+    """``provider``: timm, fused, reference or optimized (the copy for inference), of a DeiT also cudnn or outer, then -eager,
+    -compiled or -tuned; or eager+OPERATION+..., a step of the waterfall."""
 
     def build() -> Provider:
         kind = torch.float32 if mode == "train" else DTYPES[dtype]
         path, _, way = provider.partition("-")
-        others = {"backend": "fused"} if path == "fused" else {}
+        others = {"backend": "fused"} if path == "fused" or (path == "optimized" and GPU) else {}
         raw = fuse(filled(bare(family, path != "timm", **others), kind), path.split("+")[1:])
         if path == "fused" and mode == "train":
             with torch.autocast(DEVICE, DTYPES[dtype], enabled=dtype != "fp32"):
@@ -225,6 +225,8 @@ def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, gr
                 raise measure.Skipped("not fused: " + "; ".join(reasons))
         if path == "outer":
             raw = on_outer(raw)
+        if path == "optimized":
+            raw = tnt_fast.optimize_for_inference(raw)
         call = raw if way not in COMPILED else torch.compile(raw, dynamic=False, mode=COMPILED[way])
         if path == "cudnn":
             call = with_cudnn(call)
@@ -265,14 +267,15 @@ def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, gr
 def group_cases(
     size: str, mode: str, dtype: str, batch: int, own: str, ways=("eager", "compiled"), more=False, peers=()
 ) -> list[Case]:
-    """TNT of ours (``own``: the path) and of timm, and DeiT, of one size; ``more``: the legacy TNT and one of Table 5, too;
+    """TNT of ours (``own``: the paths) and of timm, and DeiT, of one size; ``more``: the legacy TNT and one of Table 5, too;
     ``peers``: other paths of DeiT."""
     group = f"{size}/{mode}/{dtype}/{batch}" + ("" if len(ways) > 1 else f"/{ways[0]}")
     case = partial(model_case, mode=mode, dtype=dtype, batch=batch, group=group)
-    models = [(f"tnt_{size}", own), (f"tnt_{size}", "timm"), *((f"deit_{size}", path) for path in ("timm", *peers))]
+    paths = own.split()
+    models = [*((f"tnt_{size}", path) for path in (*paths, "timm")), *((f"deit_{size}", path) for path in ("timm", *peers))]
     found = [case(family, f"{path}-{way}") for family, path in models for way in ways]
     if more:
-        models = [("tnt_s_legacy", own), ("tnt_s_legacy", "timm"), ("tnt_s_inner4", own)]
+        models = [("tnt_s_legacy", paths[0]), ("tnt_s_legacy", "timm"), ("tnt_s_inner4", paths[0])]
         found += [case(family, f"{path}-eager") for family, path in models]
     return found
 
@@ -316,15 +319,14 @@ def gpu_cases() -> list[Case]:
 
 
 def cpu_cases() -> list[Case]:
-    cases = partial(group_cases, own="reference", ways=("eager",))
-    found = [*cases("s", "inference", "fp32", 1, more=True), *cases("s", "train", "fp32", 2)]
-    return [
-        *found,
-        *(case for size, batch in (("b", 1), ("s", 8), ("ti", 1)) for case in cases(size, "inference", "fp32", batch)),
-    ]
+    cases = partial(group_cases, ways=("eager",))
+    inference = partial(cases, mode="inference", own="reference optimized")
+    found = [*inference("s", dtype="fp32", batch=1, more=True), *cases("s", "train", "fp32", 2, own="reference")]
+    rest = (("b", "fp32", 1), ("s", "fp32", 8), ("s", "bf16", 8), ("ti", "fp32", 1))
+    return [*found, *(case for size, dtype, batch in rest for case in inference(size, dtype=dtype, batch=batch))]
 
 
-LEFT_OUT = "fused, compiled and CUDA-graph rows, the waterfall, bf16 and fp16, batches up to 1024, memory, energy"
+LEFT_OUT = "fused, compiled and CUDA-graph rows, the waterfall, most in bf16, fp16, batches up to 1024, memory, energy"
 
 
 @measure.rows(gpu_cases() if GPU else cpu_cases(), LEFT_OUT)

@@ -22,6 +22,7 @@ from PIL import Image
 from tnt_fast import classify, kernels, variants
 from tnt_fast.checkpoints import load_checkpoint, read_checkpoint
 from tnt_fast.cli import main
+from tnt_fast.optimize import OptimizedTNT
 from tnt_fast.tnt import TNT
 
 TINY = ["img_size=32", "embed_dim=24", "inner_dim=12", "depth=1", "num_heads_outer=2", "num_heads_inner=2"]
@@ -142,6 +143,14 @@ def test_the_averaged_weights_are_used_in_evaluation_mode(checkpoint):
     assert not torch.equal(saved["state_dict"]["head.weight"], saved["state_dict_ema"]["head.weight"])
     assert torch.equal(model.head.weight, saved["state_dict_ema"]["head.weight"])
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_cpu_computes_with_the_repacked_copy_unless_a_path_is_asked_for(checkpoint, images, capsys, backend):
+    classifier = classify.Classifier(checkpoint, device="cpu", backend=backend)
+    assert isinstance(classifier.compute, OptimizedTNT if backend == "auto" else TNT)
+    assert run(images / "rgb.png", "--checkpoint", checkpoint, "--backend", backend) == 0
+    assert ("; weights repacked for the CPU" in capsys.readouterr().err) == (backend == "auto")
 
 
 def test_files_keep_the_order_given_and_directories_are_searched_in_sorted_order(checkpoint, images, capsys):
@@ -596,14 +605,14 @@ def test_weights_that_are_not_finite_are_an_error_that_names_the_first(checkpoin
 
 
 def test_outputs_that_are_not_finite_end_one_image(checkpoint, images, capsys, monkeypatch):
-    forward = TNT.forward
+    forward = OptimizedTNT.forward
 
     def overflow(model, image):
         logits = forward(model, image)
         logits[0, 1] = float("inf")
         return logits
 
-    monkeypatch.setattr(TNT, "forward", overflow)
+    monkeypatch.setattr(OptimizedTNT, "forward", overflow)
     assert run(images / "rgb.png", images / "gray.png", "--checkpoint", checkpoint, "--json") == 1
     first, second = json.loads(capsys.readouterr().out)
     assert first["error"] == f"the model's outputs for {str(images / 'rgb.png')!r} are not finite"

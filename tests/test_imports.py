@@ -65,6 +65,7 @@ ALLOWED = {
         "torch timm numpy tqdm",
     ),
     "tnt_fast/classify.py": (
+        "tnt_fast/optimize.py "
         "tnt_fast/dispatch.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py tnt_fast/images.py "
         "tnt_fast/writing.py",
         "torch timm",

@@ -5,8 +5,9 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tnt_fast.checkpoints import CheckpointError
 from tnt_fast.data import evaluation_transform
 from tnt_fast.dispatch import find_device, settle
 from tnt_fast.images import DataError, open_image
+from tnt_fast.optimize import optimize_for_inference
 from tnt_fast.variants import check_sizes, load_tnt
 from tnt_fast.writing import replacing
 
@@ -68,6 +70,7 @@ class Classifier:
         self.model.to(self.device).eval()
         self.model.backend = backend
         self.why_not_fused = settle(self.model)  # "fused" fails here
+        self.repacked = backend == "auto" and self.device.type == "cpu"
         if class_names is not None:
             self.classes = list(class_names)
         elif not self.classes:
@@ -75,6 +78,11 @@ class Classifier:
         if len(self.classes) != self.model.num_classes:
             raise ValueError(f"{len(self.classes)} class names, but the model has {self.model.num_classes} classes")
         self.transform = evaluation_transform(self.data_config)
+
+    @cached_property
+    def compute(self) -> Callable[[Tensor], Tensor]:
+        """The model; on a CPU, unless a path was asked for, its copy that has the same outputs in less time."""
+        return optimize_for_inference(self.model) if self.repacked else self.model
 
     @torch.inference_mode()
     def __call__(
@@ -94,7 +102,7 @@ class Classifier:
             images = [image for _, image in batch if isinstance(image, Tensor)]
             logits: Iterator[Tensor] = iter(())
             if images:
-                logits = iter(self.model(torch.stack(images).to(self.device)).float().cpu())
+                logits = iter(self.compute(torch.stack(images).to(self.device)).float().cpu())
             for file, image in batch:
                 row: dict[str, Any] = {"file": str(file)}
                 if isinstance(image, DataError):

@@ -329,7 +329,8 @@ def _classify(args: argparse.Namespace) -> int:
     kwargs = _key_values(args.model_kwargs or [])
     classifier = classify.Classifier(args.checkpoint, args.model, args.device, args.backend, names, kwargs)
     say(f"weights: {classifier.weights}", error=True)
-    say(f"path: {_path(args.backend, classifier.why_not_fused, classifier.device)}", error=True)
+    repacked = "; weights repacked for the CPU" if classifier.repacked else ""
+    say(f"path: {_path(args.backend, classifier.why_not_fused, classifier.device)}{repacked}", error=True)
     rows = []
     lines = not (args.json or args.out)
     results = classifier(files, args.topk, args.batch_size, args.threshold)
