@@ -583,6 +583,7 @@ def test_the_fitted_exponent():
 # ---- the suites and their files ----
 
 
+@pytest.mark.slow
 def test_the_suites_run():
     chosen = "tnt_ti or (inner and forward) or train or pixels"
     done = suites("benchmarks", "--benchmark-disable", "-k", f"({chosen}) and not legacy")

@@ -441,6 +441,7 @@ def shipped(tmp_path_factory):
     return json.loads((folder / "rows.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", kernels.OPERATIONS)
 class TestShipped:
     @pytest.fixture
@@ -490,6 +491,7 @@ def _counted(shipped, variant, which):
     return [row for row in found if "warp_instructions_per_patch" in row]
 
 
+@pytest.mark.slow
 @measured_compiler
 def test_cost_of_the_inner_backward(shipped):
     """Both halves together, of TNT-S in bfloat16."""
@@ -507,6 +509,7 @@ def test_cost_of_the_images_gradient(shipped, variant):
     assert found["matrix_instructions"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("inner" not in kernels.OPERATIONS, reason="this version has no inner kernel")
 @pytest.mark.parametrize(("variant", "registers", "instructions"), [("s", 168, 1300), ("b", 255, 2100)])
 def test_cost_of_the_inner_forward(shipped, variant, registers, instructions):

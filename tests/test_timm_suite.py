@@ -1,13 +1,11 @@
 """timm's own model tests, from the source of the installed timm, on our four names (see --timm-source)."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
+from helpers import run_once
 
-ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = (
     "test_model_forward", "test_model_backward", "test_model_default_cfgs_non_std", "test_model_forward_torchscript",
     "test_model_forward_intermediates_features", "test_model_forward_intermediates", "test_model_forward_fx",
@@ -25,37 +23,39 @@ def _timm_tests(request) -> Path:
     pytest.skip(f"no source of timm {timm.__version__} with its tests; name it with --timm-source")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["ti", "s", "s_legacy", "b"])
-def test_timms_own_tests_pass_on_our_names(variant, request, tmp_path):
-    file = _timm_tests(request)
-    (tmp_path / "conftest.py").write_text("import tnt_fast\n")
-    # some of its lists name the modules that register the models; ours is tnt_fast.variants
-    (tmp_path / "test_models.py").write_text(file.read_text("utf-8").replace("'tnt',", "'tnt', 'variants',"), "utf-8")
-    (tmp_path / "pytest.ini").write_text(
-        "[pytest]\nmarkers =\n"
-        + "".join(f"    {m}\n" for m in ["base", "cfg", "torchscript", "features", "fxforward", "fxbackward", "timeout"])
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-        "-rA",
-        "--rootdir",
-        str(tmp_path),
-    ]
-    name = f"tnt_fast_{variant}_patch16_224"
+VARIANTS = ("ti", "s", "s_legacy", "b")
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import pytest
+
+source, *names = sys.argv[1:]
+Path("conftest.py").write_text("import tnt_fast\\n")
+# some of its lists name the modules that register the models; ours is tnt_fast.variants
+Path("test_models.py").write_text(Path(source).read_text("utf-8").replace("'tnt',", "'tnt', 'variants',"), "utf-8")
+markers = ["base", "cfg", "torchscript", "features", "fxforward", "fxbackward", "timeout"]
+Path("pytest.ini").write_text("[pytest]\\nmarkers =\\n" + "".join(f"    {marker}\\n" for marker in markers))
+options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "-rA", "--rootdir", "."]
+sys.exit(pytest.main([*options, *names, "-k", " or ".join(f"{name}{end}" for name in MODELS for end in "-].")]))
+"""
+
+
+@pytest.fixture(scope="session")
+def ran(request, tmp_path_factory):
+    """How its tests ended of all variants together: to collect them takes as long as to run some of them."""
+    models = [f"tnt_fast_{variant}_patch16_224" for variant in VARIANTS]
+    script = SCRIPT.replace("MODELS", repr(models))
     names = [f"test_models.py::{test}" for test in OFFLINE]
-    done = subprocess.run(
-        [*command, *names, "-k", f"{name}- or {name}] or {name}."], cwd=tmp_path, capture_output=True, text=True, timeout=1200,
-        env={**__import__("os").environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    passed = [line for line in done.stdout.splitlines() if line.startswith("PASSED")]
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    return run_once(tmp_path_factory, "timm", script, str(_timm_tests(request)), *names)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_timms_own_tests_pass_on_our_names(variant, ran):
+    name = f"tnt_fast_{variant}_patch16_224"
+    lines = [line for line in ran["out"].splitlines() if name in line]
     for test in OFFLINE:
-        assert any(f"::{test}[" in line and name in line for line in passed), f"{test} did not run:\n{done.stdout[-3000:]}"
+        assert any(line.startswith("PASSED") and f"::{test}[" in line for line in lines), f"{test}:\n{ran['out'][-3000:]}"
+    assert not any(line.startswith(("FAILED", "ERROR")) for line in lines), ran["out"][-3000:]
+    assert ran["status"] == 0, ran["out"][-3000:] + ran["err"][-1000:]
