@@ -24,13 +24,17 @@ $(READY): setup.py pyproject.toml $(CONSTRAINTS)
 	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install -q -e ".[dev]"
 	touch $@
 
-# Train on real handwritten digits, then classify the held-out image files with the checkpoint. Stopped, it continues.
+# Train on real handwritten digits, classify the held-out image files with the checkpoint, and look into it beside the same model
+# without inner transformers, trained the same way. Stopped, it continues.
 demo: $(READY)
 	$(BIN)/tnt-fast train digits --out runs/digits --resume
 	$(BIN)/tnt-fast classify runs/digits/data/val --checkpoint runs/digits/last.pt --topk 2 \
 	    --page runs/digits/predictions.png > runs/digits/predictions.txt
 	@echo "a few of runs/digits/predictions.txt:" && awk 'NR % 60 == 1' runs/digits/predictions.txt
-	@echo "pictures: runs/digits/training.png runs/digits/predictions.png"
+	$(BIN)/tnt-fast train digits --model-kwargs "inner_blocks=()" --out runs/digits-vit --resume
+	$(BIN)/tnt-fast visualize $$(for i in 0 1 2 3 4 5 6 7 8 9; do ls runs/digits/data/val/$$i/*.png | head -n 1; done) \
+	    --checkpoint runs/digits/last.pt --beside-checkpoint runs/digits-vit/last.pt --out runs/digits/seen
+	@echo "pictures: runs/digits/training.png runs/digits/predictions.png; open runs/digits/seen/index.html"
 
 test: check $(TIMM_SOURCE)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --timm-source=$(TIMM_SOURCE) tests

@@ -37,7 +37,7 @@ ALLOWED = {
     "tnt_fast/seeing.py": (
         "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/reading.py tnt_fast/checkpoints.py tnt_fast/variants.py "
         "tnt_fast/data.py tnt_fast/classify.py",
-        "torch timm numpy PIL sklearn",
+        "torch timm numpy PIL sklearn threadpoolctl",
     ),
     "tnt_fast/page.py": (
         "tnt_fast/__init__.py tnt_fast/images.py tnt_fast/seeing.py tnt_fast/terminal.py tnt_fast/visualize.py "

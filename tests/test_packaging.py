@@ -77,7 +77,7 @@ def test_the_metadata_say_what_there_is(wheel):
 def test_a_wheel_holds_the_kernels_inside_the_package(wheel):
     top = {name.split("/")[0] for name in wheel.namelist()}
     assert top == {"tnt_fast", f"tnt_fast-{tnt_fast.__version__}.dist-info"}
-    assert "tnt_fast/kernels/__init__.py" in wheel.namelist()
+    assert {"tnt_fast/kernels/__init__.py", "tnt_fast/page.html"} <= {*wheel.namelist()}
     assert "tnt_fast/py.typed" in wheel.namelist()  # type checkers read a package's annotations only beside this file
     modules = {f"tnt_fast/{p.name}" for p in (ROOT / "tnt_fast").glob("*.py")}
     kernels = {f"tnt_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}

@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -21,6 +23,8 @@ from PIL import Image
 
 from tnt_fast import TNT, images, page, seeing, visualize
 from tnt_fast.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path"),
@@ -83,7 +87,7 @@ def test_the_page_has_the_attention_that_the_model_has(made):
 
 
 def test_pictures_lie_beside_the_page_and_are_whole(made):
-    expected = {"features.png", "pixels.png", "class-attention.png", "rollout.png", "distance.svg", "patch-similarity.svg"}
+    expected = {"features.png", "pixels.png", "attention.png", "rollout.png", "distance.svg", "patch-similarity.svg"}
     expected |= {"map-similarity.svg", "spread.svg", "arrays.npz"}
     for name in ("cat", "dog"):
         assert {path.name for path in (made / "page" / name).iterdir()} == expected
@@ -208,3 +212,36 @@ def test_above_its_size_a_page_has_the_mean_of_the_heads(monkeypatch):
     np.testing.assert_allclose(
         as_bytes(item["bytes"]).reshape(2, 1, 4, 4) / 255 * most, maps.mean(1, keepdims=True), atol=0.003
     )
+
+
+def test_every_command_of_the_page_about_seeing_runs(made, tmp_path, monkeypatch):
+    """With tiny models in place of those that are named, which are not at hand."""
+    text = (ROOT / "docs" / "seeing.md").read_text("utf-8")
+    commands = "".join(re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ").splitlines()
+    assert len(commands) == 4
+    load, deep = seeing.load, weights(tmp_path / "deep.pt", depth=12, img_size=16)
+    monkeypatch.setattr(seeing, "load", lambda file, model, *more: load(deep if model else file, None, *more))
+    monkeypatch.setattr(seeing, "load_beside", lambda file, model, *more: load(deep if model else file, None, *more))
+    monkeypatch.setattr(page, "_write_pictures", lambda *_: [])  # what other tests are for
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        name, *arguments = shlex.split(command)
+        for path in map(Path, arguments):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix in (".jpg", ".png"):
+                picture(path)
+            elif path.suffix == ".pt":
+                shutil.copy(made / "tnt.pt", path)
+        assert name == "tnt-fast"
+        assert main(arguments) == 0
+        out = Path(arguments[arguments.index("--out") + 1])
+        assert len(data_of(out / "index.html")["images"]) == sum(argument.endswith((".jpg", ".png")) for argument in arguments)
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    exec(example, {})
+
+
+def test_the_pictures_of_the_page_about_seeing_are_there_and_small():
+    text = (ROOT / "docs" / "seeing.md").read_text("utf-8")
+    named = {ROOT / "docs" / name for name in re.findall(r"!\[.*?\]\((.*?)\)", text)}
+    assert named == set((ROOT / "docs" / "seeing").iterdir())
+    assert sum(path.stat().st_size for path in named) < 300_000

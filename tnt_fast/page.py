@@ -55,7 +55,7 @@ def chosen(blocks: Sequence[int] | None, depth: int) -> list[int]:
         ValueError: one is not there.
     """
     if blocks is None:
-        return sorted({1, max(depth // 2, 1), depth})
+        return sorted({1, (depth + 1) // 2, depth})
     if wrong := [block for block in blocks if not 1 <= block <= depth]:
         named = ", ".join(map(str, wrong))
         raise ValueError(f"--blocks {named}: this model has blocks 1 to {depth}, counted from 1 as in the paper")
@@ -178,7 +178,9 @@ def _shown(
         "rollout": _scaled(seen.rollout),
         "twoLevel": _scaled(seen.two_level_rollout),
         "pixels": [_scaled(pixels) for pixels in seen.pixels],
-        "features": [[_scaled(x) for x in _some(seen.features[block - 1])] for block in blocks],
+        "features": [
+            [{"channel": channel, **_scaled(x)} for channel, x in _some(seen.features[block - 1]).items()] for block in blocks
+        ],
         "distance": [_rounded(seen.outer_distance), _rounded(seen.inner_distance)],
         "similarity": _similarity(seen, features),
         "spread": [
@@ -195,10 +197,10 @@ def _prediction(subject: Subject, seen: Seen) -> str | None:
     return f"{printable(subject.classes[best], 60)}, {visualize.percent(float(seen.probabilities[best]))}"
 
 
-def _some(features: np.ndarray) -> np.ndarray:
-    """Some of the feature maps ``(rows, columns, E)`` of a block, evenly spread over its channels: ``(maps, …)``."""
+def _some(features: np.ndarray) -> dict[str, np.ndarray]:
+    """Some of the feature maps ``(rows, columns, E)`` of a block, evenly spread over its channels, by the channel's number."""
     channels = np.linspace(0, features.shape[-1] - 1, min(MAPS, features.shape[-1])).astype(int)
-    return np.moveaxis(features[..., channels], -1, 0)
+    return {str(channel): features[..., channel] for channel in channels}
 
 
 def _rounded(values: np.ndarray) -> list[Any]:
@@ -222,10 +224,32 @@ def _write_positions(subject: Subject, positions: tuple[np.ndarray | None, np.nd
     found = []
     for what, similarity, grid in zip(("patch", "pixel"), positions, (embed.grid_size, embed.new_patch_size), strict=True):
         if similarity is not None:
-            tiles = similarity.reshape(*grid, *grid).transpose(0, 2, 1, 3).reshape(grid[0] ** 2, grid[1] ** 2)
             title = f"Cosine of each {what}'s position encoding with all others', tile by tile"
-            found.append(visualize.mosaic(tiles, grid, folder / f"{what}-positions.png", title))
+            found.append(visualize.mosaic(_tiles(similarity, grid), grid, folder / f"{what}-positions.png", title))
     return found
+
+
+def _attention(subject: Subject, seen: Seen) -> dict[str, dict[str, np.ndarray]]:
+    """By block, mean of the heads: of the class token, and on both levels of the patch that its rollout has most of."""
+    rows, columns = seen.rollout.shape
+    patch = int(seen.rollout.argmax())
+    outer, inner = seen.outer.mean(1)[:, :, 1:], seen.inner.mean(2)
+    after = [f"block {i}" for i in range(1, len(outer) + 1)]
+    with_inner = [name for name, block in zip(after, subject.model.blocks, strict=True) if block.has_inner]
+    here = f"the patch in row {patch // columns + 1}, column {patch % columns + 1}"
+    found = {
+        "What the class token attends to": dict(zip(after, outer[:, 0].reshape(-1, rows, columns), strict=True)),
+        f"What {here} attends to": dict(zip(after, outer[:, 1 + patch].reshape(-1, rows, columns), strict=True)),
+    }
+    if with_inner:
+        tiles = [_tiles(x[patch], subject.model.pixel_embed.new_patch_size) for x in inner]
+        found[f"Inner attention of {here}: a tile for each of its pixels"] = dict(zip(with_inner, tiles, strict=True))
+    return found
+
+
+def _tiles(rows: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Rows over the cells of a grid, one for each cell, ``(cells, cells)``, as a grid of grids."""
+    return rows.reshape(*grid, *grid).transpose(0, 2, 1, 3).reshape(grid[0] ** 2, grid[1] ** 2)
 
 
 def _write_pictures(
@@ -238,16 +262,14 @@ def _write_pictures(
     with_inner = [i for i, block in enumerate(subject.model.blocks, 1) if block.has_inner]
     found = [
         visualize.maps(
-            {f"block {block}": _some(seen.features[block - 1]) for block in blocks}, folder / "features.png",
-            "Patch feature maps, some of the channels",
+            {f"Patch feature maps after block {i}, some of the channels": _some(seen.features[i - 1]) for i in blocks},
+            folder / "features.png",
         ),
         visualize.maps(
-            {"": seen.pixels}, folder / "pixels.png", "Pixel embeddings, averaged over their channels", ["stem", *after]
+            {"Pixel embeddings, averaged over their channels": dict(zip(["stem", *after], seen.pixels, strict=True))},
+            folder / "pixels.png",
         ),
-        visualize.maps(
-            {"": seen.outer[:, :, 0, 1:].mean(1).reshape(depth, *seen.rollout.shape)}, folder / "class-attention.png",
-            "What the class token attends to, mean of the heads", after,
-        ),
+        visualize.maps(_attention(subject, seen), folder / "attention.png"),
         visualize.overlay(
             seen.image, {"outer rollout": seen.rollout, "two-level rollout": seen.two_level_rollout}, folder / "rollout.png"
         ),

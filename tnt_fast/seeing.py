@@ -317,6 +317,7 @@ def spread(*features: Array) -> list[Array]:
         features: ``(rows, columns, E)``, resampled to the grid of the first.
     """
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits  # scikit-learn's own
 
     grid = features[0].shape[:2]
     maps = [F.interpolate(torch.from_numpy(x).permute(2, 0, 1)[:, None], grid, mode="bilinear").flatten(1) for x in features]
@@ -326,5 +327,6 @@ def spread(*features: Array) -> list[Array]:
         places = np.zeros((count, 2), np.float32)
     else:
         start = "pca" if min(points.shape) > 1 and np.linalg.matrix_rank(points) > 1 else "random"
-        places = TSNE(perplexity=min(30, (count - 1) / 3), init=start, random_state=0).fit_transform(points)
+        with threadpool_limits(1):  # on a busy machine threads would wait for each other; and the picture is the same each time
+            places = TSNE(perplexity=min(30, (count - 1) / 3), init=start, random_state=0).fit_transform(points)
     return np.split(places, np.cumsum([len(x) for x in maps])[:-1])

@@ -201,22 +201,23 @@ def colors(name: str) -> np.ndarray:
         return colormaps[name](np.arange(256), bytes=True)[:, :3]
 
 
-def maps(rows: Mapping[str, np.ndarray], path: str | os.PathLike, title: str, names: Sequence[str] = ()) -> Path:
-    """Groups of maps ``(count, height, width)``, each map on a scale of its own; ``names``: of the maps of a group."""
-    columns = min(12, max(len(group) for group in rows.values()))
-    heights = [math.ceil(len(group) / columns) for group in rows.values()]
+def maps(groups: Mapping[str, Mapping[str, np.ndarray]], path: str | os.PathLike) -> Path:
+    """Groups of maps ``(height, width)``, those of a group of one shape, with their names, each map on a scale of its own."""
+    columns = min(12, max(len(group) for group in groups.values()))
+    lines = [math.ceil(len(group) / columns) for group in groups.values()]
     with _style():
-        figure = _figure(figsize=(0.8 * columns + 0.3, (1.0 if names else 0.85) * sum(heights) + 0.35 * len(rows) + 0.4))
-        figure.suptitle(title, fontsize=9)
-        for part, (label, group), lines in zip(
-            np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights)), rows.items(), heights, strict=True
-        ):
-            part.suptitle(label, fontsize=8)
-            for i, axes in enumerate(part.subplots(lines, columns, squeeze=False).ravel()):
-                axes.axis("off")
-                if i < len(group):
-                    axes.imshow(group[i], cmap="magma")
-                    axes.set_title(names[i] if names else "", fontsize=7)
+        figure = _figure(figsize=(max(0.8 * columns, 4.4), sum(lines) + 0.4 * len(groups)))
+        grid = figure.subplots(len(groups), 1, squeeze=False, height_ratios=lines).ravel()
+        for axes, (title, group), count in zip(grid, groups.items(), lines, strict=True):
+            height, width = next(iter(group.values())).shape
+            down, across = height / width + 0.25, 1.08  # with the gaps; axes of their own for each map take matplotlib seconds
+            for i, (name, values) in enumerate(group.items()):
+                x, y = across * (i % columns), down * (i // columns)
+                axes.imshow(values, cmap="magma", extent=(x, x + 1, y + height / width, y), interpolation="nearest")
+                axes.text(x + 0.5, y - 0.03, name, fontsize=7, ha="center")
+            axes.set(xlim=(0, across * columns), ylim=(down * count, -0.2), title=title)
+            axes.title.set_fontsize(8)
+            axes.axis("off")
         return _save(figure, path)
 
 
