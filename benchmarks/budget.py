@@ -40,7 +40,6 @@ from benchmarks.dynamic_cost import aligned
 from benchmarks.graphs import IMAGE, MODELS, Call, launches_per_block, planned, saved_mb_per_image
 from benchmarks.launched import Launched
 from benchmarks.static_cost import TARGETS, compile_launch, occupancy, read_nvidia, write_json
-from tnt_fast import kernels as shipped
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "budget"
@@ -182,13 +181,7 @@ def _turns(found: Launched, patches: int) -> tuple[int, int]:
     names, Z = found.kernel.arg_names, next(iter(found.constants.values()))
     if "n_rows" in names and hasattr(Z, "BLOCK"):
         return math.ceil(found.arguments[names.index("n_rows")] / Z.BLOCK), 0
-    for operation in shipped.OPERATIONS.values():
-        for _, _, launch in operation.launches():
-            if (launch.kernel, launch.constants) == (found.kernel, found.constants):
-                return (0, launch.turns) if launch.turns > 1 else (math.ceil(patches / launch.patches), 0)
-    if found.grid == 1:
-        return 1, 0
-    raise ValueError(f"{found.kernel.__name__} is launched with {found.constants}, which no variant ships: no time is told")
+    return (0, found.spec.turns) if found.spec.turns > 1 else (math.ceil(patches / found.spec.patches), 0)
 
 
 def simulated(found: Launched, gpu: simulate.Gpu, patches: int) -> Cost:

@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.launched import arguments, calls
+from benchmarks.launched import VARIANTS, arguments, calls
 from benchmarks.measure import DTYPES
 from tnt_fast import kernels as shipped
 from tnt_fast import reference
 
-VARIANTS = ("ti", "s", "s_legacy", "b")
 IMAGE, PATCHES = 128, 64
 KINDS = {
     "matrix": r"mma",

@@ -6,6 +6,7 @@ keeps what it is asked to launch. So grids, integers and options are those of a 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -13,21 +14,36 @@ import timm
 import torch
 from torch import Tensor
 
+from benchmarks.measure import DTYPES
 from tnt_fast import kernels as shipped
 from tnt_fast import reference
 from tnt_fast.kernels import operation
+from tnt_fast.kernels.operation import Launch
 
-BATCH, IMAGE = 256, 224
+VARIANTS = ("ti", "s", "s_legacy", "b")
+BATCH, IMAGE, N = 256, 224, 196
 
 
 class Launched(NamedTuple):
     """A launch as the runner gets it; ``arguments`` in the kernel's order, without its constants."""
 
-    kernel: Any
+    spec: Launch
     grid: int
     arguments: tuple[Any, ...]
-    constants: dict[str, Any]
     options: dict[str, Any]
+
+    @property
+    def kernel(self) -> Any:
+        return self.spec.kernel
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return self.spec.constants
+
+    @property
+    def code(self) -> tuple[Any, ...]:
+        """What tells it apart from launches of other code: kernel, constants, and which arguments there are."""
+        return self.kernel, tuple(self.constants.items()), _present(self.arguments)
 
     @property
     def bytes(self) -> int:
@@ -41,6 +57,10 @@ class Launched(NamedTuple):
                     yield from tensors(each)
 
         return sum(x.numel() * x.element_size() for x in tensors(self.arguments))
+
+
+def _present(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_present(x) if isinstance(x, tuple) else x is not None for x in arguments)
 
 
 class Recorder:
@@ -65,8 +85,8 @@ class Recorder:
     def shared_memory(self, device: torch.device) -> int | None:
         return None
 
-    def launch(self, kernel: Any, grid: int, arguments: Any, constants: dict, options: dict) -> None:
-        self.launched.append(Launched(kernel, grid, tuple(arguments), constants, options))
+    def launch(self, spec: Launch, grid: int, arguments: Any, options: dict) -> None:
+        self.launched.append(Launched(spec, grid, tuple(arguments), options))
 
     @contextmanager
     def running(self) -> Iterator["Recorder"]:
@@ -96,18 +116,18 @@ def arguments(kernel: str, variant: str, dtype: torch.dtype, batch: int, image: 
         return inputs | reference.by_name(given)
 
 
-def launched(
-    kernel: str, variant: str, dtype: torch.dtype, multiprocessors: int, capability: tuple[int, int] | None = None
+def recorded(
+    kernel: str, given: dict[str, Any], multiprocessors: int = 132, capability: tuple[int, int] | None = (9, 0)
 ) -> list[Launched]:
-    """The launches of an operation, forward and backward with all gradients, of 256 images of 224 × 224 pixels."""
+    """The launches of an operation, forward and backward with all gradients; ``given``: as ``arguments`` has it."""
     function, recorder = shipped.OPERATIONS[kernel], Recorder(multiprocessors, capability)
     with recorder.running(), torch.no_grad():
-        for given, recorded in calls(kernel, arguments(kernel, variant, dtype, BATCH, IMAGE, "meta")):
-            packed = SimpleNamespace(**function.defaults | reference.in_records(given), kept={} if recorded else None)
+        for each, gradients in calls(kernel, given):
+            packed = SimpleNamespace(**function.defaults | reference.in_records(each), kept={} if gradients else None)
             out = function.empty(packed)
             function.forward(packed, out)
-            if recorded:
-                needed = {name for name, x in given.items() if isinstance(x, Tensor)}
+            if gradients:
+                needed = {name for name, x in each.items() if isinstance(x, Tensor)}
                 function.backward(torch.empty_like(out), packed, needed)
     return recorder.launched
 
@@ -117,3 +137,35 @@ def calls(kernel: str, given: dict[str, Any]) -> list[tuple[dict[str, Any], bool
     if kernel != "outer":
         return [(given, True)]
     return [(given, False), (given | {"pixel": None} | reference.NO_FOLD._asdict(), True)]
+
+
+def launched(
+    kernel: str, variant: str, dtype: torch.dtype, multiprocessors: int, capability: tuple[int, int] | None = None
+) -> list[Launched]:
+    """The launches of an operation of 256 images of 224 × 224 pixels."""
+    given = arguments(kernel, variant, dtype, BATCH, IMAGE, "meta")
+    return recorded(kernel, given, multiprocessors, capability)
+
+
+@cache
+def launches(kernel: str) -> list[tuple[str, str, Launched]]:
+    """(variant, dtype, launch) of the named variants on an H200, each code of a variant once; not of a variant like another."""
+    found, known = [], set()
+    for variant in VARIANTS:
+        for short, dtype in DTYPES.items():
+            distinct: dict[tuple[Any, ...], Launched] = {}
+            for each in launched(kernel, variant, dtype, 132, (9, 0)):
+                distinct.setdefault(each.code, each)
+            if (codes := (short, *distinct)) not in known:
+                found += [(variant, short, _by_patch(each)) for each in distinct.values()]
+            known.add(codes)
+    return found
+
+
+def _by_patch(found: Launched) -> Launched:
+    """With ``patches`` in patches where a norm counts rows, of which a patch may have several."""
+    names = found.kernel.arg_names
+    if "n_rows" not in names:
+        return found
+    rows = found.arguments[names.index("n_rows")] // (BATCH * N)
+    return found._replace(spec=found.spec._replace(patches=found.spec.patches / max(1, rows)))

@@ -34,7 +34,7 @@ from benchmarks import machine_code, simulate
 from benchmarks.dynamic_cost import aligned
 from benchmarks.launched import Launched, launched
 from benchmarks.static_cost import TARGETS, compile_launch, occupancy, read_nvidia, write_json
-from tnt_fast.kernels.operation import Config
+from tnt_fast.kernels.operation import Config, Launch
 
 SWEEP = "results/2026-11-26-0640/tune.txt"
 PROFILE = "results/2026-11-26-0640/kernels-train.txt"
@@ -198,7 +198,8 @@ def _liger_norm(width: int) -> simulate.Time:
     mean, rstd = (torch.empty(4096, device="meta") for _ in range(2))
     given = [z for each in (y, x, weight, bias, mean, rstd) for z in (each, each.stride(0))]
     constants, options = {"BLOCK_SIZE": block}, {"num_warps": warps}
-    found = Launched(_layer_norm_forward_kernel, 4096, (*given, width, 1e-6), constants, options)
+    spec = Launch(_layer_norm_forward_kernel, constants, Config(1, warps), 1)
+    found = Launched(spec, 4096, (*given, width, 1e-6), options)
     time = timed(found, simulate.gpu("a100"), 0)
     return time._replace(us=time.us + EMPTY_CALL_US)
 

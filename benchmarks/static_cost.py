@@ -4,8 +4,8 @@
         [--json FILE] [--sass DIR]
     python -m benchmarks.static_cost --compare OLD NEW
 
-Every configuration that the kernels ship (``launches()`` of each of ``tnt_fast.kernels.OPERATIONS``) is compiled ahead
-of time for every target. One row each: registers, spills and shared memory, how much of it is resident on one SM, and the
+Everything that the operations launch for the named variants (``launched.launches``) is compiled ahead of time for every
+target. One row each: registers, spills and shared memory, how much of it is resident on one SM, and the
 instructions that one patch costs in the main loop.
 
 What the numbers mean, and what they do not:
@@ -55,8 +55,8 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import dynamic_cost, machine_code, simulate
-from benchmarks.dynamic_cost import VARIANTS, aligned
-from benchmarks.launched import BATCH, Launched, launched
+from benchmarks.dynamic_cost import aligned
+from benchmarks.launched import BATCH, VARIANTS, Launched, launched, launches
 from benchmarks.measure import DTYPES
 from tnt_fast import kernels as shipped
 from tnt_fast.kernels.operation import Operation
@@ -218,20 +218,10 @@ class _Device:
         return self.target
 
 
-def _example(kind: Any) -> Any:
-    """An argument of a type in Triton's spelling: a tensor at an address divisible by 16, an integer that is not."""
-    if isinstance(kind, tuple):
-        return type(kind)(*map(_example, kind)) if hasattr(kind, "_fields") else tuple(map(_example, kind))
-    if not isinstance(kind, str):
-        return kind
-    if kind.startswith("*"):
-        return torch.empty(16, dtype=DTYPES[kind[1:]], device="meta")
-    return 7 if kind.startswith("i") else 0.5
-
-
-def _absent(arguments: Iterable[Any]) -> list[bool]:
-    """Which arguments are None, those of tuples one by one."""
-    return [x for each in arguments for x in (_absent(each) if isinstance(each, tuple) else [each is None])]
+def _launches(kernel: str) -> list[tuple[str, str, Launched]]:
+    """(variant, dtype, launch) of an operation, or of what stands in its place."""
+    operation = shipped.OPERATIONS[kernel]
+    return launches(kernel) if isinstance(operation, Operation) else operation.launches
 
 
 @lru_cache
@@ -242,22 +232,16 @@ def _recorded(kernel: str, variant: str, dtype: str, target: str) -> list[Launch
     return launched(kernel, variant, DTYPES[dtype], limits.multiprocessors, capability)
 
 
-def _as_launched(kernel: str, variant: str, dtype: str, launch: Any, target: str) -> Launched:
-    """The arguments, grid and options with which the operation starts one of its launches.
+def _as_launched(kernel: str, variant: str, dtype: str, launch: Launched, target: str) -> Launched:
+    """A launch as it is started, at batch 256, on a GPU of that target.
 
     Raises:
-        ValueError: types and kernel disagree, or the operation does not launch it.
+        ValueError: the operation does not launch it there.
     """
-    names = launch.kernel.arg_names
-    if wrong := (set(launch.types) | set(launch.constants)) ^ set(names):
-        raise ValueError(f"the launch and {launch.kernel.__name__} disagree about the arguments {sorted(wrong)}")
-    given = [launch.types[name] for name in names if name in launch.types]
     if not isinstance(shipped.OPERATIONS[kernel], Operation):  # a launch alone
-        options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
-        return Launched(launch.kernel, 1, tuple(map(_example, given)), launch.constants, options)
-    wanted = (launch.kernel, launch.constants, _absent(given))
+        return launch
     for found in _recorded(kernel, variant, dtype, target):
-        if (found.kernel, found.constants, _absent(found.arguments)) == wanted:
+        if found.code == launch.code:
             return found
     raise ValueError(f"{kernel} does not launch {launch.kernel.__name__} with {launch.constants} at batch {BATCH}")
 
@@ -331,9 +315,9 @@ def _row(
     kernel: str, number: int, target: str, sass: Path | None, gpu: simulate.Gpu | None, counted: bool = True
 ) -> dict[str, Any]:
     """Compile one launch, the ``number``-th of its module, and read its cost. Runs in a worker."""
-    variant, dtype, launch = list(shipped.OPERATIONS[kernel].launches())[number]
+    variant, dtype, shown = _launches(kernel)[number]
     limits = TARGETS[target]
-    started = _as_launched(kernel, variant, dtype, launch, target)
+    started, launch = _as_launched(kernel, variant, dtype, shown, target), shown.spec
     compiled = compile_launch(started, limits)
     code = compiled.asm["cubin" if limits.backend == "cuda" else "amdgcn"]
     known = _known(code, target, launch.config, launch.patches, launch.turns, started.grid, gpu, counted)
@@ -438,8 +422,9 @@ def rows(
     # fork: the workers know what OPERATIONS holds here, and a launch itself cannot be sent to them
     with ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context("fork")) as pool:
         for kernel in kernels:
-            for number, (variant, dtype, launch) in enumerate(shipped.OPERATIONS[kernel].launches()):
+            for number, (variant, dtype, shown) in enumerate(_launches(kernel)):
                 if variant in variants and dtype in dtypes:
+                    launch = shown.spec
                     names = dict(kernel=kernel, function=launch.kernel.__name__, variant=variant, dtype=dtype)
                     sizes = dict(num_warps=launch.config.warps, num_stages=launch.config.stages)
                     sizes |= dict(patches=launch.patches, turns=launch.turns)

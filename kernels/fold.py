@@ -21,7 +21,7 @@ Backward, from the inputs alone (nothing else is saved), with g the gradient of 
 The patch's gradient is that of y. Bytes moved at most: pixel and dh read twice, z, dz and h as often, each written once.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tnt_fast import reference
 from tnt_fast.kernels import norm, operation
-from tnt_fast.kernels.operation import Launch, Operation, contiguous
+from tnt_fast.kernels.operation import Operation, contiguous
 
 
 def product(pixel: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -50,8 +50,6 @@ class Fold(Operation):
         norm2_bias="E",
     )  # fmt: skip
     limits = {"C": 128, "E": 1024, "S": norm.WIDEST, "S*C": norm.WIDEST, "P*S": operation.MOST_ROWS, "B*T": operation.MOST_ROWS}
-    # C, E, legacy
-    variants = {"ti": (12, 192, False), "s": (24, 384, False), "s_legacy": (24, 384, True), "b": (40, 640, False)}
 
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
         if given["norm2_weight"] is None:
@@ -67,15 +65,6 @@ class Fold(Operation):
             if T < 1 or P != B * (T - 1):
                 reasons.append(f"pixel has {P} patches, patch has {B} images with {T - 1} each")
         return reasons
-
-    def shipped(self, dtype: torch.dtype, C: int, E: int, legacy: bool) -> Iterable[Launch]:
-        """The blocks' fold, of which the stem's differs by its bias."""
-        width, rows = (C, 16) if legacy else (16 * C, 1)  # the first norm's, rows a patch
-        yield norm.launch_of("forward", dtype, width, rows)
-        yield norm.launch_of("backward", dtype, width, rows)
-        yield norm.launch_of("add", dtype, E, plain=legacy)
-        if not legacy:
-            yield norm.launch_of("backward", dtype, E, grouped=True)
 
     def multiply_adds(self, a: SimpleNamespace) -> int:
         P, S, C = a.pixel

@@ -30,7 +30,7 @@ Ampere's (Config.mma_arch). The asynchronous ones with a left operand in registe
 known to come out wrong (triton issues 9433, 11781), and are no fewer instructions here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -678,7 +678,6 @@ class Inner(Operation):
         fc2_bias="C", attn_scale="P", mlp_scale="P",
     )  # fmt: skip
     limits = {"C": 96, "D": 32, "S": 64, "M": 384, "P*S": operation.MOST_ROWS}
-    variants = {"ti": (12, 2), "s": (24, 4), "b": (40, 4)}  # C, H; S-legacy has the inner transformer of S
 
     def gradients_unsupported(self, sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
         """Where the sums of the weights' gradients do not fit on the chip."""
@@ -692,15 +691,6 @@ class Inner(Operation):
             if shared is not None and shared < 112 << 10:  # sm_86, sm_89 and sm_120
                 reasons.append(f"C={C} channels in {dtype} need up to {most} KiB of shared memory; this GPU has {shared >> 10}")
         return reasons
-
-    def shipped(self, dtype: torch.dtype, C: int, H: int) -> Iterable[Launch]:
-        w = reference.TransformerWeights(*[f"*{operation.DTYPES[dtype]}"] * 14)._replace(qk_bias=None, v_bias=None)
-        sums = dict.fromkeys(("sums_ptr", "mlp_ptr", "attention_ptr"), "*fp32")
-        kernels = (_inner_fwd_kernel, _inner_bwd_mlp_kernel, _inner_bwd_attention_kernel, _inner_weights_kernel)
-        backward = C <= 31 or dtype != torch.float32  # as gradients_unsupported has it
-        for kernel in kernels if backward else kernels[:1]:
-            spec = _specialise(kernel, dtype, 16, C, H, 4 * C)
-            yield spec.shipped(dtype, w=w, d=w, attn_scale_ptr=None, mlp_scale_ptr=None, **sums)
 
     def multiply_adds(self, a: SimpleNamespace) -> int:
         P, S, C = a.pixel

@@ -182,30 +182,6 @@ def specialise(kernel: Any, dtype: torch.dtype, W: int, grouped: bool = False, s
     return Launch(kernel, {"Z": Sizes.computed(dtype, W=W, W_PAD=pad, BLOCK=block, GROUPED=grouped, SUMS=sums)}, config, block)
 
 
-def launch_of(
-    what: str, dtype: torch.dtype, W: int, rows: int = 1, grouped: bool = False, plain: bool = False, sums: int = 2
-) -> Launch:
-    """With types: "forward", "add", "add and norm" (``plain``: without LN), "backward" or, of ``outer``, "backward and rest".
-
-    ``rows`` of it are a patch.
-    """
-    pointer = f"*{operation.DTYPES[dtype]}"
-    if what.startswith("add"):
-        w = Weights(*[pointer] * 6)._replace(shift=pointer if plain else None)
-        w = w._replace(weight=None, bias=None) if plain else w
-        absent = () if what == "add and norm" else ("h_ptr",)
-        w = w._replace(next_weight=None, next_bias=None, later=None) if absent else w
-        return specialise(_norm_add_kernel, dtype, W).shipped(dtype, w=w, **dict.fromkeys(absent))
-    types: dict[str, Any] = dict.fromkeys(("rest_ptr", "later_ptr"))
-    if what == "forward":
-        spec = specialise(_norm_kernel, dtype, W)
-    else:
-        spec, alone = specialise(_norm_bwd_kernel, dtype, W, grouped, sums), what == "backward"
-        w, out = Weights(None, pointer, None if alone else pointer), Gradients(pointer, None if alone else pointer, "*fp32")
-        types = {"w": w, "out": out} | ({"rest_ptr": None} if alone else {})
-    return spec._replace(patches=spec.patches / rows).shipped(dtype, **types)
-
-
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rest: Tensor | None = None, later: Tensor | None = None
 ) -> Tensor:

@@ -8,8 +8,8 @@ to fill in defaults that no argument has (python -m benchmarks.host).
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cache, wraps
 from math import prod
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tnt_fast.reference import by_name
 
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LIBRARY = torch.library.Library("tnt_fast", "FRAGMENT")
 # the types of operations' arguments, as PyTorch calls them
 SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", tuple[int, int]: "SymInt[]", int: "SymInt", float: "float", bool: "bool",
@@ -72,10 +72,10 @@ class Gpu:
             return None
         return getattr(_properties(device), "shared_memory_per_block_optin", 1 << 17)
 
-    def launch(self, kernel: Any, grid: int, arguments: Sequence[Any], constants: dict, options: dict) -> None:
+    def launch(self, spec: "Launch", grid: int, arguments: Sequence[Any], options: dict) -> None:
         """Launch on the current stream of the device of the first argument, a tensor."""
         with torch.cuda.device_of(arguments[0]):
-            kernel[(grid,)](*arguments, **constants, **options)
+            spec.kernel[(grid,)](*arguments, **spec.constants, **options)
 
 
 class Interpreter(Gpu):
@@ -90,8 +90,8 @@ class Interpreter(Gpu):
     def shared_memory(self, device: torch.device) -> int | None:
         return None
 
-    def launch(self, kernel: Any, grid: int, arguments: Sequence[Any], constants: dict, options: dict) -> None:
-        kernel[(grid,)](*arguments, **constants)  # which knows no options
+    def launch(self, spec: "Launch", grid: int, arguments: Sequence[Any], options: dict) -> None:
+        spec.kernel[(grid,)](*arguments, **spec.constants)  # which knows no options
 
 
 runner = Interpreter() if triton.knobs.runtime.interpret else Gpu()
@@ -140,12 +140,10 @@ class Sizes:
 
 
 class Launch(NamedTuple):
-    """One specialisation of a kernel: what ``launch`` starts and what benchmarks/static_cost.py compiles.
+    """One specialisation of a kernel.
 
     ``constants``: the constexprs by name; of our kernels Z alone. ``patches``: how many one turn of a program's main loop
     completes; where that loop walks over parts of patches instead, how many the program completes in ``turns`` of it.
-    ``types``: of the other arguments, by name, in Triton's spelling ("*bf16", "i32", …), None for what is absent, a tuple for a
-    tuple of them; ``launch`` does not read it.
     """
 
     kernel: Any
@@ -153,14 +151,6 @@ class Launch(NamedTuple):
     config: Config
     patches: float
     turns: int = 1
-    types: Mapping[str, Any] = {}
-
-    def shipped(self, dtype: torch.dtype, **others: Any) -> "Launch":
-        """As an NVIDIA GPU gets it, with its types: every ``*_ptr`` points to ``dtype``, but for ``others``."""
-        constants = {name: replace(Z, PRECISION="ieee", FAST=not Z.EXACT) for name, Z in self.constants.items()}
-        names = [name for name in self.kernel.arg_names if name not in self.constants]
-        known = {name: f"*{DTYPES[dtype]}" for name in names if name.endswith("_ptr")} | {"eps": "fp32"} | others
-        return self._replace(constants=constants, types={name: known.get(name, "i32") for name in names})
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -196,7 +186,7 @@ def launch(spec: Launch, grid: int, *arguments: Any) -> None:
     capability = runner.capability(arguments[0].device) if config.mma_arch else None
     if capability is not None and capability[0] >= 9:
         options["arch"] = config.mma_arch
-    runner.launch(spec.kernel, grid, arguments, spec.constants, options)
+    runner.launch(spec, grid, arguments, options)
 
 
 # ---- what an operation reads ----
@@ -228,7 +218,6 @@ class Operation:
     together: tuple[str, ...] = ()  # tensors that are given or left out together
     passes: str | None = None  # a tensor that the result is added to: its gradient is the result's, nobody keeps or reads it
     limits: Mapping[str, int]  # the most that the kernels take of what ``NAMES`` has
-    variants: Mapping[str, tuple[Any, ...]]  # what ``shipped`` is given for a named variant
 
     def forward(self, a: SimpleNamespace, out: Tensor) -> None:
         """Launch; ``a``: the arguments by name, checked; ``out``: as ``empty`` made it, of at least one value.
@@ -258,16 +247,6 @@ class Operation:
     def backward_multiply_adds(self, a: SimpleNamespace) -> int:
         """Of the gradients; by itself the forward again, and a product for each side of every product."""
         return 3 * self.multiply_adds(a)
-
-    def shipped(self, dtype: torch.dtype, *variant: Any) -> Iterable[Launch]:
-        """The launches of a named variant, with their types."""
-        raise NotImplementedError
-
-    def launches(self) -> Iterable[tuple[str, str, Launch]]:
-        """(variant, dtype, specialisation) of the named variants."""
-        for name, variant in self.variants.items():
-            for dtype, short in DTYPES.items():
-                yield from ((name, short, launch) for launch in self.shipped(dtype, *variant))
 
     def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """The sizes that arguments set which are no tensors, and reasons against those; by itself of heads and eps."""

@@ -27,7 +27,7 @@ of "mlp" leaves out M, for the product of fc1, that of "all" also x, q, k and v,
 is kept, and the gradients are PyTorch's, through the reference: a model that trains calls the two one by one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +39,7 @@ from torch import Tensor
 from tnt_fast import attention, reference
 from tnt_fast.kernels import norm, operation
 from tnt_fast.kernels.fold import fold, product
-from tnt_fast.kernels.operation import Launch, Operation, contiguous
+from tnt_fast.kernels.operation import Operation, contiguous
 
 MATRICES = ("proj_weight", "fc1_weight", "fc2_weight")  # and that of q, k and v
 SUMS = (
@@ -65,7 +65,6 @@ class Outer(Operation):
         fold_proj_weight="E S*C", fold_proj_bias="E", fold_norm2_weight="E", fold_norm2_bias="E",
     )  # fmt: skip
     limits = {"E": norm.WIDEST, "B*T": operation.MOST_ROWS}
-    variants = {"ti": (192,), "s": (384,), "b": (640,)}  # E
 
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
         if given["pixel"] is None:  # the reference reads none of these, then
@@ -82,13 +81,6 @@ class Outer(Operation):
         needed = ("fold_norm1_weight", "fold_proj_weight") if given.get("pixel") is not None else ()
         missing = [f"{name} is None; it is needed" for name in needed if given[name] is None]
         return missing or super().wrong_values(given, device, sizes)
-
-    def shipped(self, dtype: torch.dtype, E: int) -> Iterable[Launch]:
-        """The LayerNorm before the MLP, fold's last launch with the one before the attention, and both backwards."""
-        yield norm.specialise(norm._norm_kernel, dtype, E).shipped(dtype)
-        yield norm.launch_of("add and norm", dtype, E)
-        yield norm.launch_of("backward and rest", dtype, E, sums=4)
-        yield norm.launch_of("backward and rest", dtype, E, sums=2)
 
     def multiply_adds(self, a: SimpleNamespace) -> int:
         B, T, E = a.patch

@@ -26,7 +26,7 @@ large as the image where patches touch; here it is one copy of the weight, of at
 """
 
 from collections import namedtuple
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from types import SimpleNamespace
@@ -266,7 +266,6 @@ class PixelEmbed(Operation):
     activations = ("image",)
     shapes = dict(image="B channels height width", weight="C channels 7 7", bias="C", pixel_pos="1 C rows columns")
     limits = {"C": 128, "channels": 8}
-    variants = {"ti": (12, False), "s": (24, False), "s_legacy": (24, True), "b": (40, False)}  # C, legacy
 
     def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Rows and columns of a patch's pixels, and reasons against the sizes and strides that set them."""
@@ -303,12 +302,6 @@ class PixelEmbed(Operation):
                     f"{B} images have {tokens} pixel tokens; accepted: up to {operation.MOST_ROWS}, and of image pixels"
                 )
         return reasons
-
-    def shipped(self, dtype: torch.dtype, C: int, legacy: bool) -> Iterable[Launch]:
-        image = Image(f"*{operation.DTYPES[dtype]}", *["i32"] * 6)
-        for kernel in (_pixel_embed_fwd_kernel, _pixel_embed_weight_bwd_kernel, _pixel_embed_image_bwd_kernel):
-            spec = _specialise(kernel, dtype, 3, C, (16, 16), 4, (16, 16), legacy)
-            yield spec.shipped(dtype, image=image, sums_ptr="*fp32")
 
     def _shape(self, a: SimpleNamespace, image: Any, C: int) -> tuple[int, int, int]:
         """(B·N, S, C), from the shape of the image."""

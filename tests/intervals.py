@@ -21,11 +21,22 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 ROWS = 2**30
 SIDE = 2**20
 STORAGE = 2**44  # a hundred times the memory of a GPU of 2026
 POINTER_BITS = 61
 PIECE = 2**4  # an extent's pieces end where it is this many times as long as at their beginning
+
+
+class Typed(NamedTuple):
+    """A launch whose arguments are their types, by name, in Triton's spelling ("*bf16", "i32", …), None for what is absent."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    config: Any
+    types: dict[str, Any]
 
 
 class Interval(NamedTuple):
@@ -306,6 +317,20 @@ def changed(types: Any, kinds: dict[str, Any], prefix: str = "") -> Any:
     return type(types)(**found)
 
 
+def typed(launch: Any) -> Typed:
+    """Of a launch that was recorded (benchmarks.launched)."""
+
+    def kind(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return type(x)(*map(kind, x))  # all of them have names
+        if isinstance(x, torch.Tensor):
+            return {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[x.dtype]
+        return {int: "i32", float: "fp32", type(None): None}[type(x)]
+
+    types = dict(zip(launch.kernel.arg_names, map(kind, launch.arguments), strict=False))
+    return Typed(launch.kernel, launch.constants, launch.spec.config, types)
+
+
 def integers(launch: Any) -> list[str]:
     return [name for name, kind in named(launch.types).items() if kind == "i32"]
 
@@ -480,10 +505,12 @@ def prove(operation: str, launch: Any, kinds: dict[str, Any]) -> tuple[int, list
 
 def proofs() -> Iterator[tuple[str, int, list[str]]]:
     """Of each shipped launch: its name, how many loads and stores were looked at, and what was found."""
+    from benchmarks.launched import launches
     from tnt_fast.kernels import OPERATIONS
 
-    for name, operation in OPERATIONS.items():
-        for variant, dtype, shipped in operation.launches():
+    for name in OPERATIONS:
+        for variant, dtype, found in launches(name):
+            shipped = typed(found)
             results = [prove(name, *each) for each in specialisations(name, variant, dtype, shipped)]
             found = dict.fromkeys(text for _, texts in results for text in texts)
             yield f"{name} {shipped.kernel.__name__} {variant} {dtype}", sum(n for n, _ in results), list(found)

@@ -302,15 +302,16 @@ class Launches(Executor):
         self.replaced: dict[str, Kernel] = {}
         self.seen: dict[str, Kernel] = {}
 
-    def launch(self, kernel: Any, grid: int, arguments: tuple, constants: dict, options: dict) -> None:
-        compiled = self.compile(kernel, arguments, constants, options)
+    def launch(self, spec: Any, grid: int, arguments: tuple, options: dict) -> None:
+        compiled = self.compile(spec.kernel, arguments, spec.constants, options)
         if compiled.key not in self.built:
             code = Kernel(compiled.ptx, compiled.shared, compiled.name)
             text = repr((compiled.name, [[ins.text for ins in block] for block in code.code.blocks]))  # no paths, no lines
             self.built[compiled.key] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), code
         digest, code = self.built[compiled.key]
         self.seen[digest] = code
-        Z, counts = constants["Z"], [x for name, x in zip(kernel.arg_names, arguments, strict=False) if name.startswith("n_")]
+        names = spec.kernel.arg_names
+        Z, counts = spec.constants["Z"], [x for name, x in zip(names, arguments, strict=False) if name.startswith("n_")]
         if not counts or counts[0] >= (Z.G if hasattr(Z, "G") else Z.BLOCK):
             self.full.add(digest)
         given = [flat(arguments)[i] for i in compiled.parameters]

@@ -13,26 +13,25 @@ from helpers import TINY, launchers, run_once
 pytest.importorskip("triton")
 
 import intervals
-from intervals import RULES, Interval
+from intervals import RULES, Interval, Typed
 
+from benchmarks.launched import launches
 from tnt_fast import TNT, kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SCRIPT = """
 import json
+from itertools import product
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 
-from intervals import Interval, compiled, integers, proofs, prove
-from tnt_fast.kernels import inner, norm, pixel_embed
-from tnt_fast.kernels.operation import Config, Launch
-from tnt_fast.reference import TransformerWeights
-
-BF16 = torch.bfloat16
+from benchmarks.launched import recorded
+from intervals import Interval, Typed, compiled, integers, proofs, prove, typed
+from tnt_fast.kernels.operation import Config
 
 
 @triton.jit
@@ -89,7 +88,7 @@ def found(kernel, how, kind, **ranges):
     known = {"x_ptr": "*fp32", "i_ptr": "*i32", "n": "i32", "stride": "i32"}
     types = {name: known[name] for name in kernel.arg_names if name in known}
     constants = {"HOW": how} | ({"BLOCK": 64} if "BLOCK" in kernel.arg_names else {})
-    launch = Launch(kernel, constants, Config(64, 4), 1, types=types)
+    launch = Typed(kernel, constants, Config(64, 4), types)
     ranges = {"program_id": Interval(0, 2**30 - 1), "num_programs": Interval(1, 2**30)} | ranges
     try:
         return [str(f) for f in compiled(launch, dict.fromkeys(integers(launch), kind)).findings([ranges])]
@@ -112,28 +111,33 @@ for kind, most in (("i32", 2**31 - 1), ("i64", 2**44)):
 
 def widest():
     # launches at the ends of what unsupported() accepts, and such as the named variants have none of
+    def tensors(**shapes):
+        return {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
+
+    def weights(C, M):
+        shapes = dict(norm1_weight=C, norm1_bias=C, qk_weight=(2 * C, C), qk_bias=2 * C, v_weight=(C, C), v_bias=C)
+        shapes |= dict(proj_weight=(C, C), proj_bias=C, norm2_weight=C, norm2_bias=C)
+        return shapes | dict(fc1_weight=(M, C), fc1_bias=M, fc2_weight=(C, M), fc2_bias=C)
+
+    def folded(S, C, E, prefix=""):
+        shapes = dict(norm1_weight=S * C, norm1_bias=S * C, proj_weight=(E, S * C), proj_bias=E, norm2_weight=E, norm2_bias=E)
+        return {prefix + name: shape for name, shape in shapes.items()}
+
     for channels, C, legacy, step in ((8, 128, True, 1), (1, 24, False, 4), (8, 128, False, 16)):
-        image = pixel_embed.Image("*bf16", *["i32"] * 6)
-        for kernel in ("fwd", "weight_bwd", "image_bwd"):
-            kernel = getattr(pixel_embed, f"_pixel_embed_{kernel}_kernel")
-            spec = pixel_embed._specialise(kernel, BF16, channels, C, (16, 16), step, (step, step), legacy)
-            yield "pixel_embed", spec.shipped(BF16, image=image)
-    w = TransformerWeights(*["*bf16"] * 14)
-    for S, C, H, M, backward in ((64, 96, 3, 384, False), (49, 24, 4, 96, False), (9, 62, 2, 248, True)):
-        for kernel in ("fwd", "bwd_mlp", "bwd_attention")[: 3 if backward else 1]:
-            yield "inner", inner._specialise(getattr(inner, f"_inner_{kernel}_kernel"), BF16, S, C, H, M).shipped(BF16, w=w)
-    for W in (1, norm.WIDEST):
-        for grouped in (False, True):
-            yield "fold", norm.launch_of("backward", BF16, W, grouped=grouped)
-            yield "fold", norm.launch_of("add", BF16, min(W, 1024), plain=grouped)
-        yield "fold", norm.launch_of("forward", BF16, W)
-        yield "outer", norm.specialise(norm._norm_kernel, BF16, W).shipped(BF16)
-        yield "outer", norm.launch_of("add and norm", BF16, min(W, 1024))
+        others = dict(bias=None, pixel_pos=None, patch_size=(16, 16), stride=step, patch_stride=(step, step), legacy=legacy)
+        yield "pixel_embed", tensors(image=(2, channels, 48, 48), weight=(C, channels, 7, 7)) | others
+    for S, C, H, M in ((64, 96, 3, 384), (49, 24, 4, 96), (9, 62, 2, 248)):
+        yield "inner", tensors(pixel=(100, S, C), **weights(C, M)) | dict(num_heads=H)
+    for S, C, E in ((1, 1, 1), (128, 128, 1024)):
+        yield "fold", tensors(pixel=(98, S, C), patch=(2, 50, E), **folded(S, C, E))
+        given = tensors(pixel=(98, S, C), patch=(2, 50, E), **weights(E, 4 * E), **folded(S, C, E, "fold_"))
+        yield "outer", given | dict(num_heads=1)
+    yield "outer", tensors(patch=(2, 50, 16384), **weights(16384, 16)) | dict(num_heads=64)
 
 
 results = []
-for operation, launch in widest():
-    for far in ("i32", "i64"):
+for operation, given in widest():
+    for launch, far in product(map(typed, recorded(operation, given)), ("i32", "i64")):
         accesses, found = prove(operation, launch, {n: far if "stride" in n else "i32" for n in integers(launch)})
         results.append((f"{operation} {launch.kernel.__name__} {launch.constants}", accesses, found))
 Path("results.json").write_text(json.dumps({"toys": toys, "shipped": list(proofs()), "widest": results}))
@@ -159,7 +163,7 @@ class TestShipped:
         return launches
 
     def test_no_address_overflows(self, results, operation):
-        assert len(self._check(results["shipped"], operation)) == len(list(kernels.OPERATIONS[operation].launches()))
+        assert len(self._check(results["shipped"], operation)) == len(launches(operation))
 
     def test_none_does_at_the_widest(self, results, operation):
         self._check(results["widest"], operation)
@@ -348,7 +352,7 @@ def test_launchers_pass_what_the_proof_assumes(monkeypatch, batch, legacy):
     assert {spec.kernel.__name__ for _, spec, _, _ in seen} >= {"_pixel_embed_fwd_kernel", "_norm_bwd_kernel"}
     assert {operation for operation, *_ in seen} == set(kernels.OPERATIONS)
     for operation, spec, grid, passed in seen:
-        spec = spec._replace(types=dict.fromkeys(passed, "i32"))
+        spec = Typed(spec.kernel, spec.constants, spec.config, dict.fromkeys(passed, "i32"))
         pieces = list(intervals.ranges(operation, spec, dict.fromkeys(passed, "i64")))
         passed = passed | {"num_programs": grid, "program_id": grid - 1}
         assert any(all(low <= passed[name] <= high for name, (low, high) in piece.items()) for piece in pieces), (

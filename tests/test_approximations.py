@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from tnt_fast.kernels import operation, tile
+from tnt_fast.kernels.operation import Config, Launch
 
 
 def erf_gelu(x: np.ndarray) -> np.ndarray:
@@ -90,7 +91,7 @@ def _apply(x_ptr, y_ptr, n, WHICH: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.c
 def apply(x: torch.Tensor, which: str, fast: bool) -> torch.Tensor:
     y = torch.full_like(x, float("nan"))
     constants = dict(WHICH=which, FAST=fast, BLOCK=1024)
-    operation.runner.launch(_apply, triton.cdiv(len(x), 1024), (x, y, len(x)), constants, {})
+    operation.launch(Launch(_apply, constants, Config(1024, 4), 1), triton.cdiv(len(x), 1024), x, y, len(x))
     return y
 
 
@@ -142,7 +143,7 @@ def test_centred_rows(exact, path, dtype):
     x = torch.zeros(4, 32, device=path.device)
     x[:, :24] = torch.tensor([[0.0], [777.7], [-1e5], [3e7]], device=path.device) + torch.randn(4, 24, device=path.device)
     y = torch.full_like(x, float("nan"))
-    operation.runner.launch(_centre, 1, (x, y), dict(SIZE=24, WIDE=32, EXACT=exact), {})
+    operation.launch(Launch(_centre, dict(SIZE=24, WIDE=32, EXACT=exact), Config(4, 4), 1), 1, x, y)
     assert (y[:, 24:] == 0).all()
     right = x[:, :24].double() - x[:, :24].double().mean(1, keepdim=True)
     rounding = 2**-22 * (right if exact else x.double()).abs().amax(1, keepdim=True)

@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks import budget, graphs, simulate
 from benchmarks.graphs import Call
 from benchmarks.launched import Launched
+from tnt_fast.kernels.operation import Config, Launch
 
 H200 = simulate.gpu("h200")
 RESULTS = Path(budget.__file__).parent / "results"
@@ -288,7 +289,8 @@ def norm_launch(grid=50176):
     """Of a kernel that Triton would compile; those here are made for its interpreter."""
     kernel = SimpleNamespace(__name__="_norm_kernel", cache_key="a digest", arg_names=["x_ptr", "n_rows", "Z"])
     x = torch.empty(50176, 384, dtype=torch.bfloat16, device="meta")
-    return Launched(kernel, grid, (x, 50176), {"Z": SimpleNamespace(BLOCK=1)}, {"num_warps": 1, "num_stages": 1})
+    spec = Launch(kernel, {"Z": SimpleNamespace(BLOCK=1)}, Config(1, 1), 1)
+    return Launched(spec, grid, (x, 50176), {"num_warps": 1, "num_stages": 1})
 
 
 def test_an_instruction_that_is_not_known(monkeypatch, tmp_path):

@@ -25,8 +25,8 @@ class Fits(Executor):
         super().__init__(target)
         self.compiler = SIZES
 
-    def launch(self, kernel, grid, arguments, constants, options):
-        self.compile(kernel, arguments, constants, options)
+    def launch(self, spec, grid, arguments, options):
+        self.compile(spec.kernel, arguments, spec.constants, options)
 
 
 def launch(operation: str, tensors: dict, others: dict, dtype: torch.dtype, target: str, gradients: bool = True) -> None:

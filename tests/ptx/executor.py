@@ -79,14 +79,14 @@ class Executor:
             raise RuntimeError(f"{compiled.name} needs {compiled.shared} bytes of shared memory; {self.target} has {most}")
         return compiled
 
-    def launch(self, kernel: Any, grid: int, arguments: Sequence[Any], constants: dict, options: dict) -> None:
-        compiled = self.compile(kernel, arguments, constants, options)
+    def launch(self, spec: Any, grid: int, arguments: Sequence[Any], options: dict) -> None:
+        compiled = self.compile(spec.kernel, arguments, spec.constants, options)
         programs = None if self.chosen is None else range(grid)[self.chosen]
         with torch.no_grad():
             given = flat(arguments)
             costs = _machine(compiled).run(grid, [given[i] for i in compiled.parameters], self.error, programs, self.count)
-        module = kernel.fn.__module__.rpartition(".")[2]
-        self.launched.append(Launched(compiled.name, module, compiled.key, grid, constants, costs))
+        module = spec.kernel.fn.__module__.rpartition(".")[2]
+        self.launched.append(Launched(compiled.name, module, compiled.key, grid, spec.constants, costs))
 
 
 def _machine(compiled: Compiled) -> Kernel:
