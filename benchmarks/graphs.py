@@ -132,13 +132,13 @@ class _Seen(TorchDispatchMode):
         names = list(by_name({name: _empty(operation.records.get(name)) for name in operation.defaults}))
         launch, before = self.recorder.launch, self.inside
 
-        def seen(kernel: Any, grid: int, arguments: Any, constants: dict, options: dict) -> None:
-            launch(kernel, grid, arguments, constants, options)
+        def seen(spec: Any, grid: int, arguments: Any, options: dict) -> None:
+            launch(spec, grid, arguments, options)
             found = self.recorder.launched.pop()
             shapes = tuple(tuple(x.shape) for x in _tensors(found.arguments))
             dtype = str(_tensors(found.arguments)[0].dtype).removeprefix("torch.")
-            about = f"{grid} programs, {constants}, {options}, {[str(x.dtype) for x in _tensors(found.arguments)]}"
-            self.calls.append(Call(kernel.__name__, name, "ours", shapes, dtype, found.bytes, (), about, _on_meta(found)))
+            about = f"{grid} programs, {spec.constants}, {options}, {[str(x.dtype) for x in _tensors(found.arguments)]}"
+            self.calls.append(Call(spec.kernel.__name__, name, "ours", shapes, dtype, found.bytes, (), about, _on_meta(found)))
 
         self.calls.append(Call(name, "", "host", (), "", 0))
         self.inside = name
