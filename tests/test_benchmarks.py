@@ -585,7 +585,7 @@ def test_the_fitted_exponent():
 
 @pytest.mark.slow
 def test_the_suites_run():
-    chosen = "tnt_ti or (inner and forward) or train or pixels"
+    chosen = "tnt_ti or (inner and forward) or (train and reference) or pixels"
     done = suites("benchmarks", "--benchmark-disable", "-k", f"({chosen}) and not legacy")
     assert done.returncode == 0, done.stdout[-3000:]
     assert "passed" in done.stdout
