@@ -74,13 +74,19 @@ ALLOWED = {
         "tnt_fast/check.py tnt_fast/classify.py tnt_fast/images.py tnt_fast/visualize.py tnt_fast/writing.py",
         "torch timm numpy scipy tqdm",
     ),
+    "tnt_fast/ablate.py": (
+        "kernels/__init__.py tnt_fast/check.py tnt_fast/data.py tnt_fast/dispatch.py tnt_fast/flops.py tnt_fast/recipe.py "
+        "tnt_fast/runs.py tnt_fast/terminal.py tnt_fast/tnt.py tnt_fast/train.py tnt_fast/variants.py tnt_fast/visualize.py "
+        "tnt_fast/writing.py",
+        "torch",
+    ),
     "tnt_fast/terminal.py": ("", ""),
     "tnt_fast/__main__.py": ("tnt_fast/cli.py", ""),
     "tnt_fast/cli.py": (
         "kernels/__init__.py "
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py tnt_fast/variants.py tnt_fast/terminal.py "
         "tnt_fast/bench.py tnt_fast/check.py tnt_fast/recipe.py tnt_fast/train.py tnt_fast/images.py tnt_fast/classify.py "
-        "tnt_fast/validate.py tnt_fast/visualize.py tnt_fast/page.py tnt_fast/seeing.py",
+        "tnt_fast/ablate.py tnt_fast/validate.py tnt_fast/visualize.py tnt_fast/page.py tnt_fast/seeing.py",
         "torch timm tqdm",
     ),
 }

@@ -90,7 +90,17 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"tnt_fast {tnt_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for add in (_add_train, _add_check, _add_classify, _add_validate, _add_visualize, _add_bench, _add_info, _add_completion):
+    for add in (
+        _add_train,
+        _add_check,
+        _add_classify,
+        _add_validate,
+        _add_visualize,
+        _add_ablate,
+        _add_bench,
+        _add_info,
+        _add_completion,
+    ):
         add(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
@@ -142,15 +152,20 @@ def _add_train(commands: Any) -> None:
     run.add_argument(
         "--resume", action="store_true", help="continue the run in --out, if there is one, exactly where it stopped"
     )
+    _add_settings(train)
+
+
+def _add_settings(command: argparse.ArgumentParser, **of_data: Any) -> None:
+    """The options of a run; ``of_data``: of its positional argument."""
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(recipe.Config):
         group = field.metadata["group"]
         if group not in groups:
-            groups[group] = train.add_argument_group(group)
+            groups[group] = command.add_argument_group(group)
         add, option, kind = groups[group].add_argument, "--" + field.name.replace("_", "-"), cast(type, field.type)
         text = field.metadata["help"].replace("%", "%%")
         if field.name == "data":
-            add("data", metavar="DATA", help=text)
+            add("data", metavar="DATA", **{"help": text, **of_data})
         elif field.name == "model_kwargs":
             add(option, nargs="+", metavar="KEY=VALUE", help=text)
         elif kind is bool:
@@ -158,11 +173,21 @@ def _add_train(commands: Any) -> None:
         elif get_origin(kind) is tuple:
             default = " ".join(f"{x:g}" for x in cast(tuple, field.default))
             add(option, nargs=len(get_args(kind)), type=float, metavar="X", help=f"{text} (default {default})")
-        elif kind is bool:
-            add(option, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             default = "" if field.default == "" else f" (default {field.default})"
             add(option, type=kind, metavar={int: "N", float: "X"}.get(kind), help=text + default)
+
+
+def _given(args: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were asked for."""
+    names = [f.name for f in dataclasses.fields(recipe.Config)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name in ("scale", "ratio"):
+        if name in given:
+            given[name] = tuple(given[name])
+    if "model_kwargs" in given:
+        given["model_kwargs"] = {**defaults.get("model_kwargs", {}), **_key_values(given["model_kwargs"])}
+    return given
 
 
 def _key_values(items: list[str]) -> dict[str, Any]:
@@ -184,14 +209,8 @@ def _train(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ImportError(f'training needs more packages ({error}): pip install "tnt_fast[train]"') from error
 
-    names = [f.name for f in dataclasses.fields(recipe.Config)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    for name in ("scale", "ratio"):
-        if name in given:
-            given[name] = tuple(given[name])
     defaults = recipe.DIGITS_RECIPE if args.data == recipe.DIGITS else {}
-    if "model_kwargs" in given:
-        given["model_kwargs"] = {**defaults.get("model_kwargs", {}), **_key_values(given["model_kwargs"])}
+    given = _given(args, defaults)
     config = recipe.Config(**{**defaults, **given})
     run = train.Run(config, args.out, resume=args.resume, given=given)
     say(f"{run.config.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, {len(run.classes)} classes")
@@ -478,6 +497,64 @@ def _visualize(args: argparse.Namespace) -> int:
     say(f"pictures and arrays: {len(written.others)} files in {args.out}", error=True)
     say(written.page)
     return 0
+
+
+# ---- ablate ----
+
+
+def _add_ablate(commands: Any) -> None:
+    ablate = commands.add_parser(
+        "ablate",
+        help="train small TNTs over a grid, as the paper's ablations",
+        description="Train a small TNT, and others that differ from it in one thing each, for several seeds, and compare them.",
+        epilog=_examples(
+            "ablate --out runs/ablation                      # the digits, every axis, 3 seeds",
+            "ablate --out runs/ablation --resume             # after Ctrl-C or a crash; finished runs are kept",
+            "ablate images/ --out runs/heads --grid heads=1,2,4 inner --seeds 5 --epochs 50",
+        ),
+    )
+    ablate.set_defaults(command=_ablate, less_memory="to need less memory, lower --batch-size or --processes")
+    run = ablate.add_argument_group("ablation")
+    run.add_argument("--out", type=Path, required=True, help="directory: ablation.json, .csv, .png, and a folder for each run")
+    run.add_argument("--resume", action="store_true", help="continue the ablation in --out, if there is one")
+    run.add_argument(
+        "--grid", nargs="+", default=[], metavar="AXIS[=V,V]", help="inner, positions, heads, stride, overlap, se (default all)"
+    )
+    run.add_argument("--seeds", type=int, metavar="N", help="runs of each model (default 3)")
+    run.add_argument("--processes", type=int, metavar="N", help="runs at a time (default: cores that are free; with a GPU 1)")
+    _add_settings(ablate, nargs="?", help="as for 'tnt-fast train' (default digits)")
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    if args.processes is not None and args.processes < 1:
+        raise ValueError(f"--processes {args.processes} must be at least 1")
+    try:
+        from tnt_fast import ablate, train
+        from tnt_fast.dispatch import find_device
+    except ImportError as error:
+        raise ImportError(f'training needs more packages ({error}): pip install "tnt_fast[train]"') from error
+
+    base = ablate.BASES["digits" if args.data in (None, recipe.DIGITS) else "images"]
+    given = _given(args, base)
+    config = recipe.Config(**{"data": recipe.DIGITS, **base, **given})
+    options = {"grid": args.grid, "seeds": args.seeds, "resume": args.resume, "given": given}
+    ablation = ablate.Ablation(config, args.out, **options)
+    on_gpu = find_device(ablation.config.device).type != "cpu"
+    processes = args.processes or (1 if on_gpu else ablate.free_cores())
+    say(f"{len(ablation.configs)} models, {ablation.seeds} seeds, {processes} at a time; {ablation.config.epochs} epochs each")
+    stopped = None
+    try:
+        ablation.run(processes)
+    except train.Interrupted as stop:
+        stopped = stop
+    for line in ablation.table():
+        say(line)
+    for name, reason in ablation.failed.items():
+        complain(f"{name} failed: {reason}")
+    if stopped:
+        complain(f"interrupted; {str(args.out)!r} holds the ablation: continue it with --resume")
+        return stopped.exit_code
+    return 1 if ablation.failed else 0
 
 
 # ---- bench ----

@@ -130,7 +130,7 @@ class Config:
         check_backend(self.backend)
         for name, accepted in (("amp", AMP), ("class_weights", ("off", "balanced")), ("sched", SCHEDULES)):
             if getattr(self, name) not in accepted:
-                raise _unknown(name, getattr(self, name), accepted)
+                raise unknown(name, getattr(self, name), accepted)
         _check_optimizer(self.opt)
         _check_policy(self.auto_augment)
         check_sizes(self.model_kwargs)
@@ -214,7 +214,7 @@ def _check_value(setting: "Field[Any]", value: Any) -> None:
     _require(right, f"{setting.name}={value!r:.100} must be {what} in {within}")
 
 
-def _unknown(what: str, name: str, known: Collection[str], see: str = "") -> ValueError:
+def unknown(what: str, name: str, known: Collection[str], see: str = "") -> ValueError:
     """Few accepted values are all named; of many the nearest, and where the rest stands."""
     near = get_close_matches(name.lower(), known, 3, 0.5)
     listed = f"nearest: {', '.join(near)}; " if near else ""
@@ -226,7 +226,7 @@ def _check_optimizer(name: str) -> None:
 
     known = cast(list[str], list_optimizers(exclude_filters=["adahessian"]))  # which wants gradients of gradients
     if name.lower().removeprefix("lookahead_") not in known:
-        raise _unknown("opt", name, known, "adamw, sgd, lamb, … (all: timm.optim.list_optimizers())")
+        raise unknown("opt", name, known, "adamw, sgd, lamb, … (all: timm.optim.list_optimizers())")
 
 
 def _check_policy(name: str) -> None:

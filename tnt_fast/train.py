@@ -316,7 +316,7 @@ class Run:
             failed; the old file is whole.
             FloatingPointError: a loss, or weights, that are not finite; they are not saved.
         """
-        with _caught_signals() as caught, self.folder.locked(), self._tensorboard() as events:
+        with caught_signals() as caught, self.folder.locked(), self._tensorboard() as events:
             self._find_best()
             for line in self.changed:
                 self.log(f"continuing with {line}")
@@ -475,7 +475,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 
 @contextlib.contextmanager
-def _caught_signals() -> Iterator[list[int]]:
+def caught_signals() -> Iterator[list[int]]:
     """A list that SIGINT, SIGTERM and SIGHUP are added to; a second one acts at once. Only in the main thread.
 
     SIGHUP stays ignored under nohup.

@@ -283,3 +283,28 @@ def points(groups: Mapping[str, np.ndarray], path: str | os.PathLike, title: str
         axes.set(xticks=[], yticks=[], title=title)
         axes.legend(fontsize=8)
         return _save(figure, path)
+
+
+def ablation(rows: Sequence[dict[str, Any]], path: str | os.PathLike) -> Path:
+    """Held-out accuracy by axis and value, as ``tnt-fast ablate`` has them: each run, mean ± deviation, the base as a line."""
+    axes_of: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        axes_of.setdefault(row["axis"], []).append(row)
+    base = axes_of.pop("base")[0]["accuracy"]
+    with _style():
+        figure = _figure(figsize=(2.6 * max(len(axes_of), 1), 3.4))
+        grid = figure.subplots(1, max(len(axes_of), 1), sharey=True, squeeze=False)[0]
+        for axes, (name, own) in zip(grid, axes_of.items(), strict=False):
+            for i, row in enumerate(own):
+                color = "black" if row["is_base"] else "tab:blue"
+                axes.plot([i] * len(row["accuracies"]), [100 * x for x in row["accuracies"]], ".", color=color, alpha=0.4)
+                if row["accuracy"] is not None:
+                    axes.errorbar(i, 100 * row["accuracy"], 100 * (row["deviation"] or 0), fmt="o", color=color, capsize=4)
+            if base is not None:
+                axes.axhline(100 * base, color="black", linestyle=":", linewidth=1)
+            axes.set_xticks(range(len(own)), [_label(row["value"], 12) for row in own])
+            axes.set(title=name + (f" (Table {own[0]['table']})" if own[0]["table"] else ""))
+            axes.margins(x=0.2)
+            axes.grid(alpha=0.3, axis="y")
+        grid[0].set(ylabel="held-out accuracy (%)")
+        return _save(figure, path)
