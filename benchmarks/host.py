@@ -1,23 +1,29 @@
-"""What a call of an operation costs the host: a forward, and a forward with its backward.
+"""What a call costs the host: of an operation a forward, and a forward with its backward; of whole models an eager forward.
 
     python -m benchmarks.host [--profile inner]
 
 One image, so that a GPU is done before the host is. Without a GPU Triton's launches run up to the compiled kernel, which does
 nothing. Beside the time stand the launches: of Triton, and PyTorch's operations that launch something; with a GPU also the time
-of all its kernels at batch 256: what is less than the host's is bound by the host.
+of all its kernels at batch 256: what is less than the host's is bound by the host. Models are as deep as TNT-S and DeiT-S, and
+so narrow, in float32, that PyTorch's operations have next to nothing to compute where there is no GPU either.
 """
 
 import argparse
 import cProfile
 import pstats
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
+from typing import Any
 
+import timm
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+import tnt_fast
 from benchmarks import kernels as arguments
 from benchmarks.measure import GPU
 from benchmarks.test_operations import call
@@ -86,16 +92,51 @@ def gpu_us(run) -> float:
 
 
 def timed(run) -> float:
-    """Microseconds of a call: the least of several means, since other work of the machine only ever adds."""
-    rounds = []
+    """Microseconds of a call: the least of several means, since other work of the machine only ever adds; without a GPU, of
+    this process's time."""
+    rounds, clock = [], time.perf_counter if GPU else time.process_time
     for _ in range(30):
         if GPU:
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(20):
             run()
-        rounds.append((time.perf_counter() - start) / 20 * 1e6)
+        rounds.append((clock() - start) / 20 * 1e6)
     return min(rounds)
+
+
+def launches(run) -> tuple[str, list[str]]:
+    """How many a call has, of Triton's and of PyTorch's, and the names of these."""
+    launched, launch = [], operation.Gpu.launch
+    operation.Gpu.launch = lambda *given: (launched.append(1), launch(*given))
+    small = aten_launches(run)
+    operation.Gpu.launch = launch
+    return f"{len(launched)} launches of Triton, {len(small)} of PyTorch", small
+
+
+def forwards(device: str) -> dict[str, Callable[[], Any]]:
+    """Eager forwards of one image: DeiT's first, TNT's fused, that of its copy for inference, timm's TNT's."""
+    wide = dict(img_size=32, embed_dim=64, depth=12, num_classes=10)
+    tnt = dict(inner_dim=8, num_heads_inner=2, num_heads_outer=2)
+    image = torch.randn(1, 3, 32, 32, device=device)
+    fused = tnt_fast.TNT(**wide, **tnt, backend="fused").to(device).eval()
+    models = {
+        "DeiT": timm.create_model("deit_small_patch16_224", num_heads=2, **wide),
+        "TNT, fused": fused,
+        "TNT, optimized": tnt_fast.optimize_for_inference(fused),
+        "TNT, timm": timm.models.tnt.TNT(**wide, **tnt),
+    }
+    return {name: partial(model.to(device).eval(), image) for name, model in models.items()}
+
+
+@torch.no_grad()
+def compare_forwards(device: str) -> None:
+    first = None
+    for name, run in forwards(device).items():
+        run()
+        took = timed(run)
+        first = first or took
+        print(f"{name:22s} {took:7.0f} us, {took / first:.2f} of DeiT; {launches(run)[0]}", flush=True)
 
 
 def main() -> None:
@@ -106,7 +147,6 @@ def main() -> None:
     device = "cuda" if GPU else "cpu"
     if not GPU:
         stand_in()
-    launched, launch = [], operation.Gpu.launch
     for name, mode in product(kernels.OPERATIONS, ("forward", "backward")):
 
         def prepared(batch, name=name, mode=mode):
@@ -124,13 +164,11 @@ def main() -> None:
                         run()
                 pstats.Stats(profile).sort_stats("tottime").print_stats(45)
             continue
-        launched.clear()
-        operation.Gpu.launch = lambda *given: (launched.append(1), launch(*given))
-        small = aten_launches(run)
-        operation.Gpu.launch = launch
+        count, small = launches(run)
         gpu = f", {gpu_us(prepared(256)):.0f} us of the GPU" if GPU else ""
-        text = f"{len(launched)} launches of Triton, {len(small)} of PyTorch: {' '.join(small)}"
-        print(f"{name:12s} {mode:9s} {timed(run):7.0f} us{gpu}; {text}", flush=True)
+        print(f"{name:12s} {mode:9s} {timed(run):7.0f} us{gpu}; {count}: {' '.join(small)}", flush=True)
+    if not options.profile:
+        compare_forwards(device)
 
 
 if __name__ == "__main__":
