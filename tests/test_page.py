@@ -174,6 +174,28 @@ def test_bad_input_is_one_line_and_nothing_is_written(made, tmp_path, capsys):
     assert not Path(out).exists()
 
 
+def test_what_is_not_finite_is_named_and_makes_no_page(made, tmp_path, capsys, monkeypatch):
+    see = seeing.see
+    monkeypatch.setattr(seeing, "see", lambda *args: see(*args)._replace(rollout=np.array([[np.nan]])))
+    argv = ["visualize", str(made / "cat.png"), "--checkpoint", str(made / "tnt.pt"), "--out", str(tmp_path / "out")]
+    assert main(argv) == 2
+    assert "cat.png' is not finite (rollout)" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "index.html").exists()
+
+
+def test_weights_that_cannot_be_fetched_leave_a_remedy(monkeypatch):
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool = False) -> torch.nn.Module:
+        if pretrained:
+            raise OSError("no network here\nand more")
+        return create(name, depth=1)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ConnectionError, match=r"'vit_tiny_patch16_224' \(no network here\);.*--beside-checkpoint"):
+        seeing.load_beside(None, "vit_tiny_patch16_224")
+
+
 def test_a_vit_of_timm_with_a_file_of_weights_stands_beside(tmp_path):
     vit = timm.create_model("vit_tiny_patch16_224")
     torch.save({"model": vit.state_dict()}, tmp_path / "vit.pt")

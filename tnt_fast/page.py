@@ -79,6 +79,10 @@ def write_page(
     names = _folders(files)
     for file, image, name in step(list(zip(files, images, names, strict=True))):
         seen = seeing.see(subject, image)
+        if wrong := [field for field, values in seen._asdict().items() if not np.isfinite(values).all()]:
+            raise DataError(
+                f"what the model makes of {str(file)!r} is not finite ({', '.join(wrong)}); other weights may do better"
+            )
         features = None if beside is None else seeing.features_beside(beside, image)
         maps = [seen.features[-1], *([] if features is None else [features[-1]])]
         places = seeing.spread(*maps)

@@ -82,15 +82,17 @@ def load_beside(checkpoint: str | os.PathLike | None, model: str | None, device:
         raise ValueError(
             f"--beside-model {model!r:.100} is unknown; accepted: ViTs of timm, such as deit_small_patch16_224, and TNTs"
         )
-    try:
-        vit: Any = timm.create_model(model, pretrained=checkpoint is None)
-    except (OSError, RuntimeError) as error:
-        raise ConnectionError(
-            f"cannot fetch the weights of {model!r} ({str(error).splitlines()[0]:.200}); without a network, give a file "
-            "of them with --beside-checkpoint"
-        ) from error
+    vit: Any = timm.create_model(model)
     if not isinstance(vit, VisionTransformer):
         raise ValueError(f"--beside-model {model!r} is a {type(vit).__name__}; accepted: timm's VisionTransformer, and TNTs")
+    if checkpoint is None:
+        try:
+            vit = timm.create_model(model, pretrained=True)
+        except (OSError, RuntimeError) as error:
+            raise ConnectionError(
+                f"cannot fetch the weights of {model!r} ({str(error).splitlines()[0]:.200}); without a network, give a file "
+                "of them with --beside-checkpoint"
+            ) from error
     if checkpoint is not None:
         weights: Any = read_checkpoint(checkpoint)
         weights = weights.get("model", weights.get("state_dict", weights))
