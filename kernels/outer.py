@@ -14,11 +14,12 @@ makes 3.9e-3; in float16, in float32 and where gradients are recorded it is PyTo
 
 Backward, of each of the two branches r + scale · last(f(first(LN r))), f the attention or GELU, with g the gradient of the sum:
 
-    d = scale · g,  dW_last = dᵀ · f(h),  dh = f's backward of d · W_last              f(h): kept, or GELU again
-    dW_first = dhᵀ · LN(r),  dr = g + LN's backward of dh · W_first                     LN(r) is that launch's second result
+    d = scale · g,  dW_last = dᵀ · f(h),  dh = f's backward of d · W_last
+    dW_first = dhᵀ · LN(r),  dr = g + LN's backward of dh · W_first
 
-which also sums g and dr over their rows: the gradients of the biases of fc2 and proj, if there is no scale. Sixteen launches,
-nine of the forward, in the weights' dtype; another one, as under autocast, costs a cast of each weight both ways.
+The kernels of GELU and LN also make f(h) and LN(r) again, which are not kept, and sum dh, g and dr over their rows: gradients
+of the biases of fc1, fc2 and proj, the latter two if there is no scale. Nine launches of the forward and sixteen; where weights
+have another dtype, as under autocast, a cast of each both ways, biases of q, k and v one each way, a scale three of its branch.
 
 This one operation keeps more than its input: the attention's q, k and v, result and logsumexp, x, and fc1's result; and its
 matrices where they were cast or joined. From the input alone all products and the attention would run twice, half as much
@@ -28,18 +29,22 @@ is kept, and the gradients are PyTorch's, through the reference: a model that tr
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from tnt_fast import attention, reference
 from tnt_fast.kernels import norm, operation
 from tnt_fast.kernels.fold import fold, product
-from tnt_fast.kernels.operation import Operation, contiguous
+from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, launch, programs, remembered
+from tnt_fast.kernels.tile import gelu_gradient, load
 
 MATRICES = ("proj_weight", "fc1_weight", "fc2_weight")  # and that of q, k and v
 SUMS = (
@@ -50,6 +55,58 @@ SUMS = (
     "norm1_weight",
     "norm1_bias",
 )  # what the LayerNorms' launches sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes(operation.Sizes):
+    """Rows of M hidden channels, in tiles of COLUMNS of them, GROUPS a row."""
+
+    M: int
+    BLOCK: int
+    COLUMNS: int
+    GROUPS: int
+
+
+@triton.jit
+def _gelu_bwd_kernel(h_ptr, dh_ptr, a_ptr, sums_ptr, n_rows, Z: tl.constexpr):
+    """GELU(h), its derivative times dh in the place of dh, and a program's sums of those over its rows."""
+    group, member = tl.program_id(0) % Z.GROUPS, tl.program_id(0) // Z.GROUPS
+    col = group * Z.COLUMNS + tl.arange(0, Z.COLUMNS)
+    real = col < Z.M
+    total = tl.full((Z.BLOCK, Z.COLUMNS), 0.0, tl.float32)
+    for tile in range(member, tl.cdiv(n_rows, Z.BLOCK), tl.num_programs(0) // Z.GROUPS):
+        row = tl.cast(tile, tl.int64) * Z.BLOCK + tl.arange(0, Z.BLOCK)
+        mask = (row < n_rows)[:, None] & real[None, :]
+        start = row[:, None] * Z.M
+        dh = load(dh_ptr + start, col[None, :], mask)
+        a, dh = gelu_gradient(load(h_ptr + start, col[None, :], mask), dh, Z.FAST, False, tl.float32)  # [BLOCK, COLUMNS]
+        total += dh
+        tl.store(dh_ptr + start + col[None, :], dh.to(Z.DTYPE), mask=mask)
+        if a_ptr is not None:
+            tl.store(a_ptr + start + col[None, :], a.to(Z.DTYPE), mask=mask)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + tl.cast(member, tl.int64) * Z.M + col, tl.sum(total, 0), mask=real)
+
+
+@remembered
+def _specialise(dtype: torch.dtype, M: int) -> Launch:
+    columns = min(256, triton.next_power_of_2(M))
+    config = Config(norm.VALUES // columns, warps=1, per_sm=16)  # 32 values a thread, as norm.py has it
+    sizes = Sizes.computed(dtype, M=M, BLOCK=config.rows, COLUMNS=columns, GROUPS=-(-M // columns))
+    return Launch(_gelu_bwd_kernel, {"Z": sizes}, config, config.rows / sizes.GROUPS)
+
+
+def _gelu_backward(h: Tensor, dh: Tensor, has_result: bool, total: Tensor | None) -> Tensor | None:
+    """``dh`` becomes the gradient of h, and ``total``, if it is there, its sum over the rows; GELU(h), if asked for."""
+    spec = _specialise(h.dtype, h.shape[1])
+    groups = spec.constants["Z"].GROUPS
+    members = max(1, programs(h.device, -(-h.shape[0] // spec.config.rows) * groups, spec.config.per_sm) // groups)
+    result = torch.empty_like(h) if has_result else None
+    sums = None if total is None else torch.empty(members, h.shape[1], dtype=torch.float32, device=h.device)
+    launch(spec, members * groups, h, dh, result, sums, h.shape[0])
+    if sums is not None:
+        torch.sum(sums, 0, out=total)
+    return result
 
 
 class Outer(Operation):
@@ -147,57 +204,62 @@ class Outer(Operation):
         _add(rest, h, matrices["fc2_weight"], w.fc2_bias, a.mlp_scale)
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
+        """By PyTorch of a fold, and where the gradient of a scale is asked for; nothing before the first that is needed."""
         if a.pixel is not None or needed & {"attn_scale", "mlp_scale"}:
             return self.recomputed(gradient, a, needed)
         (B, T, E), w, kept = a.patch.shape, contiguous(a.weights), a.kept
         patch, attended, x, h1 = a.patch.contiguous().view(B * T, E), kept["attended"], kept.get("x"), None
-        found: dict[str, Any] = {}
-        sums = norm.partial_sums(patch, len(SUMS))
         if x is None:
             x = torch.empty_like(patch)
             later = w.proj_bias if a.attn_scale is None else None
             h1 = norm.forward(patch, w.norm1_weight, w.norm1_bias, a.eps, x, later)
             _add(x, attended, _matrix(a, "proj_weight"), w.proj_bias, a.attn_scale)
+        found: dict[str, Any] = {}
+        sums = norm.partial_sums(patch, len(SUMS))
+        totals = torch.empty(len(SUMS) * E + w.fc1_weight.shape[0], dtype=torch.float32, device=patch.device)
+        of_norms, of_fc1 = totals[: len(SUMS) * E].view(-1, E), totals[len(SUMS) * E :]
 
         def branch(gradient: Tensor, scale: Tensor | None) -> Tensor:
             return gradient if scale is None else (gradient.view(B, T, E) * _factors(scale, gradient)).view(B * T, E)
 
         def begun(
-            dh: Tensor, matrix: Tensor, h: Tensor | None, r: Tensor, layer: str, out: Tensor | None, weight: bool, **more: Any
-        ) -> Tensor | None:
-            """Of ``matrix`` · LN(r): into ``out``, if it is there, the gradient of r; returned, if asked for, the matrix's.
+            dh: Tensor, name: str, h: Tensor | None, r: Tensor, layer: str, out: Tensor | None, weight: bool, **more: Any
+        ) -> Any:
+            """Of a product with LN(r): into ``out``, if it is there, the gradient of r; returned, if asked for, the matrix's.
 
             ``h``: LN(r), if it is there.
             """
-            read = getattr(w, f"{layer}_weight"), getattr(w, f"{layer}_bias")
+            scale, shift = getattr(w, f"{layer}_weight"), getattr(w, f"{layer}_bias")
             if out is not None:
                 y = torch.empty_like(r) if weight and h is None else None
-                norm.backward((dh @ matrix).view(1, B * T, E), r, read[0], a.eps, out, y=y, bias=read[1], **more)
+                norm.backward((dh @ _matrix(a, name)).view(1, B * T, E), r, scale, a.eps, out, y=y, bias=shift, **more)
                 h = y if h is None else h
             elif weight and h is None:
-                h = norm.forward(r, *read, a.eps)
+                h = norm.forward(r, scale, shift, a.eps)
             return dh.t() @ h if weight else None  # type: ignore[operator]
 
         dy = _to(gradient, x.dtype).contiguous().view(B * T, E)
         d, dx = branch(dy, a.mlp_scale), None
         if before := needed - {"fc2_bias"}:
-            hidden, h = kept.get("hidden"), None
+            hidden, h2 = kept.get("hidden"), None
             if hidden is None:
-                h = norm.forward(x, w.norm2_weight, w.norm2_bias, a.eps)
-                hidden = F.linear(h, _matrix(a, "fc1_weight"), _to(w.fc1_bias, x.dtype))
-            if "fc2_weight" in needed:
+                h2 = norm.forward(x, w.norm2_weight, w.norm2_bias, a.eps)
+                hidden = F.linear(h2, _matrix(a, "fc1_weight"), _to(w.fc1_bias, x.dtype))
+            if before == {"fc2_weight"}:
                 found["fc2_weight"] = d.t() @ F.gelu(hidden)
         if before := before - {"fc2_weight"}:
             dh = d @ _matrix(a, "fc2_weight")
-            torch.ops.aten.gelu_backward.grad_input(dh, hidden, grad_input=dh)
+            activated = _gelu_backward(hidden, dh, "fc2_weight" in needed, of_fc1 if "fc1_bias" in needed else None)
             del hidden
-            if "fc1_bias" in needed:
-                found["fc1_bias"] = dh.sum(0, dtype=w.fc1_bias.dtype)
+            if activated is not None:
+                found["fc2_weight"] = d.t() @ activated
+                del activated
             before -= {"fc1_weight", "fc1_bias"}
             dx = torch.empty_like(x) if before else None
-            matrix = _matrix(a, "fc1_weight")
-            found["fc1_weight"] = begun(dh, matrix, h, x, "norm2", dx, "fc1_weight" in needed, rest=dy, sums=sums[:4])
-            del dh, h
+            found["fc1_weight"] = begun(
+                dh, "fc1_weight", h2, x, "norm2", dx, "fc1_weight" in needed, rest=dy, sums=sums[:4]
+            )  # fmt: skip
+            del dh, h2
         if "fc2_bias" in needed and (dx is None or a.mlp_scale is not None):
             found["fc2_bias"] = d.sum(0, dtype=w.fc2_bias.dtype)
 
@@ -217,14 +279,16 @@ class Outer(Operation):
                 found["qk_bias"], found["v_bias"] = dh.sum(0, dtype=w.qk_bias.dtype).split((2 * E, E))
             before -= {"qk_bias", "v_bias"}
             deeper = before - {"qk_weight", "v_weight"}
-            matrix = _matrix(a, "qkv_weight")
             matrix = begun(
-                dh, matrix, h1, patch, "norm1", dx if deeper else None, bool(before - deeper), rest=dx, sums=sums[4:]
-            )
+                dh, "qkv_weight", h1, patch, "norm1", dx if deeper else None, before > deeper, rest=dx, sums=sums[4:]
+            )  # fmt: skip
             found["patch"] = dx.view(B, T, E)
             if matrix is not None:
                 found["qk_weight"], found["v_weight"] = matrix.split((2 * E, E))
-        return found if dx is None else dict(zip(SUMS, _to(sums.sum(1), w.norm2_weight.dtype), strict=True)) | found
+        if dx is not None:
+            torch.sum(sums, 1, out=of_norms)
+        totals = _to(totals, w.norm2_weight.dtype)
+        return dict(zip(SUMS, totals.split(E), strict=False)) | {"fc1_bias": totals[len(SUMS) * E :]} | found
 
 
 def _matrix(a: SimpleNamespace, name: str) -> Tensor:

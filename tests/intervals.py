@@ -429,7 +429,7 @@ def _of_inner(launch: Any) -> Iterator[dict[str, Interval]]:
 
 def _of_norm(launch: Any) -> Iterator[dict[str, Interval]]:
     """Of the rows of a matrix; what is added to them lies in images, and their gradient in groups, or it does not."""
-    grouped = "n_tokens" in integers(launch) or launch.constants["Z"].GROUPED
+    grouped = "n_tokens" in integers(launch) or getattr(launch.constants["Z"], "GROUPED", False)
     for groups, each in product(_pieces(ROWS) if grouped else [Interval(1, 1)], _pieces(ROWS)):
         yield {
             "n_rows": _product(groups, each),
@@ -447,7 +447,7 @@ OPTIONAL = {
     "pixel_embed": {"bias_ptr", "pixel_pos_ptr"},
     "inner": {"qk_bias", "v_bias", "attn_scale_ptr", "mlp_scale_ptr", "sums_ptr"},
     "fold": {"bias_ptr", "shift", "bias", "dx"},
-    "outer": {"bias_ptr", "rest_ptr", "later_ptr", "shift", "bias", "next_bias", "later", "dx", "y"},
+    "outer": {"a_ptr", "bias_ptr", "rest_ptr", "later_ptr", "shift", "bias", "next_bias", "later", "dx", "y"},
 }
 PASSED = {"pixel_embed": _of_pixel_embed, "inner": _of_inner, "fold": _of_norm, "outer": _of_norm}
 LIMITS = {"n_tokens": ROWS, "n_cells": ROWS, "n_patches": ROWS, "n_rows": ROWS, "n_group": ROWS, "height": SIDE, "width": SIDE}
