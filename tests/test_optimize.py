@@ -205,8 +205,9 @@ def test_what_is_no_tnt_is_refused():
     for other in (nn.Linear(2, 2), Other(**TINY).eval()):
         with pytest.raises(TypeError, match=r"takes a tnt_fast\.TNT, got a .*(Linear|Other).*from_timm"):
             optimize_for_inference(other)
-    with pytest.raises(TypeError, match=r"torch.int8 is no floating dtype"):
-        optimize_for_inference(made(), torch.int8)
+    for dtype in (torch.int8, torch.float8_e4m3fn, "bfloat16"):
+        with pytest.raises(TypeError, match=rf"dtype={dtype} is not accepted; accepted: torch.float32"):
+            optimize_for_inference(made(), dtype)
 
 
 def test_a_copy_is_not_trained_moved_or_asked_for_gradients():

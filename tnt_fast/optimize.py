@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tnt_fast import dispatch, reference
 from tnt_fast.tnt import TNT, Block
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PIECE = 8  # images at once on a CPU: what is between two operations then stays in its caches
 
 
@@ -46,9 +47,10 @@ def optimize_for_inference(model: TNT, dtype: torch.dtype | None = None) -> "Opt
         place of oneDNN's, and it is better left as it is.
 
     Raises:
-        TypeError: not a ``TNT`` (timm's: ``from_timm``), or no floating dtype. ValueError: the model is in training mode, or
-            its parts were replaced or hooked, which the copy would pass over: all of them are named. RuntimeError:
-            ``backend="fused"`` cannot run.
+        TypeError: not a ``TNT`` (timm's: ``from_timm``), or another dtype than float32, bfloat16, float16 and float64.
+        ValueError: the model is in training mode, or its parts were replaced or hooked, which the copy would pass over: all of
+            them are named.
+        RuntimeError: ``backend="fused"`` cannot run.
     """
     _check(model, dtype)
     with torch.no_grad():
@@ -61,8 +63,8 @@ def _check(model: Any, dtype: torch.dtype | None) -> None:
             f"optimize_for_inference takes a tnt_fast.TNT, got a {type(model).__module__}.{type(model).__qualname__}; timm's "
             "TNT becomes one by tnt_fast.from_timm, a wrapped one is inside of the wrapper"
         )
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype={dtype} is no floating dtype; accepted: torch.float32, torch.bfloat16, torch.float16, …")
+    if dtype not in (None, *DTYPES):
+        raise TypeError(f"dtype={dtype} is not accepted; accepted: {', '.join(map(str, DTYPES))}, None (the model's)")
     if training := [name or "the model" for name, module in model.named_modules() if module.training]:
         raise ValueError(f"{training[0]} is in training mode, and the copy only infers: call model.eval() first")
     reasons = [
