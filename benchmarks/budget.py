@@ -180,7 +180,7 @@ def _turns(found: Launched, patches: int) -> tuple[int, int]:
     """Turns of the main loop: in all programs together, or 0 and those of each."""
     names, Z = found.kernel.arg_names, next(iter(found.constants.values()))
     if "n_rows" in names and hasattr(Z, "BLOCK"):
-        return math.ceil(found.arguments[names.index("n_rows")] / Z.BLOCK), 0
+        return math.ceil(found.arguments[names.index("n_rows")] / Z.BLOCK) * getattr(Z, "GROUPS", 1), 0
     return (0, found.spec.turns) if found.spec.turns > 1 else (math.ceil(patches / found.spec.patches), 0)
 
 

@@ -33,6 +33,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import get_fused_kernel_name
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -127,7 +128,8 @@ class _Seen(TorchDispatchMode):
 
     def ours(self, function: Any, args: Any) -> Any:
         """An operation of ours, or its backward, with all it launches."""
-        name = function._schema.name.split("::")[1]
+        called = function._schema.name.split("::")[1]
+        name = called.removesuffix("_recorded")  # whose results are the operation's, and what it keeps
         operation = shipped.OPERATIONS[name.removesuffix("_backward")]
         names = list(by_name({name: _empty(operation.records.get(name)) for name in operation.defaults}))
         launch, before = self.recorder.launch, self.inside
@@ -146,11 +148,15 @@ class _Seen(TorchDispatchMode):
             with mock.patch.object(self.recorder, "launch", seen), torch.no_grad(), self:
                 if not name.endswith("_backward"):
                     out = operation.empty(a := operation._packed(args[: len(names)]))
+                    a.kept = None if called == name else {}
                     operation.forward(a, out)
-                    return out
-                gradient, *flat, needed = args
+                    return out if a.kept is None else [out, *[a.kept[x] for x in operation.keeps(a)]]
+                gradient, *flat = args
+                flat, (needed, *kept) = flat[: len(names)], flat[len(names) :]
+                a = operation._packed(flat)
+                a.kept = dict(zip(operation.keeps(a), *kept, strict=True)) if kept else None
                 with torch.autocast(gradient.device.type, enabled=False):
-                    found = operation.backward(gradient, operation._packed(flat), {names[i] for i in needed})
+                    found = operation.backward(gradient, a, {names[i] for i in needed})
                 return _returned([found[names[i]] for i in needed], [flat[i] for i in needed])
         finally:
             self.inside = before
@@ -304,6 +310,8 @@ def _described(gpu: Gpu) -> Iterator[None]:
         instead(torch.cuda.amp.common, amp_definitely_not_available=answer(False))
         # in half precision PyTorch 2.11 takes cuDNN's attention on Hopper (results/2026-11-26-0640, kernels-inference.txt)
         instead(F, scaled_dot_product_attention=_cudnn if found.major == 9 else _flash)
+        chosen = SDPBackend.CUDNN_ATTENTION if found.major == 9 else SDPBackend.FLASH_ATTENTION
+        instead(torch, _fused_sdp_choice=answer(chosen.value))
         instead(torch.autograd, grad=gradients)
         instead(joint_graph, lazy_init=answer(None))
         instead(post_grad, lazy_init=answer(None))
