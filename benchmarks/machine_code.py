@@ -6,6 +6,7 @@ them this instruction waits. (Jia et al., arXiv 1804.06826, section 2.1, found t
 """
 
 import re
+import struct
 import subprocess
 import tempfile
 from typing import NamedTuple
@@ -53,6 +54,26 @@ def disassembly(cubin: bytes, function: str | None = None) -> str:
         raise ValueError(f"no function {function!r} in this cubin; it has {', '.join(_FUNCTION.findall(text)) or 'none'}")
     end = text.find("\n.text.", begin)
     return text[begin : end if end >= 0 else None]
+
+
+_REGISTERS, _FRAME = 0x2F, 0x11  # attributes of a function, as cuobjdump -elf names them: EIATTR_REGCOUNT, EIATTR_FRAME_SIZE
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack, of a cubin with one function: what cuobjdump -res-usage says."""
+    at, size, count, names = *struct.unpack_from("<Q", cubin, 0x28), *struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, at + size * i) for i in range(count)]
+    found = {_FRAME: 0}
+    for name, *_, start, length in sections:
+        name += sections[names][4]
+        if cubin[name : cubin.index(b"\0", name)] == b".nv.info":
+            i = start
+            while i < start + length:
+                kind, attribute, value = struct.unpack_from("<BBH", cubin, i)
+                if attribute in (_REGISTERS, _FRAME):
+                    found[attribute] = struct.unpack_from("<II", cubin, i + 4)[1]  # behind the function's number
+                i += 4 + (value if kind == 4 else 0)
+    return found[_REGISTERS], found[_FRAME]
 
 
 def decode(text: str) -> list[Instruction]:

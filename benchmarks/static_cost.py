@@ -26,11 +26,15 @@ What the numbers mean, and what they do not:
   conflicts cost, sectors of global memory against those that the bytes asked for would fill.
 - ``--time GPU`` simulates the machine code of that GPU's target (simulate.py): microseconds of a launch at batch 256 with a
   band, what binds, and what the warps wait for. What is not modelled, and how wrong it is, is said below the table.
+- sm_86 and sm_89 are assembled from the PTX of sm_80, which is theirs but for the name of the target.
+- What was read is kept, by the digests of a kernel's source, of all that it is compiled for and of what reads it: only what
+  changed is compiled again.
 - "risky" is an asynchronous matrix instruction of sm_90 (wgmma) with its left operand in registers: ptxas before 13.3 reuses
   such registers too early (triton issues 9433 and 11781), so its results need a test on the card.
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -53,6 +57,7 @@ import torch
 import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
 
 from benchmarks import dynamic_cost, machine_code, simulate
 from benchmarks.dynamic_cost import aligned
@@ -102,6 +107,8 @@ TARGETS = {
     "sm_120": Target("cuda", 120, 32, 48, 24, 65536, 256, 100 << 10, 128, 1024, 170),
     "gfx942": Target("hip", "gfx942", 64, 32, 16, 131072, 512, 64 << 10, 512, 0, 304),
 }
+
+SAME_PTX = {"sm_86": "sm_80", "sm_89": "sm_80"}  # but for the name of the target; a test compares them
 
 # Kind of an instruction: the first pattern that matches its whole name (NVIDIA: up to the first dot); else "other".
 KINDS = {
@@ -256,6 +263,13 @@ def compile_launch(found: Launched, target: Target) -> Any:
     return found.kernel.run(*found.arguments, grid=(1,), warmup=True, **constants, **found.options)
 
 
+def assemble(ptx: str, found: Launched, target: Target) -> bytes:
+    """The cubin of another target's PTX, as Triton has it made."""
+    backend = make_backend(GPUTarget(target.backend, target.arch, target.warp_size))
+    renamed = re.sub(r"(?m)^\.target sm_\w+", f".target sm_{target.arch}", ptx)
+    return backend.make_cubin(renamed, {}, backend.parse_options(dict(found.options)), target.arch)
+
+
 def read_nvidia(compiled: Any, arch: int, disassembled: bool = True) -> tuple[str, dict[str, Any]]:
     """Disassembly, if it is wanted, and what the cubin and the PTX say."""
     tools = triton.knobs.nvidia
@@ -263,15 +277,13 @@ def read_nvidia(compiled: Any, arch: int, disassembled: bool = True) -> tuple[st
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
 
-        def told(tool: Any, option: str) -> str:
-            return subprocess.run([tool.path, option, cubin.name], capture_output=True, text=True, check=True).stdout
-
-        text, usage = told(tools.nvdisasm, "-c") if disassembled else "", told(tools.cuobjdump, "-res-usage")
-    registers, stack = re.search(rf"Function {compiled.metadata.name}:\s+REG:(\d+) STACK:(\d+)", usage).groups()
+        command = [tools.nvdisasm.path, "-c", cubin.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout if disassembled else ""
+    registers, stack = machine_code.usage(compiled.asm["cubin"])
     ptxas = getattr(tools, "ptxas_blackwell", tools.ptxas) if arch >= 100 else tools.ptxas
     return text, {
-        "registers": int(registers),
-        "stack_bytes": int(stack),
+        "registers": registers,
+        "stack_bytes": stack,
         "risky": bool(RISKY.search(compiled.asm["ptx"])),
         "compiler": f"triton {triton.__version__}, ptxas {ptxas.version}",
     }
@@ -314,15 +326,16 @@ def _time(found: Launched, launch: Any, compiled: Any, resident: int, gpu: simul
 def _row(
     kernel: str, number: int, target: str, sass: Path | None, gpu: simulate.Gpu | None, counted: bool = True
 ) -> dict[str, Any]:
-    """Compile one launch, the ``number``-th of its module, and read its cost. Runs in a worker."""
+    """Compile one launch, the ``number``-th of its module, and read its cost, unless that is known. Runs in a worker."""
     variant, dtype, shown = _launches(kernel)[number]
     limits = TARGETS[target]
     started, launch = _as_launched(kernel, variant, dtype, shown, target), shown.spec
-    compiled = compile_launch(started, limits)
-    code = compiled.asm["cubin" if limits.backend == "cuda" else "amdgcn"]
-    known = _known(code, target, launch.config, launch.patches, launch.turns, started.grid, gpu, counted)
+    known = _known(started, target, launch.config, launch.patches, launch.turns, gpu, counted)
     if sass is None and known.exists():
         return json.loads(known.read_text())
+    compiled = compile_launch(started, TARGETS[SAME_PTX.get(target, target)])
+    if target in SAME_PTX:
+        compiled.asm["cubin"] = assemble(compiled.asm["ptx"], started, limits)
     text, found = read_nvidia(compiled, limits.arch, counted) if limits.backend == "cuda" else _read_amd(compiled)
     if sass is not None:
         name = f"{kernel}-{variant}-{dtype}-{launch.kernel.__name__}-{number}-{target}"
@@ -366,12 +379,19 @@ def _counts(launch: Any, target: str, text: str) -> dict[str, Any]:
     }
 
 
-def _known(code: str | bytes, *about: Any) -> Path:
-    """Where what was read from machine code is kept, by its digest and that of what reads it."""
-    digest = hashlib.sha256(code if isinstance(code, bytes) else code.encode())
-    digest.update(repr((READERS, triton.__version__, about)).encode())
+def _known(found: Launched, *about: Any) -> Path:
+    """Where what was read of a launch is kept, by the digests of the kernel's source with all that it calls, of what it is
+    compiled for, and of what reads it."""
+
+    def described(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return [described(each) for each in x]
+        return (str(x.dtype), list(x.shape)) if isinstance(x, torch.Tensor) else repr(x)
+
+    read = (READERS, triton.__version__, str(triton.knobs.nvidia.ptxas), found.kernel.cache_key, about)
+    launch = (described(found.arguments), sorted(found.constants.items()), sorted(found.options.items()), found.grid)
     CACHE.mkdir(parents=True, exist_ok=True)
-    return CACHE / f"{digest.hexdigest()}.json"
+    return CACHE / f"{hashlib.sha256(repr((read, launch)).encode()).hexdigest()}.json"
 
 
 def _dynamic(kernel: str, variant: str, dtype: str, target: str) -> list[dict[str, Any]]:
@@ -420,7 +440,8 @@ def rows(
 
     found, executed, constants = {}, {}, {}
     # fork: the workers know what OPERATIONS holds here, and a launch itself cannot be sent to them
-    with ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(jobs or os.cpu_count(), fork, initializer=gc.freeze) as pool:  # what is there is no garbage
         for kernel in kernels:
             for number, (variant, dtype, shown) in enumerate(_launches(kernel)):
                 if variant in variants and dtype in dtypes:

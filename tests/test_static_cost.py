@@ -45,8 +45,10 @@ measured_compiler = pytest.mark.skipif(
 )
 
 TOYS = """
+import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -161,7 +163,28 @@ ship("strided", *(toy(strided, {"BLOCK": 1024}, Config(1, 4), 1, types) for type
 ship("greedy", toy(greedy, {"ROWS": 64, "COLUMNS": 128}, Config(1, 1), 1, FP32))
 ship("products", multiplied(1, 64, 4), multiplied(1, 64, 2), multiplied(4, 16, 4))
 ship("broken", toy(broken, {"WRONG": True}, Config(1, 1), 1, {"x_ptr": "*fp32"}))
-sys.exit(static_cost.main(sys.argv[1:]))
+status = static_cost.main(sys.argv[1:])
+
+
+def ptx(target):
+    found = static_cost._as_launched("products", "s", "bf16", multiplied(4, 16, 4), target)
+    return static_cost.compile_launch(found, static_cost.TARGETS[target]).asm["ptx"]
+
+
+code = {name: [ptx(name), ptx(like)] for name, like in static_cost.SAME_PTX.items()}
+
+
+def refuse(*given):
+    raise RuntimeError("compiled")
+
+
+static_cost.compile_launch = refuse
+asked = dict(kernels=["chain", "straight"], targets=["sm_89"])
+before = [row["error"] for row in static_cost.rows(**asked)]
+ship("straight", toy(straight, {"STEPS": 63, "BLOCK": 128}, Config(1, 4), 1, FP32))
+after = [row["error"] for row in static_cost.rows(**asked)]
+Path("again.json").write_text(json.dumps({"code": code, "before": before, "after": after}))
+sys.exit(status)
 """
 
 
@@ -262,6 +285,20 @@ def test_what_does_not_compile_is_named_and_fails_the_report(toys, toy_rows):
     assert "broken on purpose" in row["error"]
     everywhere = ", ".join(f"s bf16 {name}" for name in TOY_TARGETS)
     assert f"broken does not compile ({everywhere}): CompileTimeAssertion" in ending["err"]
+
+
+def test_targets_that_share_their_ptx_do(toys):
+    code = json.loads((toys[0] / "again.json").read_text())["code"]
+    assert set(code) == {"sm_86", "sm_89"}
+    for target, (own, shared) in code.items():
+        assert f".target {target}" in own
+        assert own.replace(f".target {target}", ".target sm_80") == shared
+
+
+def test_only_what_changed_is_compiled_again(toys):
+    found = json.loads((toys[0] / "again.json").read_text())
+    assert found["before"] == [None, None, None]
+    assert found["after"] == [None, None, "RuntimeError: compiled"]
 
 
 def test_report(toys, toy_rows):
