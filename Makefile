@@ -1,4 +1,4 @@
-# make demo · quick · test · test-newest · test-oldest · fuzz · check · check-compiled · docs · bench · gpu · sanitize.
+# make demo · quick · test · test-newest · test-oldest · fuzz · check · check-compiled · docs · bench · tune · gpu · sanitize.
 # Everything is installed into $(VENV), at the versions of $(CONSTRAINTS).
 PYTHON ?= python3
 CONSTRAINTS ?= .ci/constraints.txt
@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OUT := $(or $(OUT),benchmarks/results/$(shell date +%Y-%m-%d-%H%M))
 TIMM_SOURCE := $(VENV)/timm
-MINUTES ?= 5
+MINUTES ?= 5.75
+GPU ?= h200
 N ?= 10000
 SEED ?= 0
 PROCESSES ?= $(shell nproc)
@@ -15,7 +16,7 @@ PROCESSES ?= $(shell nproc)
 COMPILED := sm_80,sm_89,sm_90,sm_100,sm_120
 KERNELS := $(foreach name,backward pixel_embed fold inner outer kernels approximations,tests/test_$(name).py)
 
-.PHONY: demo quick test test-newest test-oldest fuzz check check-compiled docs bench gpu sanitize clean
+.PHONY: demo quick test test-newest test-oldest fuzz check check-compiled docs bench tune gpu sanitize clean
 .DELETE_ON_ERROR:
 
 $(READY): setup.py pyproject.toml $(CONSTRAINTS)
@@ -80,23 +81,33 @@ bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 # On a machine with a GPU, in about 9 minutes: its name, the kernels' tests while what is timed compiles, times (MINUTES=0: every
-# row; SKIP="FILE ...": not those that these files have); fails at the end if one of them did. Without .venv it uses $(PYTHON) with
-# what is installed there. Then, anywhere: python -m benchmarks.report
+# row; SKIP="FILE ...": not those that these files have); fails at the end if one of them did. Interrupted, or out of minutes: make
+# gpu OUT=the same folder goes on. Without .venv it uses $(PYTHON) with what is installed there. Then, anywhere:
+# python -m benchmarks.report
 gpu sanitize: PY = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 gpu:
 	mkdir -p $(OUT)
 	$(PY) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make gpu: torch sees no GPU on this machine")'
 	$(PY) -m tnt_fast.cli info | tee $(OUT)/machine.txt
-	failed=; \
-	$(PY) -m benchmarks.precompile --seconds 235 > $(OUT)/precompile.txt 2>&1 & \
-	timeout -k 10 -s INT 230 $(PY) -m pytest $(KERNELS) -n 12 \
-	    -v --paths gpu -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml > $(OUT)/gpu-tests.txt; \
-	case $$? in 0) ;; 124|137) failed="$$failed kernel-tests-unfinished-after-230-s" ;; *) failed="$$failed kernel-tests" ;; esac; \
+	failed=; skip=; file=$(OUT)/benchmarks.json; n=1; \
+	for known in $(SKIP); do skip="$$skip --skip-measured $$known"; done; \
+	while [ -s $$file ]; do skip="$$skip --skip-measured $$file"; n=$$((n + 1)); file=$(OUT)/benchmarks-$$n.json; done; \
+	$(PY) -m benchmarks.precompile --seconds 185 $$skip > $(OUT)/precompile.txt 2>&1 & \
+	if ! grep -qs " passed" $(OUT)/gpu-tests.txt; then \
+	    timeout -k 10 -s INT 180 $(PY) -m pytest $(KERNELS) -n 12 \
+	        -v --paths gpu -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml > $(OUT)/gpu-tests.txt; \
+	    case $$? in 0) ;; 124|137) failed="$$failed kernel-tests-unfinished-after-180-s" ;; *) failed="$$failed kernel-tests" ;; esac; \
+	fi; \
 	grep -E "^(FAILED|ERROR)|[0-9]+ (passed|failed)" $(OUT)/gpu-tests.txt; wait; \
 	sed -i -E 's/ hostname="[^"]*"//; s#/[^ "]*/site-packages/##g' $(OUT)/gpu-tests.*; \
-	$(PY) -m pytest benchmarks --benchmark-only -q -p no:cacheprovider --minutes $(MINUTES) \
-	    $(foreach file,$(SKIP),--skip-measured $(file)) --benchmark-json $(OUT)/benchmarks.json || failed="$$failed benchmarks"; \
+	$(PY) -m pytest benchmarks --ignore benchmarks/test_flops.py --benchmark-only -q -p no:cacheprovider --minutes $(MINUTES) \
+	    $$skip --benchmark-json $$file || failed="$$failed benchmarks"; \
 	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi
+
+# The launch tables of the kernels, swept: on a GPU by time, elsewhere by simulating the machine code for GPU, over all cores.
+# Interrupted, it goes on. WRITE=1 puts what won into kernels/.
+tune: $(READY)
+	$(BIN)/python -m benchmarks.tune --gpu $(GPU) --processes $(PROCESSES) $(if $(WRITE),--write)
 
 # Every kernel once under compute-sanitizer, which comes with CUDA's tools.
 sanitize:

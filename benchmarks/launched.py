@@ -157,12 +157,12 @@ def launches(kernel: str) -> list[tuple[str, str, Launched]]:
             for each in launched(kernel, variant, dtype, 132, (9, 0)):
                 distinct.setdefault(each.code, each)
             if (codes := (short, *distinct)) not in known:
-                found += [(variant, short, _by_patch(each)) for each in distinct.values()]
+                found += [(variant, short, by_patch(each)) for each in distinct.values()]
             known.add(codes)
     return found
 
 
-def _by_patch(found: Launched) -> Launched:
+def by_patch(found: Launched) -> Launched:
     """With ``patches`` in patches where a norm counts rows, of which a patch may have several."""
     names = found.kernel.arg_names
     if "n_rows" not in names:

@@ -326,8 +326,24 @@ def _time(found: Launched, launch: Any, compiled: Any, resident: int, gpu: simul
 def _row(
     kernel: str, number: int, target: str, sass: Path | None, gpu: simulate.Gpu | None, counted: bool = True
 ) -> dict[str, Any]:
-    """Compile one launch, the ``number``-th of its module, and read its cost, unless that is known. Runs in a worker."""
+    """``cost`` of one launch, the ``number``-th of its module. Runs in a worker."""
     variant, dtype, shown = _launches(kernel)[number]
+    where = sass / f"{kernel}-{variant}-{dtype}-{shown.kernel.__name__}-{number}-{target}" if sass else None
+    return cost(kernel, variant, dtype, shown, target, where, gpu, counted)
+
+
+def cost(
+    kernel: str,
+    variant: str,
+    dtype: str,
+    shown: Launched,
+    target: str,
+    sass: Path | None = None,
+    gpu: simulate.Gpu | None = None,
+    counted: bool = True,
+) -> dict[str, Any]:
+    """Compile a launch of an operation for a target and read its cost, unless that is known. ``sass``: a file, less its ending,
+    that gets the disassembly."""
     limits = TARGETS[target]
     started, launch = _as_launched(kernel, variant, dtype, shown, target), shown.spec
     known = _known(started, target, launch.config, launch.patches, launch.turns, gpu, counted)
@@ -338,8 +354,7 @@ def _row(
         compiled.asm["cubin"] = assemble(compiled.asm["ptx"], started, limits)
     text, found = read_nvidia(compiled, limits.arch, counted) if limits.backend == "cuda" else _read_amd(compiled)
     if sass is not None:
-        name = f"{kernel}-{variant}-{dtype}-{launch.kernel.__name__}-{number}-{target}"
-        (sass / f"{name}.{'sass' if limits.backend == 'cuda' else 'amdgcn'}").write_text(text)
+        sass.with_name(f"{sass.name}.{'sass' if limits.backend == 'cuda' else 'amdgcn'}").write_text(text)
 
     shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0)
     programs, warps = occupancy(target, launch.config.warps, found["registers"], shared, columns)
