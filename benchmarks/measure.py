@@ -8,7 +8,8 @@ its file format.
 
 A time is that of one call on a GPU whose L2 cache was emptied ("cold"). Beside it stand the same right behind a call of the
 same inputs ("warm", of short calls; whatever takes longer goes through more than the cache holds), and the time of a call among
-many back to back ("sustained"), with what clock, power and limits of clocks were sampled meanwhile.
+many back to back ("sustained"), with what clock, power and limits of clocks were sampled meanwhile. On a CPU there is one time:
+calls follow one another anyway.
 """
 
 import ctypes
@@ -300,8 +301,7 @@ def sustained(function: Callable[[int], Any], each: float, seconds: float, energ
         used, start = _millijoules() if energy else None, time.perf_counter()
         for i in range(calls):
             function(i)
-        if GPU:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         taken = (time.perf_counter() - start) / calls
         used = _millijoules() - used if used is not None else 0
     found = {"sustained_ms": round(taken * 1e3, 4)} | ({"joules": round(used / 1e3 / calls, 4)} if used else {})
@@ -400,10 +400,10 @@ def _measure(chosen: list[Case], rounds: int | None, deadline: float | None, fou
     for name, taken in interleaved(short, WARM_ROUNDS, found, ahead, warm=True).items():
         extra[name]["warm_p50_ms"] = round(statistics.median(taken) * 1e3, 4)
     for name in random.Random(0).sample(list(times), len(times)):
-        if rounds is None and name not in found and (deadline is None or time.perf_counter() < deadline):
+        if GPU and rounds is None and name not in found and (deadline is None or time.perf_counter() < deadline):
             energy, each = ready[name].energy, statistics.median(times[name])
             try:
-                extra[name] |= sustained(functions[name], each, ENERGY if energy and GPU else SUSTAINED, energy)
+                extra[name] |= sustained(functions[name], each, ENERGY if energy else SUSTAINED, energy)
             except Exception as error:
                 found[name] = reason(error)
     found |= {name: {"times": taken, **extra[name]} for name, taken in times.items() if name not in found}
