@@ -59,27 +59,27 @@ SOURCES = {
     "attention": f"{RESULTS}0600 library/attention forward cudnn; backward: the three kernels of cuDNN in {RESULTS}0640",
     "memory": f"{RESULTS}0640 kernels-train.txt: the part of the copy rate that kernels of such a name reach",
     "convolution": f"{RESULTS}0640 kernels-train.txt (of DeiT's patches), {RESULTS}0725 operations/pixel_embed (TNT's pixels)",
-    "small": f"{RESULTS}0640 kernels-inference.txt and kernels-train.txt: what a small kernel takes",
+    "small": f"{RESULTS}0640 profiles, and DeiT-S in a graph at batch 1 ({RESULTS}0725: 0.48 ms): what a small kernel takes",
     "optimizer": f"{RESULTS}0640 kernels-train.txt: AdamW's kernels",
-    "host": f"{RESULTS}0640 host.txt, of an earlier commit; of compiled code a few us a launch",
+    "host": f"{RESULTS}0640 host.txt, backwards less the fifth that is gone since; outer's backward, other launches: guessed",
     "start": f"DeiT-S compiled takes 9.40 ms as a call ({RESULTS}0725), 9.03 in a graph ({RESULTS}0640)",
     "gap": "between two kernels that are queued; an estimate, never measured alone",
     "peak": "the part of its peak that an H200 reaches",
 }
-START = 5.2  # us of a product beside its operations
+START, START_SMALL = 5.2, 2.8  # us of a product beside its operations; of one that leaves multiprocessors idle
 RATES = {
     "": {384: 640, 640: 700, 1536: 680, 2560: 758, 50000: 790},
     "gelu": {384: 462, 640: 608},
 }  # TFLOP/s by length of the sums
 ATTENTION = {"forward": 170, "backward": 126}  # TFLOP/s of 4·B·H·T²·D operations, and of 10·B·H·T²·D
-SHORTEST = {"product": 5.2, "attention": 5.5, "sum": 9.1, "memory": 2.4}  # us
-REACHED = {"gelu": 0.68, "sum": 0.57, "norm": 0.85, "softmax": 0.85, "adamw": 0.365, "": 1.0}  # of the copy rate
+SHORTEST = {"product": 3.8, "attention": 5.5, "sum": 9.1, "memory": 2.4}  # us
+REACHED = {"gelu": 0.68, "sum": 0.57, "norm": 0.85, "softmax": 0.85, "adamw": 0.415, "": 1.0}  # of the copy rate
 CONVOLUTION = {"patches": 17.8, "pixels": 2.0, "backward": 35}  # TFLOP/s
 GAP, CALL = (0.6, 1.0, 1.5), 370.0  # us: low, nominal, high; of a call's start
 BANDS = {"product": 0.1, "attention": 0.1, "memory": 0.2, "convolution": 0.3, "small": 0.3, "optimizer": 0.2}
-HOST = {  # us of the host
-    "pixel_embed": 197, "inner": 147, "fold": 205, "outer": 438, "pixel_embed_backward": 733, "inner_backward": 1266,
-    "fold_backward": 1382, "outer_backward": 1382, "inductor": 6, "pytorch": 8,
+HOST = {  # us of the host: of an operation of ours, of any other launch of compiled code
+    "pixel_embed": 197, "inner": 147, "fold": 205, "outer": 438, "outer_recorded": 480, "pixel_embed_backward": 590,
+    "inner_backward": 1010, "fold_backward": 1110, "outer_backward": 1000, "inductor": 6, "pytorch": 8,
 }  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def product(call: Call) -> tuple[int, int, int, int, str] | None:
     if call.name == "linear":
         *rows, K = shapes[0]
         return 1, math.prod(rows), shapes[1][0], K, ""
-    if call.name in ("mm", "addmm", "addmm_", "_addmm_activation"):
+    if call.name in ("mm", "matmul", "addmm", "addmm_", "_addmm_activation") and len(shapes[-1]) == 2:
         (M, K), (_, N) = shapes[-2:]
         after = "gelu" if call.name == "_addmm_activation" else "add" if len(shapes) == 3 and len(shapes[0]) == 2 else ""
         return 1, M, N, K, after
@@ -127,18 +127,20 @@ def looked_up(call: Call, gpu: simulate.Gpu) -> Cost:
         return Cost("assumed", f"{SOURCES['peak']}; {SOURCES[rule]}", us, us * (1 - 2 * band), us * (1 + 2 * band))
 
     moved = call.bytes / gpu.dram / 1e3
-    if found := product(call):
+    library = call.by == "pytorch"
+    if library and (found := product(call)):
         count, M, N, K, after = found
         table = RATES["gelu" if after == "gelu" else ""]
         rate = table[max((length for length in table if length <= K), default=min(table))] * min(1.0, K / min(table)) * scale
-        tiles = count * math.ceil(M / 128) * math.ceil(N / 128)
-        rate *= min(1.0, tiles * math.ceil(K / 4096) / gpu.multiprocessors)  # of long sums a library makes several
-        return cost("product", START + max(2 * count * M * N * K / rate / 1e6, moved), SHORTEST["product"])
-    if found := attention(call):
+        tiles = count * math.ceil(M / 128) * math.ceil(N / 128) * math.ceil(K / 512)  # long sums are split
+        busy = min(1.0, tiles / gpu.multiprocessors)
+        start = START if busy == 1 else START_SMALL
+        return cost("product", start + max(2 * count * M * N * K / (rate * busy) / 1e6, moved), SHORTEST["product"])
+    if library and (found := attention(call)):
         way, B, H, T, D = found
         work = (4 if way == "forward" else 10) * B * H * T * T * D
         return cost("attention", work / ATTENTION[way] / scale / 1e6, SHORTEST["attention"])
-    if call.name in ("convolution", "convolution_backward"):
+    if library and call.name in ("convolution", "convolution_backward"):
         backward = call.name.endswith("backward")
         N, *window = call.shapes[2 if backward else 1]
         out = call.shapes[0] if backward else call.made
@@ -229,8 +231,9 @@ def simulated(found: Launched, gpu: simulate.Gpu, patches: int) -> Cost:
 def plan(name: str, mode: str, batch: int, gpu: simulate.Gpu) -> dict[str, Any]:
     """What a model launches, "calls" how often each and what was simulated of it, and what is counted; kept."""
     files = ["benchmarks/graphs.py", "benchmarks/launched.py", "benchmarks/test_models.py"]
-    for folder in ("kernels", "tnt_fast") if MODELS[name][0] == "ours" else ():
-        files += [str(path.relative_to(ROOT)) for path in sorted((ROOT / folder).glob("*.py"))]
+    if MODELS[name][0] == "ours":
+        files += [f"tnt_fast/{name}.py" for name in ("reference", "attention", "dispatch", "tnt")]
+        files += [f"kernels/{path.name}" for path in sorted((ROOT / "kernels").glob("*.py"))]
     versions = [version(package) for package in ("torch", "triton", "timm")]
 
     def make() -> dict[str, Any]:
@@ -270,7 +273,7 @@ def _own(name: str, kind: str, source: str, us: tuple[float, float, float], laun
 
 
 def summed(rows: list[Row], batch: int) -> dict[str, Any]:
-    """The sum of the rows; with what the host takes beyond the GPU as a row of its own is said by ``composed``."""
+    """The sum of the rows."""
     ms, low, high = (sum(row["launches"] * row[what] for row in rows) / 1e3 for what in ("us", "low", "high"))
     return {"ms": round(ms, 3), "low": round(low, 3), "high": round(high, 3), "img_per_s": round(batch / ms * 1e3, 1)}
 
@@ -281,8 +284,8 @@ def host_us(rows: list[Row], operations: dict[str, int]) -> float:
     return outside + sum(count * HOST[name] for name, count in operations.items())
 
 
-def composed(name: str, mode: str, batch: int, gpu: simulate.Gpu, measured: "Measured | None" = None) -> dict[str, Any]:
-    """The budget of a model in a mode, by rows.
+def composed(name: str, mode: str, batch: int, gpu: simulate.Gpu, results: "Iterable[Measured]" = ()) -> dict[str, Any]:
+    """The budget of a model in a mode, by rows; of several results that have a row the last one counts.
 
     Raises:
         ValueError: what has no time.
@@ -291,8 +294,8 @@ def composed(name: str, mode: str, batch: int, gpu: simulate.Gpu, measured: "Mea
     found = plan(name, mode, batch, gpu)
     rows = costed(found["calls"], gpu)
     launches = sum(row["launches"] for row in rows)
-    if measured is not None:
-        rows = [measured.instead(row, batch) for row in rows]
+    for each in results:
+        rows = [each.instead(row, batch) for row in rows]
     host = host_us(rows, found["operations"])
     rows.append(_own("between launches", "assumed", SOURCES["gap"], GAP, launches))
     if mode != "latency_graph":
@@ -302,7 +305,8 @@ def composed(name: str, mode: str, batch: int, gpu: simulate.Gpu, measured: "Mea
         rows.append(_own("host, beyond the GPU", "assumed", SOURCES["host"], (0.0, late, 1.5 * late)))
     rows.sort(key=lambda row: -row["launches"] * row["us"])
     rest = {what: found[what] for what in ("launches_per_block", "saved_mb_per_image") if what in found}
-    return summed(rows, batch) | {"batch": batch, "launches": launches, **rest, "rows": rows}
+    alone = summed([row for row in rows if not row["name"].startswith("host")], batch)["ms"]
+    return summed(rows, batch) | {"gpu_ms": alone, "batch": batch, "launches": launches, **rest, "rows": rows}
 
 
 # ---- measured ----
@@ -316,7 +320,7 @@ class Measured:
     """
 
     def __init__(self, path: Path, gpu: simulate.Gpu):
-        self.path, self.used, self.refused = path, Counter[str](), dict[str, str]()
+        self.path, self.refused = path, dict[str, str]()
         try:
             found = json.loads(path.read_text("utf-8"))
             machine, benchmarks = found["machine_info"], found["benchmarks"]
@@ -340,8 +344,8 @@ class Measured:
             self.refused[id] = f"{row['name']} has changed since {self.commit}"
             return row
         us = round(self.rows[id]["us"], 2)
-        self.used[id] += 1
-        was = {"kind": row["kind"], "us": row["us"], "error_percent": round(100 * (row["us"] / us - 1), 1)}
+        said = row.get("was", row)  # another file may have had it, too
+        was = {"kind": said["kind"], "us": said["us"], "error_percent": round(100 * (said["us"] / us - 1), 1)}
         source = f"{self.path.parent.name}/{self.path.name}, {id}"
         return row | {"kind": "measured", "us": us, "low": us, "high": us, "source": source, "was": was}
 
@@ -369,11 +373,15 @@ class Measured:
         return None
 
     def whole(self, name: str, mode: str, batch: int) -> float | None:
-        """The measured ms of a whole model, where nothing that it runs has changed."""
+        """The measured ms of a whole model; of ours only where no kernel has changed since."""
         whose, which, _ = MODELS[name]
-        provider = {"ours": "fused-compiled"}.get(whose, "timm-compiled")
-        found = self.rows.get(f"{which}/{mode}/bf16/{batch}/{provider}")
-        return None if found is None else found["us"] / 1e3
+        id = f"{which}/{mode}/bf16/{batch}/{'fused' if whose == 'ours' else 'timm'}-compiled"
+        if id not in self.rows:
+            return None
+        if whose == "ours" and (since := changed(self.sources)):
+            self.refused[id] = f"{', '.join(sorted(since))} have changed since {self.commit}"
+            return None
+        return self.rows[id]["us"] / 1e3
 
 
 def sources_at(commit: str | None, path: Path) -> dict[str, str]:
@@ -463,11 +471,10 @@ def budget(
     peers = {f"{MODELS[name][2]}/{mode}" for name, mode in (pair.split("/") for pair in chosen)}
     chosen = [pair for pair in pairs if pair in chosen or pair in peers]
     results = [Measured(path, gpu) for path in files]
-    measured = _first_of(results) if results else None
     found: dict[str, Any] = {}
     for pair in chosen:
         name, mode = pair.split("/")
-        found.setdefault(name, {})[mode] = composed(name, mode, batch, gpu, measured)
+        found.setdefault(name, {})[mode] = composed(name, mode, batch, gpu, results)
         say(pair)
     for name, modes in found.items():
         for mode, one in modes.items():
@@ -485,19 +492,6 @@ def budget(
         "not_modelled": simulate.NOT_MODELLED,
     }  # fmt: skip
     return {"about": about} | found
-
-
-def _first_of(results: list[Measured]) -> Any:
-    """Of several files the last one that has a row counts."""
-
-    class Several:
-        def instead(self, row: Row, batch: int) -> Row:
-            for each in reversed(results):
-                if "was" in (taken := each.instead(row, batch)):
-                    return taken
-            return row
-
-    return Several()
 
 
 def _lines(found: dict[str, Any]) -> str:

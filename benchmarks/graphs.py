@@ -3,7 +3,8 @@
 The model runs on fake CUDA tensors, which have shapes and a device and no memory. Eager: each of PyTorch's operations is seen
 by a dispatch mode. Compiled: ``torch.compile`` itself runs, Dynamo, AOTAutograd and Inductor's scheduler, for a GPU that is
 described to it; instead of loading the code that it writes, its plan is kept. Our operations are run on their fake arguments
-with a recorder in the place of Triton's launcher (launched.py), so that what is within them is seen in both ways.
+with a recorder in the place of Triton's launcher (launched.py), so that what is within them is seen in both ways. What Inductor
+decides by timing (padding of products) it does not do here.
 
 What it does not see: kernels that a library launches for one call (cuDNN's backward is three, a product that splits its sums
 two), and fills of memory.
@@ -42,8 +43,7 @@ from benchmarks.launched import Launched, Recorder
 from benchmarks.simulate import Gpu
 from benchmarks.static_cost import TARGETS
 from benchmarks.test_models import DEITS, TNTS
-from tnt_fast import kernels as shipped
-from tnt_fast.reference import by_name
+from tnt_fast.kernels import operation
 
 DEPTH, IMAGE, CLASSES = 12, 224, 1000
 MODELS = {  # name: whose, which, and the DeiT it is held against
@@ -99,14 +99,15 @@ def _makes(function: Any, given: Any, made: Any) -> bool:
     return function._schema.is_mutable or any(x.untyped_storage()._cdata not in memory for x in _tensors(made))
 
 
-def _call(name: str, inside: str, given: Any, made: Any) -> Call:
-    read, written = _tensors(given), _tensors(made)
+def _call(function: Any, inside: str, args: Any, kwargs: Any, made: Any) -> Call:
+    schema, read, written = function._schema, _tensors((args, kwargs)), _tensors(made)
     moved = sum(map(_bytes, read)) + sum(_bytes(x) for x in written if not any(x is y for y in read))
-    if name.endswith("_"):  # in place: what is changed is written, too
-        moved += _bytes(read[0])
-    dtype = (read or written)[0].dtype
-    shapes, shape = tuple(tuple(x.shape) for x in read), tuple(written[0].shape) if written else ()
-    return Call(name, inside, "pytorch", shapes, str(dtype).removeprefix("torch."), moved, shape)
+    for argument, x in zip(schema.arguments, args, strict=False):  # what is changed in place is written, too
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            moved += sum(map(_bytes, _tensors(x)))
+    shapes, shape = tuple(tuple(x.shape) for x in read[:8]), tuple(written[0].shape) if written else ()
+    dtype = str((read or written)[0].dtype).removeprefix("torch.")
+    return Call(schema.name.split("::")[1], inside, "pytorch", shapes, dtype, moved, shape)
 
 
 class _Seen(TorchDispatchMode):
@@ -123,47 +124,31 @@ class _Seen(TorchDispatchMode):
         made = function(*args, **(kwargs or {}))
         name = function._schema.name.split("::")[1]
         if function.namespace != "prim" and name not in NO_LAUNCH and _makes(function, (args, kwargs), made):
-            self.calls.append(_call(name, self.inside, (args, kwargs), made))
+            self.calls.append(_call(function, self.inside, args, kwargs, made))
         return made
 
     def ours(self, function: Any, args: Any) -> Any:
         """An operation of ours, or its backward, with all it launches."""
-        called = function._schema.name.split("::")[1]
-        name = called.removesuffix("_recorded")  # whose results are the operation's, and what it keeps
-        operation = shipped.OPERATIONS[name.removesuffix("_backward")]
-        names = list(by_name({name: _empty(operation.records.get(name)) for name in operation.defaults}))
+        name = function._schema.name.split("::")[1]
         launch, before = self.recorder.launch, self.inside
 
         def seen(spec: Any, grid: int, arguments: Any, options: dict) -> None:
             launch(spec, grid, arguments, options)
             found = self.recorder.launched.pop()
-            shapes = tuple(tuple(x.shape) for x in _tensors(found.arguments))
-            dtype = str(_tensors(found.arguments)[0].dtype).removeprefix("torch.")
-            about = f"{grid} programs, {spec.constants}, {options}, {[str(x.dtype) for x in _tensors(found.arguments)]}"
+            read = _tensors(found.arguments)
+            shapes, dtype = tuple(tuple(x.shape) for x in read[:8]), str(read[0].dtype).removeprefix("torch.")
+            about = f"{grid} programs, {spec.constants}, {options}, {[str(x.dtype) for x in read]}"
             self.calls.append(Call(spec.kernel.__name__, name, "ours", shapes, dtype, found.bytes, (), about, _on_meta(found)))
 
         self.calls.append(Call(name, "", "host", (), "", 0))
         self.inside = name
         try:
-            with mock.patch.object(self.recorder, "launch", seen), torch.no_grad(), self:
-                if not name.endswith("_backward"):
-                    out = operation.empty(a := operation._packed(args[: len(names)]))
-                    a.kept = None if called == name else {}
-                    operation.forward(a, out)
-                    return out if a.kept is None else [out, *[a.kept[x] for x in operation.keeps(a)]]
-                gradient, *flat = args
-                flat, (needed, *kept) = flat[: len(names)], flat[len(names) :]
-                a = operation._packed(flat)
-                a.kept = dict(zip(operation.keeps(a), *kept, strict=True)) if kept else None
-                with torch.autocast(gradient.device.type, enabled=False):
-                    found = operation.backward(gradient, a, {names[i] for i in needed})
-                return _returned([found[names[i]] for i in needed], [flat[i] for i in needed])
+            launching = mock.patch.object(self.recorder, "launch", seen)
+            with launching, mock.patch.object(operation, "_new", _new), torch.no_grad(), self:
+                # what is registered to compute it, where a fake result would do
+                return function._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
         finally:
             self.inside = before
-
-
-def _empty(record: Any) -> Any:
-    return None if record is None else record(*[None] * len(record._fields))
 
 
 def _on_meta(found: Launched) -> Launched:
@@ -180,8 +165,8 @@ def _on_meta(found: Launched) -> Launched:
         return found._replace(arguments=moved(found.arguments))
 
 
-def _returned(found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
-    """As operation._new has it, which looks at addresses: gradients in their arguments' dtypes, no memory of two of them."""
+def _new(found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
+    """As operation._new, which looks at addresses: gradients in their arguments' dtypes, no memory of two of them."""
     result, seen = [], set()
     for x, like in zip(found, likes, strict=True):
         place = (x.untyped_storage()._cdata, x.storage_offset())
@@ -309,9 +294,10 @@ def _described(gpu: Gpu) -> Iterator[None]:
         instead(torch.utils._triton, has_triton=answer(True), triton_hash_with_backend=answer("none"))
         instead(torch.cuda.amp.common, amp_definitely_not_available=answer(False))
         # in half precision PyTorch 2.11 takes cuDNN's attention on Hopper (results/2026-11-26-0640, kernels-inference.txt)
-        instead(F, scaled_dot_product_attention=_cudnn if found.major == 9 else _flash)
-        chosen = SDPBackend.CUDNN_ATTENTION if found.major == 9 else SDPBackend.FLASH_ATTENTION
-        instead(torch, _fused_sdp_choice=answer(chosen.value))
+        cudnn = found.major == 9
+        chosen = SDPBackend.CUDNN_ATTENTION if cudnn else SDPBackend.FLASH_ATTENTION
+        instead(F, scaled_dot_product_attention=_cudnn if cudnn else _flash)
+        instead(torch, _fused_sdp_choice=answer(int(chosen)))
         instead(torch.autograd, grad=gradients)
         instead(joint_graph, lazy_init=answer(None))
         instead(post_grad, lazy_init=answer(None))
@@ -472,10 +458,11 @@ def _rest_of_a_step(model: nn.Module, batch: int) -> None:
     weight = torch.empty(batch, device="cuda")
     loss = (F.cross_entropy(logits.float(), labels, reduction="none") * weight).sum()
     gradients(loss, logits)
-    every = [p.detach() for p in model.parameters()]
-    steps = [torch.empty((), device="cuda") for _ in every]
+    own = [p.detach() for p in model.parameters()]
+    given, first, second = ([torch.empty_like(p) for p in own] for _ in range(3))
+    steps = [torch.empty((), device="cuda") for _ in own]
     rate = dict(lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False)
-    torch._fused_adamw_(every, every, every, every, [], steps, **rate)
+    torch._fused_adamw_(own, given, first, second, [], steps, **rate)
 
 
 def planned(name: str, mode: str, batch: int, gpu: Gpu, depth: int = DEPTH) -> tuple[Counter[Call], Counter[str]]:

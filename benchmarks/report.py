@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import stack
 from benchmarks.compare import is_control, ratio
 from benchmarks.measure import exponent
 from tnt_fast.dispatch import OPERATIONS
@@ -635,7 +636,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("no result of pytest benchmarks --benchmark-json among the files")
         readme = put_into(options.readme.read_text("utf-8"), first_block(devices))
         every = put_into(full.read_text("utf-8"), full_block(devices))
-        drawn = draw(devices, options.results)
+        drawn = draw(devices, options.results) + stack.draw(options.results)
     except ImportError as error:
         print(f'benchmarks.report: {error}; the pictures need pip install "tnt_fast[bench]"', file=sys.stderr)
         return 2
