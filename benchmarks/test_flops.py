@@ -18,16 +18,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.test_models import DEITS, TNTS, bare, fuse, steps
+from benchmarks.test_models import CONVNETS, DEITS, TNTS, bare, fuse, steps
 from tnt_fast import flops, kernels
 
 PUBLISHED = {"tnt_ti": 1.4, "tnt_s": 5.2, "tnt_b": 14.1, "deit_ti": 1.3, "deit_s": 4.6, "deit_b": 17.6}  # G, as in TNT, Table 3
+PUBLISHED |= {"cnn_resnet50": 4.1, "cnn_regnety_4g": 4.0}
 DEIT_WIDTH = {"deit_ti": 192, "deit_s": 384, "deit_b": 768}
 DEPTH, N, S, CLASSES = 12, 196, 16, 1000
 
 
 def closed_form(family: str) -> int:
     """The paper's formulas (Eq. 14, 15), with class token, stem and head, which it leaves out of them."""
+    if family in CONVNETS:
+        return of_layers(family)
     if family in DEITS:
         width = DEIT_WIDTH[family]
         return N * 3 * 16 * 16 * width + DEPTH * flops.standard_block(N + 1, width) + CLASSES * width
@@ -37,6 +40,21 @@ def closed_form(family: str) -> int:
     inner = len(arguments.get("inner_blocks", range(DEPTH)))
     block = N * flops.standard_block(S, C) + folded
     return N * S * C * 3 * 49 + folded + inner * block + DEPTH * flops.standard_block(N + 1, E) + CLASSES * E
+
+
+def of_layers(family: str) -> int:
+    """Of a CNN: weights times positions, over its convolutions and linear layers."""
+    found = []
+
+    def add(layer: torch.nn.Module, given: tuple, out: torch.Tensor) -> None:
+        found.append(layer.weight.numel() * math.prod(out.shape[2:]))
+
+    model = bare(family).eval()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            layer.register_forward_hook(add)
+    model(torch.empty(1, 3, 224, 224, device="meta"))
+    return sum(found)
 
 
 class Bytes(TorchDispatchMode):
@@ -76,7 +94,7 @@ def count(family: str, path: str) -> dict[str, int]:
 
 ROWS = [
     (family, path)
-    for family in (*TNTS, *DEITS)
+    for family in (*TNTS, *DEITS, *CONVNETS)
     for path in ("eager", *(steps()[1:] if family in ("tnt_s", "tnt_b") else ()), "fused")
     if path == "eager" or (family in TNTS and path != steps()[-1])
 ]

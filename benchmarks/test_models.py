@@ -10,7 +10,7 @@ max-autotune-no-cudagraphs ("tuned").
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import lru_cache, partial
 
 import pytest
@@ -39,15 +39,17 @@ TNTS = {
     "tnt_s_inner4": dict(_S, inner_blocks=(0, 3, 7, 11)),  # paper, Table 5; timm has no such model
 }
 DEITS = {"deit_ti": "deit_tiny_patch16_224", "deit_s": "deit_small_patch16_224", "deit_b": "deit_base_patch16_224"}
+CONVNETS = {"cnn_resnet50": "resnet50", "cnn_regnety_4g": "regnety_040"}  # which the paper's Table 3 has, too
+TIMMS = {**DEITS, **CONVNETS}
 SETS = 3  # of images, in turns
 COMPILED = {"compiled": None, "tuned": "max-autotune-no-cudagraphs"}  # mode of torch.compile
 
 
 def bare(family: str, own: bool = True, **others) -> nn.Module:
-    """A model without values, on the meta device: timm's DeiT, a TNT of ours, or (``own`` False) of timm's."""
+    """A model without values, on the meta device: timm's DeiT or CNN, a TNT of ours, or (``own`` False) of timm's."""
     with torch.device("meta"):
-        if family in DEITS:
-            return timm.create_model(DEITS[family])
+        if family in TIMMS:
+            return timm.create_model(TIMMS[family])
         if own:
             return tnt_fast.TNT(**TNTS[family], **{"backend": "reference", **others})
         return timm.models.tnt.TNT(**TNTS[family])
@@ -61,6 +63,12 @@ def filled(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         scale = 0.05 if p.ndim == 1 else min(0.05, p[0].numel() ** -0.5)
         x = scale * torch.randn(p.shape, device=DEVICE, generator=generator) + (p.ndim == 1 and "weight" in name)
         found[name] = x.to(dtype)
+    for name, x in sorted(model.named_buffers()):  # of BatchNorm: means, and variances above 0
+        if x.is_floating_point():
+            values = 0.05 * torch.randn(x.shape, device=DEVICE, generator=generator)
+            found[name] = (1 + values.abs() if "var" in name else values).to(dtype)
+        else:
+            found[name] = torch.zeros_like(x, device=DEVICE)
     model.load_state_dict(found, assign=True)
     return model.eval()
 
@@ -70,13 +78,13 @@ def gmacs(family: str) -> float:
     return round(flops.multiply_adds(bare(family), (3, 224, 224)) / 1e9, 3)
 
 
-def fuse(model: nn.Module, operations: Iterable[str]) -> nn.Module:
+def fuse(model: nn.Module, operations: Collection[str]) -> nn.Module:
     """Send some operations of a model on the reference path through their kernels: the steps of the waterfall."""
     if "pixel_embed" in operations:
         model.pixel_embed.forward = lambda x, pos, fused=False: PixelEmbed.forward(model.pixel_embed, x, pos, True)
     if "fold" in operations:
         model._stem = lambda pixel, fused=False, image=None: tnt_fast.TNT._stem(model, pixel, True, image)
-    for block in model.blocks:
+    for block in model.blocks if operations else ():
         for name in {"inner", "fold", "outer"} & set(operations):
             method = getattr(Block, name)
             setattr(block, name, lambda *given, block=block, method=method: method(block, *given[:-1], True))
@@ -267,8 +275,8 @@ def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, gr
 def group_cases(
     size: str, mode: str, dtype: str, batch: int, own: str, ways=("eager", "compiled"), more=False, peers=()
 ) -> list[Case]:
-    """TNT of ours (``own``: the paths) and of timm, and DeiT, of one size; ``more``: the legacy TNT and one of Table 5, too;
-    ``peers``: other paths of DeiT."""
+    """TNT of ours (``own``: the paths) and of timm, and DeiT, of one size; ``more``: the legacy TNT, one of Table 5 and the
+    CNNs, too; ``peers``: other paths of DeiT."""
     group = f"{size}/{mode}/{dtype}/{batch}" + ("" if len(ways) > 1 else f"/{ways[0]}")
     case = partial(model_case, mode=mode, dtype=dtype, batch=batch, group=group)
     paths = own.split()
@@ -277,6 +285,7 @@ def group_cases(
     if more:
         models = [("tnt_s_legacy", paths[0]), ("tnt_s_legacy", "timm"), ("tnt_s_inner4", paths[0])]
         found += [case(family, f"{path}-eager") for family, path in models]
+        found += [case(family, f"timm-{way}") for family in CONVNETS for way in ways]
     return found
 
 

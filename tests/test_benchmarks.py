@@ -558,7 +558,7 @@ def test_bytes_are_activations_read_and_written_once():
     ("family", "gmacs", "with_norms"),
     [
         ("tnt_s", 5.217, None), ("tnt_b", 14.049, None), ("tnt_s_inner4", 4.793, None),
-        ("deit_s", 4.599, 4.608), ("deit_b", 17.564, 17.583),
+        ("deit_s", 4.599, 4.608), ("deit_b", 17.564, 17.583), ("cnn_resnet50", 4.089, None), ("cnn_regnety_4g", 3.973, None),
     ],
 )  # fmt: skip
 def test_multiply_adds_to_four_digits(family, gmacs, with_norms):
@@ -686,6 +686,7 @@ def _gpu_result(factor: float = 1.0, drift: float = 1.0) -> dict:
     operation |= dict(flop_per_byte=80.0, tflop_s=100.0, gb_s=900.0, percent_of_roof=50.0)
     benches = [model("tnt_s", "fused-eager", 5e-3), model("tnt_s", "fused-compiled", 4e-3), model("tnt_s", "timm-eager", 8e-3)]
     benches += [model("tnt_s", "timm-compiled", 6e-3), model("deit_s", "timm-compiled", 5e-3)]
+    benches.append(model("cnn_resnet50", "timm-compiled", 2e-3))
     benches += [model("tnt_s", provider, seconds) for provider, seconds in steps]
     benches.append(row("operations", "inner", 1e-3, **operation))
     for provider, size in (("fused", 1), ("fused", 2), ("timm", 1), ("timm", 2)):
@@ -708,6 +709,8 @@ def test_the_report_of_a_gpu(tmp_path):
     entry = json.loads((results / "summary.json").read_text())["Some GPU"]["tnt_s/inference/bf16/256"]
     assert entry["provider"] == "fused-compiled"
     assert (entry["vs_timm_eager"], entry["vs_timm_compiled"], entry["vs_deit_compiled"]) == (2.0, 1.5, 1.25)
+    assert "cnn" not in " ".join(entry)
+    assert json.loads((results / "summary.json").read_text())["Some GPU"]["cnn_resnet50/inference/bf16/256"]["img_s"] == 128_000
     text, every = readme.read_text(), (results / "README.md").read_text()
     for found in (text, every):
         assert found.startswith("before\n")
@@ -793,7 +796,7 @@ def test_compare_says_what_became_slower(tmp_path, capsys):
     assert compare.main([slow, old]) == 0
     assert "faster: 5" in capsys.readouterr().out
     assert compare.main([old, drift]) == 0
-    assert "drift of the machine +30.0%, noise 3.0% (6 rows of others)" in capsys.readouterr().out
+    assert "drift of the machine +30.0%, noise 3.0% (7 rows of others)" in capsys.readouterr().out
     assert compare.main([old, str(tmp_path / "none.json")]) == 2
     for name, changes in (("nothing", {"benchmarks": []}), ("no machine", {"machine_info": {}})):
         assert compare.main([old, str(_written(tmp_path / name, _gpu_result() | changes))]) == 2
