@@ -23,6 +23,11 @@ calls like those of the kernels' tests (``cases``). A mutant is
     values with tiles that are full, whose masks come of the thread and the sizes. In a result that depends on it they would
     show. A mask that is changed, of nothing but loads, changes what these give. Likewise ±60000 for what a load gives beyond
     its mask, in the source;
+  - what an instruction writes is what it wrote before, in every thread and turn of all cases, also with other values of other
+    magnitudes in every tensor (``varied``): zeros of the padding, in other places. With tiles that are full, and addresses that
+    do not depend on data; not where the change is one of a mask or a guard, which come of the sizes;
+  - its source narrows an integer to 32 bits, or does no longer, where intervals.py shows, of both, that no number of which an
+    address or a mask is made leaves its bits: then either way these are the same numbers;
   - a number that is made of thread, program and sizes has one value whatever they are, or a comparison one result (sizes and
     counts are not negative, and at most MOST_ROWS; ``ranges``): the correction of a signed division of what is not negative;
     a shift by more than the width;
@@ -79,7 +84,7 @@ from helpers import KernelPath, results, write_json
 from ptx import machine
 from ptx.compiler import TARGETS, Compiler, flat
 from ptx.executor import Executor, running
-from ptx.flow import depends_on_data, dominators, flow, known, normal, registers
+from ptx.flow import depends_on_data, dominators, flow, known, loaded, normal, registers
 from ptx.language import Instruction, Unknown, ways
 from ptx.machine import Fault, Kernel, memory_of
 
@@ -87,6 +92,7 @@ from tnt_fast import kernels, reference
 
 TREE = Path(__file__).resolve().parents[1]
 FORWARD = {"_inner_fwd_kernel", "_norm_add_kernel", "_pixel_embed_fwd_kernel"}
+VARIED = 6  # draws of other values
 DRAWS = 50  # of mutants that are no programs, before one is given up
 
 
@@ -284,6 +290,24 @@ def cases() -> list[Case]:
             *embed_case(3, 1, 40, 24, 40, (16, 16), 4, (8, 8), legacy))  # fmt: skip
         add("bfloat16 float16", f"embed S{name}, ragged", "pixel_embed",
             *embed_case(3, 3, 16, 48, 24, (16, 16), 4, (16, 16), legacy))  # fmt: skip
+
+    # of specialisations that few cases run: whole tiles, other rows at every place of one, biases that decide
+    drops = dict.fromkeys(("attn_scale", "mlp_scale"), torch.ones(9, dtype=torch.float64))
+    more = with_fold(9, 2, 5, 6, 90, 50, False)
+    more |= {x: folded[x] for x in more if x not in ("pixel", "patch")}
+    signs = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64)[:, None]
+    more |= dict(patch=0.02 * by_bits(27, 90).view(9, 3, 90) * signs)
+    add("bfloat16 float32", "outer E90 of a fold, by bits, drop path", "outer", more, outer | drops | dict(eps=0.5),
+        gradients=False)  # fmt: skip
+    add("bfloat16 float32", "fold E200, no eps, whole tiles", "fold", fold_of(1, 37, 5, 6, 200, False), dict(eps=0.0))
+    for name, size, others in (
+        ("S9, drop path", (7, 9, 24, 96, True), heads | scales),
+        ("S, a hidden channel more", (5, 16, 24, 97), heads),
+    ):
+        tensors = inner_tensors(*size)
+        large = torch.rand(tensors["fc1_bias"].shape) < 0.5  # which of neighbours, is random
+        tensors["fc1_bias"] = tensors["fc1_bias"] * torch.where(large, 1e6, 1.0)
+        add("bfloat16", f"inner {name}, large biases", "inner", tensors, others)
     return found
 
 
@@ -291,6 +315,7 @@ class Launches(Executor):
     """Runs a launch once: what it wrote is written again where the same code gets the same bits.
 
     ``replaced``: kernels by the digest of the code whose place they take. ``seen``: of all launches, digest and kernel.
+    ``varied``: those run beside them instead, on other values; ``finite``: how often what they wrote was.
     """
 
     memory: dict[tuple, list[tuple[int, Tensor]]] = {}
@@ -301,6 +326,7 @@ class Launches(Executor):
         super().__init__(target, error=1, **more)
         self.replaced: dict[str, Kernel] = {}
         self.seen: dict[str, Kernel] = {}
+        self.varied, self.finite = False, 0
 
     def launch(self, spec: Any, grid: int, arguments: tuple, options: dict) -> None:
         compiled = self.compile(spec.kernel, arguments, spec.constants, options)
@@ -318,9 +344,11 @@ class Launches(Executor):
         storages = {x.untyped_storage().data_ptr(): memory_of(x) for x in given if isinstance(x, Tensor)}
         far = any(x.numel() >= 2**28 for x in storages.values())
         with torch.no_grad():
-            if far or digest in self.replaced:
+            if far or digest in self.replaced and not self.varied:
                 self.replaced.get(digest, code).run(grid, given, self.error)
                 return
+            if digest in self.replaced:
+                self._vary(self.replaced[digest], grid, given, list(storages.values()))
             number = {address: i for i, address in enumerate(storages)}
             key = [digest, grid, *(hashlib.blake2b(x.numpy()).digest() for x in storages.values())]
             for x in given:
@@ -334,6 +362,18 @@ class Launches(Executor):
             code.run(grid, given, self.error)
             after = enumerate(zip(before, storages.values(), strict=True))
             self.memory[key] = [(i, new.clone()) for i, (old, new) in after if not torch.equal(old, new)]
+
+    def _vary(self, kernel: Kernel, grid: int, given: list, storages: list[Tensor]) -> None:
+        """Run a kernel with other values, each tensor's of a magnitude of its own; then everything is as it was."""
+        before, dice = [x.clone() for x in storages], random.Random(grid)
+        for _ in range(VARIED):
+            numbers = [x for x in given if isinstance(x, Tensor) and x.is_floating_point()]
+            for x in numbers:
+                x.copy_(torch.randn(x.shape) * 2.0 ** dice.choice((-12, -4, 0, 0, 4, 12)))
+            kernel.run(grid, given, self.error)
+            self.finite += all(x.isfinite().all() for x in numbers)
+            for x, old in zip(storages, before, strict=True):
+                x.copy_(old)
 
 
 class Judge:
@@ -421,6 +461,17 @@ class Judge:
             if not all(torch.equal(x, self.unchanged[number][name]) for name, x in found.items()):
                 return False
         return True
+
+    def never_differs(self, digest: str, probe: Kernel, numbers: list[int], gradients: bool) -> bool:
+        """Whether ``probe``, which faults where a mutant writes another value, does not, whatever the tensors hold."""
+        executor = Launches(self.target)
+        executor.replaced, executor.varied = {digest: probe}, True
+        for number in numbers:
+            try:
+                self.examine(number, executor, gradients)
+            except Fault:
+                return False
+        return executor.finite >= VARIED // 2
 
     def program(self, digest: str) -> "Program":
         if digest not in self._programs:
@@ -741,6 +792,7 @@ class Mutant(NamedTuple):
     code: Any
     reason: str | None = None  # of being equivalent, seen in the text
     others: tuple[tuple[Kernel | None, ...], ...] = ()  # with arbitrary values where the mutant's differ, see ``arbitrary``
+    probe: Kernel | None = None  # faults where it writes another value
 
 
 def apply(p: Program, changes: Changes) -> Kernel:
@@ -862,6 +914,21 @@ def _beyond_masks(p: Program, changes: Changes) -> tuple[Kernel, ...]:
     with suppress(Unknown, KeyError):
         return tuple(apply(p, code) for code in codes)
     return ()
+
+
+def _probe(p: Program, changes: Changes, kind: Kind) -> Kernel | None:
+    """A kernel that faults where a mutant writes another number than it should, of data; None for masks, guards, addresses."""
+    (at, after), *more = changes.items()
+    ins, written = p.instructions[at], p.written[at]
+    number = ins.parts[0] in ("mov", "ld", "ldmatrix") or "f" in ins.type
+    guards = {x.guard for x in (ins, *after)}
+    if more or not after or not written or not number or guards != {None} or kind.change in (_mask, _negate):
+        return None
+    if not {p.types[x] for x in written} <= {"b16", "b32"} or not set(written) <= loaded(p.flow):
+        return None
+    with suppress(Unknown, KeyError):
+        return apply(p, {at: _where_they_differ(p, ins, after, None)})
+    return None
 
 
 def _where_they_differ(p: Program, ins: Instruction, after: list[Instruction], which: int | None) -> list[Instruction]:
@@ -1007,7 +1074,8 @@ def draw_ptx(judge: Judge, seed: int, index: int, kinds: list[Kind] = PTX_KINDS)
         except (Unknown, KeyError):
             continue
         where, reason = p.instructions[at].where, why_the_same(p, changes)
-        return Mutant(index, kind.name, name, where, told(p, changes), digest, kernel, reason, tuple(arbitrary(p, changes)))
+        others, probe = tuple(arbitrary(p, changes)), _probe(p, changes, kind)
+        return Mutant(index, kind.name, name, where, told(p, changes), digest, kernel, reason, others, probe)
     raise LookupError(f"no mutant in {DRAWS} draws of {', '.join(k.name for k in kinds)}")
 
 
@@ -1043,6 +1111,9 @@ def judge_ptx(judge: Judge, mutant: Mutant) -> tuple[str, str]:
                     break
             else:
                 return "equivalent", "what it changes is multiplied by zero or not chosen: huge values there change no bit"
+        probe = mutant.probe if same and whole and depends_on_data(mutant.code, branches=False) is None else None
+        if probe and judge.never_differs(mutant.digest, probe, users, gradients):
+            return "equivalent", "it writes what it wrote before, in all cases and with tensors of other values and magnitudes"
     finally:
         machine.ENDLESS = before
     return "missed", "all cases give the same bits" if same else "all cases keep the rule"
@@ -1281,6 +1352,8 @@ def judge_source(judge: Judge, mutant: Mutant) -> tuple[str, str]:
             trees = [mutated_tree(edit._replace(new=x), Path(folder) / x) for x in ("6e4", "-6e4")]
             if all(run.same_bits and not run.noticed for run in (_run(judge, x, numbers) for x in trees)):
                 return "equivalent", "what lies beyond the mask reaches no result: ±60000 there change no bit"
+    if found.same_bits and (TREE / "kernels" / edit.file).read_bytes()[edit.start : edit.end].endswith(b".to(tl.int32)"):
+        return "equivalent", "no number of which an address or a mask is made leaves 32 bits (intervals.py)"
     if mutant.kind == "source: branch forced" and found.no_less_accurate:
         return "as accurate", "both ways compute the same, and with this one no result of any case is farther from float64"
     return "missed", "all cases give the same bits" if found.same_bits else "all cases keep the rule"

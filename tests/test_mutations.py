@@ -286,6 +286,46 @@ def test_what_zeros_multiply_does_not_matter():
         assert normal(Kernel(other, 0)) != normal(Kernel(other.replace("{ %r11, %r2 }", "{ %r2, %r11 }"), 0))
 
 
+PADDING = """
+    ld.global.f32 %r11, [ %rd3 + 0 ];
+    mul.f32 %r12, %r11, 0f00000000;
+    fma.rn.f32 %r13, %r11, %r12, %r12;
+    @%p2 st.global.b32 [ %rd3 + 0 ], %r13;
+"""
+
+
+@pytest.mark.parametrize(("old", "new", "same"), [("", "", True), ("%r11, %r12, %r12;", "%r11, %r11, %r12;", False)])
+def test_what_is_written_as_before_with_any_values(old, new, same):
+    text = PADDING.replace(old, new) if old else PADDING
+    p = mutations.Program(Kernel(PTX.replace("    @%p2 st.global.b32 [ %rd3 + 0 ], %r3;", text), 0))
+    at = next(i for i, ins in enumerate(p.instructions) if ins.parts[0] == "fma")
+    kind = KINDS["rounding changed"]
+    probe = mutations._probe(p, kind.change(p, at, random.Random(1)), kind)
+    executor, x = Launches("sm_90"), torch.ones(32)
+    if same:
+        executor._vary(probe, 1, [x, 32], [x])
+        assert executor.finite == mutations.VARIED
+        assert torch.equal(x, torch.ones(32))
+    else:
+        with pytest.raises(Fault):
+            executor._vary(probe, 1, [x, 32], [x])
+    mask = next(i for i, ins in enumerate(p.instructions) if ins.text.startswith("setp.lt.u32 %p2"))
+    assert mutations._probe(p, KINDS["mask weakened"].change(p, mask, random.Random(1)), KINDS["mask weakened"]) is None
+
+
+@pytest.mark.parametrize(
+    ("cast", "bits", "verdict"), [("int32", True, "equivalent"), ("int32", False, "missed"), ("f", True, "missed")]
+)
+def test_an_integer_that_fits_either_way_is_the_same(cast, bits, verdict, judge, monkeypatch):
+    edits = [e for e in mutations.Source("pixel_embed.py").edits if e.kind == "cast dropped"]
+    text = (mutations.TREE / "kernels" / "pixel_embed.py").read_bytes()
+    edit = next(e for e in edits if text[e.start : e.end].endswith(b".to(tl.int32)") == (cast == "int32"))
+    monkeypatch.setattr(mutations, "_run", lambda *_: mutations.Run(None, same_code=False, same_bits=bits))
+    monkeypatch.setattr(mutations, "_tests", lambda *_: None)  # among them the intervals
+    mutant = mutations.Mutant(0, "source: cast dropped", edit.function, "", "", None, edit)
+    assert mutations.judge_source(judge, mutant)[0] == verdict
+
+
 def test_an_equivalent_has_its_reason(judge):
     mutant = break_(judge, "_inner_fwd_kernel", "operands swapped", "mma.sync", seed=0)
     unchanged = mutant._replace(code=judge.kernels[mutant.digest])

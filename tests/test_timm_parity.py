@@ -24,7 +24,7 @@ def pair(variant: str, **kwargs):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"])
-@pytest.mark.parametrize(("size", "batch"), [(224, 2), ((64, 96), 1), ((64, 96), 5)], ids=str)
+@pytest.mark.parametrize(("size", "batch"), [(224, 1), ((64, 96), 1), ((64, 96), 5)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_and_gradients(variant, size, batch, dtype, tolerance):
     ours, theirs = pair(variant, img_size=size)

@@ -271,21 +271,26 @@ def _digest(*parts: str | bytes) -> str:
     return "@" + hashlib.blake2b(whole, digest_size=12).hexdigest()
 
 
+def loaded(f: Flow) -> set[str]:
+    """Registers that are made of what was loaded."""
+    found: set[str] = set()
+    while True:
+        before = len(found)
+        for at, ins in enumerate(f.instructions):
+            if ins.parts[0] in READS_MEMORY and ins.parts[1] != "param" or any(x in found for x in f.read[at]):
+                found.update(f.written[at])
+        if len(found) == before:
+            return found
+
+
 def depends_on_data(kernel: Kernel, branches: bool = True) -> Instruction | None:
     """The first shared access, barrier or, with ``branches``, branch whose address or condition comes of what was loaded."""
     f = flow(kernel)
-    loaded: set[str] = set()
-    for _ in range(len(f.instructions)):
-        before = len(loaded)
-        for at, ins in enumerate(f.instructions):
-            if ins.parts[0] in READS_MEMORY and ins.parts[1] != "param" or any(x in loaded for x in f.read[at]):
-                loaded.update(f.written[at])
-        if len(loaded) == before:
-            break
+    data = loaded(f)
     for ins in f.instructions:
         asked = (ins.guard or "") if branches or ins.parts[0] != "bra" else ""
         if "shared" in ins.parts:
             asked += " " + " ".join(x for x in ins.operands if x.startswith("["))
-        if any(x in loaded for x in registers(kernel, asked)):
+        if any(x in data for x in registers(kernel, asked)):
             return ins
     return None
