@@ -126,10 +126,7 @@ def _pixel_embed_fwd_kernel(
     y_ptr, image, weight_ptr, bias_ptr, pixel_pos_ptr, n_tokens, n_patches, columns, Z: tl.constexpr
 ):  # fmt: skip
     CHANNELS: tl.constexpr = Z.CHANNELS
-    k = tl.arange(0, 64)  # a channel's window, 8 to a row: 7·8 of 64 are real
-    ky, kx = k // 8, k % 8
-    real = (ky < 7) & (kx < 7)
-    ch = tl.arange(0, Z.C_PAD)
+    k, ch = tl.arange(0, 64), tl.arange(0, Z.C_PAD)
     weights = ()
     if Z.KEEP:
         for c in tl.static_range(CHANNELS):
@@ -137,26 +134,10 @@ def _pixel_embed_fwd_kernel(
     bias = load(bias_ptr, ch, ch < Z.C)
     for tile in range(tl.program_id(0), tl.cdiv(n_tokens, Z.BLOCK), tl.num_programs(0)):
         token = tl.cast(tile, tl.int64) * Z.BLOCK + tl.arange(0, Z.BLOCK)
-        patch, s = token // Z.S, (token % Z.S).to(tl.int32)
-        b, n = patch // n_patches, (patch % n_patches).to(tl.int32)
-        y0 = s // Z.S_W * Z.STRIDE - 3  # window's corner within the patch
-        x0 = s % Z.S_W * Z.STRIDE - 3
-        top, left = n // columns * Z.STEP_H, n % columns * Z.STEP_W
-        iy, ix = y0[:, None] + ky[None, :], x0[:, None] + kx[None, :]  # [BLOCK, 64]
-        if Z.LEGACY:
-            inside = (top[:, None] + iy >= 0) & (top[:, None] + iy < image.height)
-            inside = inside & (left[:, None] + ix >= 0) & (left[:, None] + ix < image.width)
-        else:
-            inside = (iy >= 0) & (iy < Z.PATCH_H) & (ix >= 0) & (ix < Z.PATCH_W)
-        inside = inside & real[None, :] & (token < n_tokens)[:, None]
-        at = (
-            (b * image.stride_b)[:, None]
-            + (top[:, None] + iy).to(tl.int64) * image.stride_h
-            + (left[:, None] + ix).to(tl.int64) * image.stride_w
-        )
+        at, inside = _window(token[:, None], k[None, :], image, n_tokens, n_patches, columns, Z)
         mask = (token < n_tokens)[:, None] & (ch < Z.C)[None, :]
         total = tl.full((Z.BLOCK, Z.C_PAD), 0.0, tl.float32) + bias[None, :]
-        total += load(pixel_pos_ptr, ch[None, :] * Z.S + s[:, None], mask)
+        total += load(pixel_pos_ptr, ch[None, :] * Z.S + (token % Z.S).to(tl.int32)[:, None], mask)
         for c in tl.static_range(CHANNELS):
             channel = image.ptr + tl.cast(c, tl.int64) * image.stride_c
             x = tl.load(channel + at, mask=inside, other=0.0).to(Z.DTYPE)  # [BLOCK, 64]
