@@ -93,7 +93,7 @@ gpu:
 	for known in $(SKIP); do skip="$$skip --skip-measured $$known"; done; \
 	while [ -s $$file ]; do skip="$$skip --skip-measured $$file"; n=$$((n + 1)); file=$(OUT)/benchmarks-$$n.json; done; \
 	$(PY) -m benchmarks.precompile --seconds 185 $$skip > $(OUT)/precompile.txt 2>&1 & \
-	if ! grep -qs " passed" $(OUT)/gpu-tests.txt; then \
+	if ! grep -qs " passed" $(OUT)/gpu-tests.txt || grep -qE "[0-9]+ (failed|error)" $(OUT)/gpu-tests.txt; then \
 	    timeout -k 10 -s INT 180 $(PY) -m pytest $(KERNELS) -n 12 \
 	        -v --paths gpu -p no:cacheprovider --junitxml $(OUT)/gpu-tests.xml > $(OUT)/gpu-tests.txt; \
 	    case $$? in 0) ;; 124|137) failed="$$failed kernel-tests-unfinished-after-180-s" ;; *) failed="$$failed kernel-tests" ;; esac; \

@@ -119,9 +119,7 @@ def measured() -> Iterator[tuple[str, str, float, Callable[[], simulate.Time]]]:
 
             def pixels(function=function, config=config):
                 rows, warps, per_sm, chunk, stages, arch = config
-                found = _configured(
-                    "pixel_embed", function, torch.bfloat16, Config(rows, warps, per_sm, chunk, stages, arch), "s"
-                )
+                found = _configured("pixel_embed", function, True, Config(rows, warps, per_sm, chunk, stages, arch), "s")
                 return timed(found, h200, PATCHES * 16 // config[0])
 
             yield f"{function.strip('_')}, TNT-S, {config}", SWEEP, us, pixels

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -542,6 +543,36 @@ def test_rows_of_another_device_or_commit_are_not_gone_on_from(what, value, tmp_
     )
     with pytest.raises(ValueError, match=f"is of {what} {value}, this is .*their rows do not go together"):
         measure.measured_in([file])
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_gpu_goes_on_in_the_same_folder(tmp_path):
+    """With a program in the place of python that says what it is asked for; the kernels' tests pass the second time."""
+    python, out, said = tmp_path / "python", tmp_path / "out", tmp_path / "said"
+    python.write_text(f"""#!/bin/sh
+for last; do :; done
+case "$*" in
+    *--junitxml*) echo tests >> {said}; if [ "$(grep -c tests {said})" = 1 ]; then echo "1 failed, 4 passed in 3s"; exit 1; fi
+        echo "5 passed in 3s" ;;
+    *precompile*) echo "precompile $*" >> {said} ;;
+    *--benchmark-json*) echo "time $*" >> {said}; echo rows > "$last" ;;
+esac
+""")
+    python.chmod(0o755)
+    options = [f"PYTHON={python}", f"VENV={tmp_path / 'none'}", f"OUT={out}", "SKIP=old.json", "MINUTES=3"]
+    done = [subprocess.run(["make", "-s", "gpu", *options], cwd=ROOT, capture_output=True, text=True) for _ in range(3)]
+    assert [each.returncode != 0 for each in done] == [True, False, False]
+    assert "make gpu: failed: kernel-tests" in done[0].stderr
+    lines = said.read_text().splitlines()
+    assert lines.count("tests") == 2
+    known = ["--skip-measured old.json", f"--skip-measured {out}/benchmarks.json", f"--skip-measured {out}/benchmarks-2.json"]
+    files = ["benchmarks.json", "benchmarks-2.json", "benchmarks-3.json"]
+    timed = [line for line in lines if line.startswith("time")]
+    assert [line.partition("--minutes 3 ")[2] for line in timed] == [
+        f"{' '.join(known[: i + 1])} --benchmark-json {out}/{files[i]}" for i in range(3)
+    ]
+    compiled = [line for line in lines if line.startswith("precompile")]
+    assert [line.partition("--seconds 185 ")[2] for line in compiled] == [" ".join(known[: i + 1]) for i in range(3)]
 
 
 # ---- counts ----
