@@ -80,7 +80,7 @@ def test_top1_and_top5_are_those_of_timm_to_the_last_image(imagenet, tmp_path, c
     dataset = create_dataset("", root=str(imagenet / "data"), split="validation", class_map=str(tmp_path / "synsets.txt"))
     loader = create_loader(
         dataset, (3, 16, 16), 7, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, num_workers=0, crop_pct=0.9,
-        crop_mode="center", device=torch.device("cpu"), use_prefetcher=False,
+        crop_mode="center", device=torch.device("cpu"), use_prefetcher=False, persistent_workers=False,
     )  # fmt: skip
     model = timm.create_model("tnt_s_patch16_224", **SIZES).eval()
     model.load_state_dict(torch.load(imagenet / "tnt.pth"))

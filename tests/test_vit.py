@@ -19,7 +19,7 @@ VITS = {
     "no biases of q, k, v": {"qkv_bias": False},
     "deit3": {"init_values": 0.5, "no_embed_class": True},
     "average": {"global_pool": "avg", "fc_norm": False},
-    "no positions, no head": {"pos_embed": "none", "num_classes": 0, "mlp_ratio": 3},
+    "no head": {"num_classes": 0, "mlp_ratio": 3},
 }
 
 
@@ -117,6 +117,7 @@ def test_overlapping_patches_of_any_size_are_embedded_where_they_lie():
         ({"pre_norm": True}, "norm_pre"),
         ({"global_pool": "avg"}, "fc_norm"),
         ({"class_token": False, "global_pool": "avg"}, "no class token"),
+        ({"pos_embed": "none"}, "no positions"),
         ({"act_layer": "quick_gelu"}, "the activation QuickGELU"),
         ({"mlp_layer": timm.layers.SwiGLU}, "mlp"),
         ({"patch_drop_rate": 0.1}, "patch_drop is a PatchDropout"),

@@ -68,7 +68,7 @@ def from_vit(
         proj_drop_rate=first.attn.proj_drop.p, attn_drop_rate=first.attn.attn_drop.p,
         drop_path_rate=getattr(last.drop_path1, "drop_prob", 0.0), norm_layer=partial(nn.LayerNorm, eps=first.norm1.eps),
         first_stride=first_stride, legacy=legacy, device=like.device, dtype=like.dtype,
-        backend=backend, inner_blocks=inner_blocks, use_patch_pos=vit.pos_embed is not None, use_patch_embed=True,
+        backend=backend, inner_blocks=inner_blocks, use_patch_embed=True,
         dynamic_img_size=vit.dynamic_img_size,
     )  # fmt: skip
     state, own = _renamed(vit.state_dict(), vit.no_embed_class), ours.state_dict()
@@ -104,6 +104,8 @@ def _reasons(vit: Any) -> list[str]:
         return found
     if vit.cls_token is None:
         found.append("it has no class token")
+    if vit.pos_embed is None:
+        found.append("it has no positions")  # timm 1.0.24 loses the class token, too, then
     if vit.global_pool not in ("", "token", "avg") or getattr(vit, "pool_include_prefix", False):
         found.append(f"global_pool={vit.global_pool!r}" + " with the class token" * (vit.global_pool == "avg"))
     if vit.patch_embed.dynamic_img_pad:
@@ -128,7 +130,7 @@ def _renamed(state: dict[str, Tensor], no_embed_class: bool) -> dict[str, Tensor
     for name in [name for name in state if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", name)]:
         layer, gamma = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2"), state.pop(name)
         state |= {f"{layer}.weight": gamma[:, None] * state[f"{layer}.weight"], f"{layer}.bias": gamma * state[f"{layer}.bias"]}
-    if no_embed_class and "pos_embed" in state:
+    if no_embed_class:
         state["pos_embed"] = nn.functional.pad(state["pos_embed"], (0, 0, 1, 0))
     found: dict[str, Tensor] = {}
     for name, value in state.items():
