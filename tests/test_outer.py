@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend
 pytest.importorskip("triton")
 
 from tnt_fast import TNT, attention, dispatch, kernels, why_not_fused
+from tnt_fast.reference import in_records
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -235,3 +236,19 @@ def test_attention_with_a_backward_of_its_own(T, H, D, dtype, backend, monkeypat
     found = out, *attention.attend_backward(upstream, *heads, out, logsumexp)
     for name, x, own, exact in zip(("out", "q", "k", "v"), found, by_autograd(dtype), by_autograd(torch.float64), strict=True):
         HERE.rule(name, x, own, exact.cpu(), dtype)
+
+
+def test_what_is_computed_again_compiles_as_one_graph():
+    given = {name: x if x is None else x.requires_grad_() for name, x in of_float32(2, 5, 24, 40, bias=True).items()}
+    given |= dict(attn_scale=None, mlp_scale=given["mlp_scale"].detach())
+    wanted = [x for x in given.values() if x is not None and x.requires_grad]
+    packed = in_records(given)
+
+    def loss():
+        return kernels.OPERATIONS["outer"](**packed, num_heads=3, recompute="all").sin().sum()
+
+    torch._dynamo.reset()
+    with torch.autocast(DEVICE, torch.float16):
+        eager, compiled = loss(), torch.compile(loss, fullgraph=True, backend="aot_eager")()
+    for a, b in zip(torch.autograd.grad(eager, wanted), torch.autograd.grad(compiled, wanted), strict=True):
+        torch.testing.assert_close(a, b)
