@@ -20,6 +20,7 @@ row erred to the same side. What is planned and simulated is kept in .cache/ by 
 import argparse
 import ast
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -38,8 +39,9 @@ import triton
 from benchmarks import machine_code, measure, simulate
 from benchmarks.dynamic_cost import aligned
 from benchmarks.graphs import IMAGE, MODELS, Call, launches_per_block, planned, saved_mb_per_image
-from benchmarks.launched import Launched
+from benchmarks.launched import Launched, Recorder
 from benchmarks.static_cost import TARGETS, compile_launch, occupancy, read_nvidia, write_json
+from benchmarks.test_models import DEITS, TNTS
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "budget"
@@ -165,7 +167,9 @@ def _sources(*names: str) -> str:
 
 @lru_cache(None)
 def _readers() -> str:
-    return _sources("benchmarks/simulate.py", "benchmarks/machine_code.py", "benchmarks/static_cost.py")
+    """Of what tells a time from machine code."""
+    parts = [inspect.getsource(each) for each in (occupancy, compile_launch, read_nvidia)]
+    return _digest(_sources("benchmarks/simulate.py", "benchmarks/machine_code.py"), parts, TARGETS)
 
 
 def _kept(name: str, key: str, make: Callable[[], Any]) -> Any:
@@ -230,7 +234,7 @@ def simulated(found: Launched, gpu: simulate.Gpu, patches: int) -> Cost:
 
 def plan(name: str, mode: str, batch: int, gpu: simulate.Gpu) -> dict[str, Any]:
     """What a model launches, "calls" how often each and what was simulated of it, and what is counted; kept."""
-    files = ["benchmarks/graphs.py", "benchmarks/launched.py", "benchmarks/test_models.py"]
+    files, sizes = ["benchmarks/graphs.py"], (TNTS | DEITS)[MODELS[name][1]]
     if MODELS[name][0] == "ours":
         files += [f"tnt_fast/{name}.py" for name in ("reference", "attention", "dispatch", "tnt")]
         files += [f"kernels/{path.name}" for path in sorted((ROOT / "kernels").glob("*.py"))]
@@ -245,7 +249,11 @@ def plan(name: str, mode: str, batch: int, gpu: simulate.Gpu) -> dict[str, Any]:
         found = {"calls": listed, "operations": operations, "launches_per_block": block}
         return found | ({"saved_mb_per_image": saved_mb_per_image(name, gpu)} if mode == "train" else {})
 
-    return _kept("plan", _digest(name, mode, batch, gpu, versions, _sources(*files), _readers()), make)
+    return _kept(
+        "plan",
+        _digest(name, mode, batch, gpu, versions, sizes, _sources(*files), inspect.getsource(Recorder), _readers()),
+        make,
+    )
 
 
 def _fields(call: Call) -> list[Any]:
