@@ -136,12 +136,17 @@ def _pixel_embed_fwd_kernel(
         token = tl.cast(tile, tl.int64) * Z.BLOCK + tl.arange(0, Z.BLOCK)
         at, inside = _window(token[:, None], k[None, :], image, n_tokens, n_patches, columns, Z)
         mask = (token < n_tokens)[:, None] & (ch < Z.C)[None, :]
-        total = tl.full((Z.BLOCK, Z.C_PAD), 0.0, tl.float32) + bias[None, :]
-        total += load(pixel_pos_ptr, ch[None, :] * Z.S + (token % Z.S).to(tl.int32)[:, None], mask)
+        total = tl.full((Z.BLOCK, Z.C_PAD), 0.0, tl.float32)
+        if not Z.EXACT:
+            total += bias[None, :]
+            total += load(pixel_pos_ptr, ch[None, :] * Z.S + (token % Z.S).to(tl.int32)[:, None], mask)
         for c in tl.static_range(CHANNELS):
             channel = image.ptr + tl.cast(c, tl.int64) * image.stride_c
             x = tl.load(channel + at, mask=inside, other=0.0).to(Z.DTYPE)  # [BLOCK, 64]
             total = dot(x, weights[c] if Z.KEEP else _channel_weight(weight_ptr, c, Z), Z, total)
+        if Z.EXACT:  # last: onto them, each product's addition would round at their size
+            total += bias[None, :]
+            total += load(pixel_pos_ptr, ch[None, :] * Z.S + (token % Z.S).to(tl.int32)[:, None], mask)
         tl.store(y_ptr + token[:, None] * Z.C + ch[None, :], total.to(Z.DTYPE), mask=mask)
 
 
