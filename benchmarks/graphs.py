@@ -291,7 +291,9 @@ def _described(gpu: Gpu) -> Iterator[None]:
         )  # fmt: skip
         instead(CudaInterface.Worker, get_device_properties=answer(found), current_device=answer(0))
         instead(fake_tensor, init_gpu_context=answer(None))
-        instead(torch.utils._triton, has_triton=answer(True), triton_hash_with_backend=answer("none"))
+        instead(torch.utils._triton, triton_hash_with_backend=answer("none"))
+        torch.utils._triton.has_triton.cache_clear()  # it remembers whether there was a GPU
+        stack.callback(torch.utils._triton.has_triton.cache_clear)
         instead(torch.cuda.amp.common, amp_definitely_not_available=answer(False))
         # in half precision PyTorch 2.11 takes cuDNN's attention on Hopper (results/2026-11-26-0640, kernels-inference.txt)
         cudnn = found.major == 9

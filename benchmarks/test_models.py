@@ -275,8 +275,8 @@ def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, gr
 def group_cases(
     size: str, mode: str, dtype: str, batch: int, own: str, ways=("eager", "compiled"), more=False, peers=()
 ) -> list[Case]:
-    """TNT of ours (``own``: the paths) and of timm, and DeiT, of one size; ``more``: the legacy TNT, one of Table 5 and the
-    CNNs, too; ``peers``: other paths of DeiT."""
+    """TNT of ours (``own``: the paths) and of timm, and DeiT, of one size; ``more``: the legacy TNT and one of Table 5, too;
+    ``peers``: other paths of DeiT."""
     group = f"{size}/{mode}/{dtype}/{batch}" + ("" if len(ways) > 1 else f"/{ways[0]}")
     case = partial(model_case, mode=mode, dtype=dtype, batch=batch, group=group)
     paths = own.split()
@@ -285,8 +285,12 @@ def group_cases(
     if more:
         models = [("tnt_s_legacy", paths[0]), ("tnt_s_legacy", "timm"), ("tnt_s_inner4", paths[0])]
         found += [case(family, f"{path}-eager") for family, path in models]
-        found += [case(family, f"timm-{way}") for family in CONVNETS for way in ways]
     return found
+
+
+def convnets(dtype: str, batch: int, ways: Collection[str]) -> list[Case]:
+    group = f"cnn/inference/{dtype}/{batch}"
+    return [model_case(family, f"timm-{way}", "inference", dtype, batch, group) for family in CONVNETS for way in ways]
 
 
 def waterfall(size: str) -> list[Case]:
@@ -314,6 +318,7 @@ def gpu_cases() -> list[Case]:
     found += [*cases("b", "train", "bf16", 256, peers=("cudnn",)), *cases("s", "train", "bf16", 1)]
     found += [*tuned("s", "inference"), *tuned("s", "train"), *tuned("b", "inference"), *waterfall("s"), *waterfall("b")]
     found += cases("s", "latency_graph", "bf16", 256)  # what the GPU alone takes
+    found += convnets("bf16", 256, ("eager", "compiled"))
     sizes, dtypes, batches = ("s", "b", "ti"), ("bf16", "fp16", "fp32"), (256, 1, 8, 64, 1024)
     plan = [(size, mode, "bf16", batch) for batch in batches for mode in ("inference", "train") for size in sizes]
     plan += [(size, "latency_graph", "bf16", batch) for size in sizes for batch in (1, 8, 64)]
@@ -332,6 +337,7 @@ def cpu_cases() -> list[Case]:
     inference = partial(cases, mode="inference", own="reference optimized")
     found = [*inference("s", dtype="fp32", batch=1, more=True), *cases("s", "train", "fp32", 2, own="reference")]
     rest = (("b", "fp32", 1), ("s", "fp32", 8), ("s", "bf16", 8), ("ti", "fp32", 1))
+    found += convnets("fp32", 1, ("eager",))
     return [*found, *(case for size, dtype, batch in rest for case in inference(size, dtype=dtype, batch=batch))]
 
 

@@ -30,6 +30,7 @@ LIBRARY = torch.library.Library("tnt_fast", "FRAGMENT")
 SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", tuple[int, int]: "SymInt[]", int: "SymInt", float: "float", bool: "bool",
           str: "str"}  # fmt: skip
 MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a tile more, in 32 bits
+MOST_PROGRAMS = 2**20  # of a grid that stays, counted in 32 bits, too; a GPU holds some thousands
 NAMES = {  # what a size is called, or a product of sizes
     "C": "C={} channels a pixel",
     "S": "S={} pixels a patch",
@@ -164,7 +165,7 @@ def precision(dtype: torch.dtype) -> str:
 
 def programs(device: torch.device, tiles: int, per_sm: int) -> int:
     """Size of a grid that stays: what fits on the device at once, at most one program a tile."""
-    return min(tiles, runner.programs(device, per_sm))
+    return min(tiles, runner.programs(device, per_sm), MOST_PROGRAMS)
 
 
 def remembered(specialise: Callable[..., Launch]) -> Callable[..., Launch]:

@@ -9,7 +9,8 @@ of a launch are cut into pieces, and for each piece the launcher's own arithmeti
 
 Assumed: at most ROWS rows (tokens, pixels, patches) a launch and SIDE pixels along a side; tensors in storages of at most
 STORAGE values, so that a stride along an extent of n is at most STORAGE / (n − 1); none of the counts is 0, with which nothing
-is launched; at most as many programs as there are turns. Addresses stay within 61 bits, for values of up to 8 bytes.
+is launched; at most as many programs as there are turns, and RESIDENT in a grid that stays. Addresses stay within 61 bits, for
+values of up to 8 bytes.
 """
 
 import inspect
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 ROWS = 2**30
+RESIDENT = 2**20
 SIDE = 2**20
 STORAGE = 2**44  # a hundred times the memory of a GPU of 2026
 POINTER_BITS = 61
@@ -470,7 +472,10 @@ def ranges(operation: str, launch: Any, kinds: dict[str, Any]) -> Iterator[dict[
                 piece[name] = Interval(low, min(high, most, 2**31 - 1 if kind == "i32" else high))
         if all(low <= high for low, high in piece.values()):
             high = piece[count].high if count else 1
-            programs = -(-high // getattr(Z, "BLOCK", getattr(Z, "G", None))) * getattr(Z, "GROUPS", 1)
+            programs = -(-high // getattr(Z, "BLOCK", getattr(Z, "G", None)))
+            if launch.config.per_sm:
+                programs = min(programs, RESIDENT)
+            programs *= getattr(Z, "GROUPS", 1)
             yield piece | {"program_id": Interval(0, programs - 1), "num_programs": Interval(1, programs)}
 
 

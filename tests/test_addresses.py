@@ -348,6 +348,7 @@ def test_launchers_pass_what_the_proof_assumes(monkeypatch, batch, legacy):
         with torch.no_grad():
             model(image)
 
+    assert (intervals.ROWS, intervals.RESIDENT) == (kernels.operation.MOST_ROWS, kernels.operation.MOST_PROGRAMS)
     seen = _launched(monkeypatch, run)
     assert {spec.kernel.__name__ for _, spec, _, _ in seen} >= {"_pixel_embed_fwd_kernel", "_norm_bwd_kernel"}
     assert {operation for operation, *_ in seen} == set(kernels.OPERATIONS)

@@ -237,7 +237,7 @@ def test_fused_is_fused(gradients, monkeypatch):
     monkeypatch.setattr(reference, "cut_patches", forbidden)
     monkeypatch.setattr(reference, "as_pixels", forbidden)
     monkeypatch.setattr(reference, "attention_weights", forbidden)
-    monkeypatch.setattr(torch, "cat", lambda tensors, dim=0: forbidden() if tensors[0].ndim == 3 else cat(tensors, dim))
+    monkeypatch.setattr(torch, "cat", lambda tensors, *a, **k: forbidden() if tensors[0].ndim == 3 else cat(tensors, *a, **k))
     with answer:
         assert torch.equal(model(image), expected)
     model.backend = "reference"
