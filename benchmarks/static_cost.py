@@ -65,6 +65,7 @@ from benchmarks.launched import BATCH, VARIANTS, Launched, launched, launches
 from benchmarks.measure import DTYPES
 from tnt_fast import kernels as shipped
 from tnt_fast.kernels.operation import Operation
+from tnt_fast.writing import write
 
 CACHE = Path(__file__).parents[1] / ".cache" / "static_cost"
 READERS = [
@@ -570,10 +571,8 @@ def comparison(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
 
 
 def write_json(path: Path, table: Any) -> None:
-    """Written beside and renamed: a reader never sees half a file."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(table, indent=1) + "\n")
-    beside.replace(path)
+    """A reader never sees half a file."""
+    write(path, (json.dumps(table, indent=1) + "\n").encode())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -47,14 +47,7 @@ from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, la
 from tnt_fast.kernels.tile import gelu_gradient, load
 
 MATRICES = ("proj_weight", "fc1_weight", "fc2_weight")  # and that of q, k and v
-SUMS = (
-    "norm2_weight",
-    "norm2_bias",
-    "proj_bias",
-    "fc2_bias",
-    "norm1_weight",
-    "norm1_bias",
-)  # what the LayerNorms' launches sum
+SUMS = ("norm2_weight", "norm2_bias", "proj_bias", "fc2_bias", "norm1_weight", "norm1_bias")  # by the LayerNorms' launches
 
 
 @dataclass(frozen=True, kw_only=True)

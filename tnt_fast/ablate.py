@@ -11,8 +11,6 @@ data/                 the digits
 ====================  ================================================================================
 """
 
-import csv
-import io
 import json
 import math
 import multiprocessing
@@ -42,7 +40,7 @@ from tnt_fast.terminal import say
 from tnt_fast.tnt import TNT
 from tnt_fast.train import Interrupted, Run, caught_signals
 from tnt_fast.variants import create_tnt
-from tnt_fast.writing import write
+from tnt_fast.writing import table, write
 
 BASES: dict[str, dict[str, Any]] = {  # by the kind of data; a smaller TNT-Ti in both
     "digits": {**DIGITS_RECIPE, "epochs": 12},
@@ -402,12 +400,8 @@ class Ablation:
         rows = self.rows()
         found = {"settings": asdict(self.config), "grid": self.grid, "seeds": self.seeds, "rows": rows, "failed": self.failed}
         write(self.file, (json.dumps(found, indent=1) + "\n").encode())
-        text = io.StringIO()
         columns = [column for column in rows[0] if column != "accuracies"]
-        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write(self.out / "ablation.csv", text.getvalue().encode())
+        write(self.out / "ablation.csv", table(({column: row[column] for column in columns} for row in rows), columns))
 
     def _draw(self) -> str:
         from tnt_fast import visualize

@@ -1,7 +1,5 @@
 """Classify image files with a checkpoint or with weights that timm hosts: ``tnt-fast classify``."""
 
-import csv
-import io
 import json
 import os
 from collections import Counter
@@ -15,13 +13,13 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
+from tnt_fast import writing
 from tnt_fast.checkpoints import CheckpointError
 from tnt_fast.data import evaluation_transform
 from tnt_fast.dispatch import find_device, settle
 from tnt_fast.images import DataError, open_image
 from tnt_fast.optimize import optimize_for_inference
 from tnt_fast.variants import check_sizes, load_tnt
-from tnt_fast.writing import replacing
 
 READERS = min(8, os.cpu_count() or 1)  # threads that decode; Pillow lets the others run meanwhile
 
@@ -163,26 +161,24 @@ def read_class_names(path: str | os.PathLike) -> list[str]:
     return [name.strip() for name in names]
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
+def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
     """With columns for the file, each prediction, the truth and the error."""
-    text = io.StringIO()
     most = max((len(row.get("predictions", ())) for row in rows), default=0)
     columns = [column for i in range(1, most + 1) for column in (f"class_{i}", f"probability_{i}")]
-    writer = csv.DictWriter(text, ["file", *columns, "truth", "error"], lineterminator="\n")
-    writer.writeheader()
+    flat = []
     for row in rows:
         cells: dict[str, Any] = {name: row[name] for name in ("file", "truth", "error") if name in row}
         for i, prediction in enumerate(row.get("predictions", ()), 1):
             cells |= {f"class_{i}": prediction["class"], f"probability_{i}": prediction["probability"]}
-        writer.writerow(cells)
-    return text.getvalue()
+        flat.append(cells)
+    return writing.table(flat, ["file", *columns, "truth", "error"])
 
 
 def write(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """Write the rows to a .csv or .json file, beside an older one and then over it. Names of files keep their bytes."""
-    text = _csv(rows) if path.suffix == ".csv" else json.dumps(rows, indent=1, allow_nan=False)
-    with replacing(path) as file:
-        file.write(text.encode("utf-8", "surrogateescape"))
+    is_csv = path.suffix == ".csv"
+    content = _csv(rows) if is_csv else json.dumps(rows, indent=1, allow_nan=False).encode("utf-8", "surrogateescape")
+    writing.write(path, content)
     return path
 
 

@@ -128,10 +128,10 @@ def outer_arguments(block: Any, patch: Tensor) -> dict[str, Any] | None:
 
     They do where anything was done to one of them.
     """
-    if "outer" not in kernels.OPERATIONS or _outer_reasons("", block, patch):
+    if "outer" not in kernels.OPERATIONS:
         return None
-    given = block.outer_arguments()
-    return given if all([x is None or _is_plain(x) for x in given["weights"]]) else None
+    given, reasons = _of_outer("", block, patch)
+    return given if not reasons and all([x is None or _is_plain(x) for x in given["weights"]]) else None
 
 
 def _recompute_reasons(model: Any, image: Tensor) -> list[str]:
@@ -141,33 +141,34 @@ def _recompute_reasons(model: Any, image: Tensor) -> list[str]:
         return []
     if "outer" not in kernels.OPERATIONS:
         return ["this version has no fused kernel for outer"]
-    found = [reason for prefix, block in asked for reason in _outer_reasons(prefix, block, image)]
+    found = [reason for prefix, block in asked for reason in _of_outer(prefix, block, image)[1]]
     return [f"recompute={asked[0][1].recompute!r} is of the fused outer transformer: {reason}" for reason in found]
 
 
-def _outer_reasons(prefix: str, block: Any, like: Tensor) -> list[str]:
-    """Why the submodules of a block compute its outer transformer, of a dtype and a device like these."""
+def _of_outer(prefix: str, block: Any, like: Tensor) -> tuple[dict[str, Any], list[str]]:
+    """What a block gives the operation ``outer``, of a dtype and a device like these, and why its submodules run instead."""
     if block.has_se:
-        return [f"{prefix}se_layer squeezes and excites, which the kernels do not compute"]
+        return {}, [f"{prefix}se_layer squeezes and excites, which the kernels do not compute"]
     if (backend := getattr(block.attn_out, "attn_backend", "")) not in ("auto", "sdpa"):
-        return [f"{prefix}attn_out has attn_backend={backend!r}; the kernels take 'auto' and 'sdpa'"]
+        return {}, [f"{prefix}attn_out has attn_backend={backend!r}; the kernels take 'auto' and 'sdpa'"]
     reasons: list[str] = []
     _check_modules(prefix, block, _OUTER, reasons)
     if reasons:
-        return reasons
-    record = block.outer_arguments()["weights"]
+        return {}, reasons
+    given = block.outer_arguments()
+    record = given["weights"]
     if (record.qk_bias is None) != (record.v_bias is None):
-        return [f"{prefix}attn_out has one of the biases of qk and v; the kernels take both or none"]
+        return {}, [f"{prefix}attn_out has one of the biases of qk and v; the kernels take both or none"]
     # what the LayerNorm kernels read; the library looks at the other shapes, as for the submodules
     read = (record.norm1_weight, record.norm1_bias, record.proj_bias, record.norm2_weight, record.norm2_bias, record.fc2_bias)
     width = record.v_weight.shape[:1]
     if any([x is not None and x.shape != width for x in read]):
-        return [f"{prefix}outer: a LayerNorm or a bias has not the {width[0]} values of the patches"]
+        return {}, [f"{prefix}outer: a LayerNorm or a bias has not the {width[0]} values of the patches"]
     weights = [x for x in record if x is not None and not _is_sharded(x)]
     taken = (_computed(like), torch.float32) if torch.is_autocast_enabled(like.device.type) else (like.dtype,)
     if any([x.dtype not in taken or not _is_plain(x) for x in weights]):
-        return [f"{prefix}outer: its weights are not all plain parameters of {taken[0]}"]
-    return []
+        return {}, [f"{prefix}outer: its weights are not all plain parameters of {taken[0]}"]
+    return given, []
 
 
 def is_looked_at(drop: nn.Module) -> bool:

@@ -10,10 +10,8 @@ training.png   the same as a picture
 """
 
 import contextlib
-import csv
 import errno
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -28,7 +26,7 @@ import torch
 from torch import Tensor
 
 from tnt_fast.checkpoints import FORMAT, CheckpointError, read_checkpoint, save_checkpoint
-from tnt_fast.writing import write
+from tnt_fast.writing import table, write
 
 try:
     import fcntl
@@ -169,12 +167,9 @@ class Folder:
 
     def save_history(self, history: Sequence[Mapping[str, Any]]) -> None:
         """history.json and history.csv. Raises OSError."""
-        table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        for name, text in (("history.json", json.dumps(history, indent=1) + "\n"), ("history.csv", table.getvalue())):
-            self._write(name, partial(write, content=text.encode("utf-8")))
+        text = json.dumps(history, indent=1) + "\n"
+        for name, content in (("history.json", text.encode("utf-8")), ("history.csv", table(history, COLUMNS))):
+            self._write(name, partial(write, content=content))
 
     def _write(self, name: str, saving: Callable[[Path], Any]) -> None:
         try:

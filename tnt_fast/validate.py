@@ -5,8 +5,6 @@ classes. Labels are the names of folders, of a CSV file or of ImageNet's ground 
 is found once for all of them, so that a part of ImageNet's folders is counted right, too.
 """
 
-import csv
-import io
 import re
 import time
 from collections import Counter
@@ -27,7 +25,7 @@ from tqdm import tqdm
 from tnt_fast.check import find
 from tnt_fast.classify import Classifier
 from tnt_fast.images import EXTENSIONS, NO_IMAGE, DataError, find_images, is_image_name, is_leftover
-from tnt_fast.writing import write
+from tnt_fast.writing import table, write
 
 BINS = 15  # of the confidence, as Guo et al. 2017 (https://arxiv.org/abs/1706.04599) count the calibration error
 KEPT = 5  # predictions an image
@@ -428,9 +426,5 @@ def save(result: Validation, folder: Path) -> list[Path]:
 
 def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     rows = list(rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    write(path, table(rows, list(rows[0])))
     return path

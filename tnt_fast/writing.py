@@ -1,11 +1,13 @@
 """Files that are written whole or not at all."""
 
 import contextlib
+import csv
+import io
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -32,3 +34,12 @@ def write(path: str | os.PathLike, content: bytes) -> None:
     """As ``replacing``, where all of it is there."""
     with replacing(path) as file:
         file.write(content)
+
+
+def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
+    """Rows as a CSV file. Names of files keep their bytes."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
