@@ -22,7 +22,7 @@ ALLOWED = {
     "tnt_fast/writing.py": ("", ""),
     "tnt_fast/checkpoints.py": ("tnt_fast/tnt.py tnt_fast/reading.py tnt_fast/writing.py", "torch timm"),
     "tnt_fast/variants.py": (
-        "tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/reading.py",
+        "tnt_fast/tnt.py tnt_fast/attention.py tnt_fast/reference.py tnt_fast/checkpoints.py tnt_fast/reading.py",
         "torch timm huggingface_hub",
     ),
     "tnt_fast/vit.py": ("tnt_fast/tnt.py", "torch timm"),

@@ -16,8 +16,10 @@ from huggingface_hub.utils import EntryNotFoundError
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, resolve_data_config
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from tnt_fast import attention
 from tnt_fast.checkpoints import FORMAT, checkpoint_filter_fn, fit, head_classes
 from tnt_fast.reading import IN_FOLDERS, CheckpointError, read_checkpoint, read_config, shown
+from tnt_fast.reference import RECOMPUTE
 from tnt_fast.tnt import TNT
 
 __all__: list[str] = []  # register_model adds the names
@@ -143,8 +145,8 @@ SIZES: dict[str, Any] = {
     "mlp_ratio": _RATIO, "inner_mlp_ratio": _RATIO, "se_ratio": _RATIO, "qkv_bias": _FLAG, "legacy": _FLAG,
     "inner_blocks": _Blocks(), "use_pixel_pos": _FLAG, "use_patch_pos": _FLAG, "use_patch_embed": _FLAG,
     "dynamic_img_size": _FLAG, "drop_rate": _RATE, "pos_drop_rate": _RATE, "proj_drop_rate": _RATE,
-    "attn_drop_rate": _RATE, "drop_path_rate": _RATE, "attn_backend": _OneOf(("auto", "sdpa", "xformers", "eager")),
-    "recompute": _OneOf(("none", "mlp", "all")),
+    "attn_drop_rate": _RATE, "drop_path_rate": _RATE, "attn_backend": _OneOf(attention.BACKENDS),
+    "recompute": _OneOf(RECOMPUTE),
 }  # fmt: skip
 """What a file or ``--model-kwargs`` may say about a model, and what is accepted; the constructor checks how sizes fit."""
 
