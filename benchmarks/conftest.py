@@ -1,7 +1,6 @@
 """Runs the cases of a suite: groups at once, rows with a time into pytest-benchmark, the others named with their reason."""
 
 import json
-import os
 import signal
 import statistics
 import time
@@ -13,6 +12,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.compare import is_control, ratio
+from tnt_fast.writing import write
 
 results = pytest.StashKey[dict]()
 spent = pytest.StashKey[list]()
@@ -75,9 +75,7 @@ def _keep(config) -> None:
     config.hook.pytest_benchmark_update_json(config=config, benchmarks=session.benchmarks, output_json=found)
     text = json.dumps(found, default=str)
     if isinstance(session.json, Path):
-        beside = session.json.with_name(f"{session.json.name}.{os.getpid()}.tmp")
-        beside.write_text(text, "utf-8")
-        beside.replace(session.json)
+        write(session.json, text.encode())
     else:  # before pytest-benchmark 5.3 an open file, over which the end of the run writes more than this
         session.json.seek(0)
         session.json.truncate()

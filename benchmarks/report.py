@@ -9,7 +9,6 @@ within one run.
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from benchmarks import stack
 from benchmarks.compare import is_control, ratio
 from benchmarks.measure import exponent
 from tnt_fast.dispatch import OPERATIONS
+from tnt_fast.writing import write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -618,13 +618,6 @@ def draw(devices: dict[str, Device], results: Path) -> list[Path]:
     return written
 
 
-def write(path: Path, text: str) -> None:
-    """Beside and renamed: a reader never sees half a file."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, "utf-8")
-    beside.replace(path)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: benchmarks/results/*/*.json")
@@ -645,9 +638,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2
-    write(options.results / "summary.json", json.dumps(summary(devices), indent=1) + "\n")
-    write(full, every)
-    write(options.readme, readme)
+    write(options.results / "summary.json", (json.dumps(summary(devices), indent=1) + "\n").encode())
+    write(full, every.encode())
+    write(options.readme, readme.encode())
     print(f"{options.readme}, {full}: tables of {', '.join(devices)}; {len(drawn)} pictures; summary.json")
     return 0
 
