@@ -10,11 +10,23 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "tnt_fast" / "__init__.py").read_text("utf-8"), re.M).group(1)
 
 PICTURES = ["matplotlib>=3.7"]
-TRAIN = ["torchvision>=0.23", "scikit-learn>=1.3", "tqdm>=4.60", "pillow>=10", *PICTURES]
+TRAIN = ["torchvision>=0.23", "scikit-learn>=1.3", "tqdm>=4.66.3", "pillow>=10", "pyyaml>=6.0.1", *PICTURES]
+# torch.onnx's exporter, and what runs its files
+EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+# what examples/ and the pages of docs/ use beside the package: adapters, data in shards, a server
+EXAMPLES = [
+    "peft>=0.15",
+    "datasets>=3",
+    "webdataset>=0.2.100",
+    "tensorboard>=2.15",
+    "fastapi>=0.115",
+    "uvicorn>=0.30",
+    "httpx>=0.27",
+]
 # pytest-benchmark 5.1 needs pytest 8.1, whose 8.1.0 was withdrawn
-BENCH = ["pytest>=8.1.1", "pytest-benchmark>=5.1", "tqdm>=4.60", *PICTURES]
+BENCH = ["pytest>=8.1.1", "pytest-benchmark>=5.1", "tqdm>=4.66.3", *PICTURES]
 # before 0.9 ruff formats otherwise, before 0.13 it asks for isinstance(x, A | B)
-DEV = ["pytest-xdist>=3.5", "ruff>=0.13", "mypy>=1.15", "setuptools>=70", "wheel", *TRAIN, *BENCH]
+DEV = ["pytest-xdist>=3.5", "ruff>=0.13", "mypy>=1.15", "setuptools>=70", "wheel", *TRAIN, *BENCH, *EXPORT, *EXAMPLES]
 
 # for make docs alone, at the versions of .ci/constraints.txt
 DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=1.0"]
@@ -50,6 +62,8 @@ setup(
         "xformers": ['xformers>=0.0.29; platform_system == "Linux"'],
         "train": TRAIN,
         "pictures": PICTURES,
+        "export": EXPORT,
+        "examples": EXAMPLES,
         "bench": BENCH,
         "dev": DEV,
         "docs": DOCS,
