@@ -15,6 +15,7 @@ pytest.importorskip("torchvision")
 import torch
 from PIL import Image
 from timm.data.auto_augment import AugmentOp
+from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader
 
 from tnt_fast import data
@@ -127,6 +128,34 @@ def test_too_little_memory_is_no_matter_of_the_draw(pictures):
     dataset = data.Images(pictures, ["a", "b"], Breaks(MemoryError()), plain=lambda image: image)
     with pytest.raises(MemoryError):
         loaded(dataset, 0)
+
+
+# ---- the order ----
+
+
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeated_augmentation_has_the_order_of_timms_sampler(repeats, monkeypatch):
+    order = data.Order(512, 4, 1)
+    plain = list(order)
+    order = data.Order(512, 4, 1, repeats)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randperm", lambda size, generator: torch.tensor(plain))
+        theirs = list(RepeatAugSampler(range(512), num_replicas=1, rank=0, num_repeats=repeats))
+    assert [draw % 512 for draw in order] == theirs
+    assert len(set(order)) == len(order) == 512  # no augmentation is drawn twice
+    whole = list(order)
+    order.start = 5
+    assert list(order) == whole[20:]
+    order.epoch = 1
+    assert list(order) != whole[20:]
+
+
+def test_each_repeat_of_a_picture_is_augmented_anew_and_the_first_as_without_repeats(pictures):
+    images = data.Images(pictures, ["a", "b"], transform("rand-m9-mstd0.5-inc1"), seed=3)
+    first, second = images[1], images[1 + len(images)]
+    assert first[1] == second[1] == images.targets[1]
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(images[1 + len(images)][0], second[0])
 
 
 def kill(image):

@@ -56,7 +56,7 @@ ALLOWED = {
     ),
     "tnt_fast/recipe.py": (
         "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/images.py",
-        "torch timm",
+        "torch timm yaml",
     ),
     "tnt_fast/runs.py": ("tnt_fast/checkpoints.py tnt_fast/writing.py", "torch"),
     "tnt_fast/train.py": (

@@ -1,7 +1,8 @@
-"""The settings of a run: what is refused and in which words, what is filled in, and what they build."""
+"""The settings of a run: what is refused and in which words, what files say, what is filled in, and what they build."""
 
 import json
-from dataclasses import fields
+import re
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,147 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are(name):
         dispatch.find_device(name)
     assert dispatch.find_device("cpu").type == "cpu"
     assert dispatch.find_device("") == dispatch.find_device(None)
+
+
+# ---- settings in files ----
+
+DIGITS = {
+    "model": "tnt_fast_ti_patch16_224", "model_kwargs": {"img_size": 32, "embed_dim": 96, "inner_dim": 12, "depth": 3},
+    "epochs": 40, "batch_size": 32, "lr": 2e-3, "min_lr": 0.005, "warmup_epochs": 3, "clip_grad": 1.0,
+    "mixup": 0.0, "cutmix": 0.0, "ema": 0.99,
+    "scale": (0.7, 1.0), "ratio": (0.85, 1.18), "hflip": 0.0, "color_jitter": 0.0, "reprob": 0.0,
+    "auto_augment": "rand-m3-n1-mstd0.5-tweights", "crop_pct": 1.0, "drop_path": 0.0, "workers": 0, "threads": 1,
+}  # fmt: skip
+
+
+def test_the_presets_are_the_published_recipes():
+    def preset(name, **given):
+        settings = recipe.resolved({"data": "images", **given}, name)[0]
+        settings.check()
+        return settings
+
+    paper = preset("paper")
+    assert (paper.epochs, paper.opt, paper.lr, paper.sched, paper.min_lr) == (300, "adamw", 1e-3, "cosine", 0.01)
+    assert paper.batch_size * paper.accumulate == 1024
+    assert (paper.weight_decay, paper.warmup_epochs, paper.smoothing, paper.drop_path) == (0.05, 5, 0.1, 0.1)
+    assert (paper.mixup, paper.cutmix, paper.auto_augment, paper.reprob) == (0.8, 1.0, "rand-m9-mstd0.5-inc1", 0.25)
+    assert (paper.aug_repeats, paper.ema, paper.ema_warmup) == (3, 0.99996, False)
+    assert preset("deit") == replace(paper, ema=0.0, crop_pct=0.875)
+    fine = preset("finetune-384")
+    assert fine.has_weights
+    assert fine.model_kwargs == {"img_size": 384}
+    assert (fine.epochs, fine.lr, fine.min_lr, fine.weight_decay) == (30, 5e-6, 1.0, 1e-8)
+    assert fine.batch_size * fine.accumulate == 512
+    from_file = preset("finetune-384", initial="x.pt", model_kwargs={"depth": 2})
+    assert from_file == replace(fine, pretrained=False, initial="x.pt", model_kwargs={"img_size": 384, "depth": 2})
+    assert preset("small") == recipe.Config("images", **DIGITS)
+    assert set(recipe.presets()) == {"paper", "deit", "finetune-384", "small"}
+
+
+def test_options_go_over_a_file_over_a_preset_over_the_defaults(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 20\nlr: 1e-4\namp: off\nmodel_kwargs: {depth: 2, inner_blocks: [0]}\nscale: [0.5, 1]\n")
+    given = {"data": "images", "epochs": 7, "model_kwargs": {"depth": 3}}
+    assert recipe.resolved(given) == (recipe.Config(**given), {*given})
+    settings, asked = recipe.resolved(given, file=file)
+    assert settings == recipe.Config(
+        "images", epochs=7, lr=1e-4, model_kwargs={"depth": 3, "inner_blocks": [0]}, scale=(0.5, 1)
+    )
+    assert asked == {"data", "epochs", "lr", "amp", "model_kwargs", "scale"}
+    settings = recipe.resolved(given, "small", file)[0]
+    more = {"model_kwargs": {**DIGITS["model_kwargs"], "depth": 3, "inner_blocks": [0]}, "scale": (0.5, 1), "lr": 1e-4}
+    assert settings == recipe.Config("images", **{**DIGITS, **more, "epochs": 7})
+    file.write_text("preset: small\nepochs: 20\n")
+    assert recipe.resolved({"data": "images"}, file=file)[0] == recipe.Config("images", **{**DIGITS, "epochs": 20})
+    assert recipe.resolved({"data": "images"}, "", file)[0] == recipe.Config("images", epochs=20)
+    file.write_text("# nothing\n")
+    assert recipe.resolved({"data": "digits"}, file=file) == (recipe.Config("digits", **DIGITS), {"data"})
+    assert recipe.resolved({"data": "digits"}, "")[0] == recipe.Config("digits")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("batchsize: 4", ["setting='batchsize' is unknown; nearest: batch_size", "options of 'tnt-fast train'"]),
+        ("batch-size: 4", ["setting='batch-size' is unknown; nearest: batch_size"]),
+        ("3: 4", ["setting='3' is unknown"]),
+        ("lr: fast", ["lr='fast' must be a number in [0, 1e30]"]),
+        ("epochs: 3.5", ["epochs=3.5 must be a whole number"]),
+        ("epochs:", ["epochs=None must be a whole number"]),
+        ("compile: yes", ["compile='yes' must be True or False"]),
+        ("smoothing: 1", ["smoothing=1 must be a number in [0, 1)"]),
+        ("scale: [0.9, 0.2]", ["scale=(0.9, 0.2)", "smaller number first"]),
+        ("amp: bf16", ["amp='bf16' is unknown", "accepted: off, bfloat16"]),
+        ("opt: adamv", ["opt='adamv' is unknown", "nearest: "]),
+        ("model: tnt_x_patch16_224", ["x_patch16_224' is unknown"]),
+        ("model_kwargs: {dept: 1}", ["dept is no argument of the model", "depth"]),
+        ("preset: papr", ["preset='papr' is unknown; nearest: paper"]),
+        ("lr: 1\nlr: 2", ["no YAML file of settings: 'lr' is there twice"]),
+        ("model_kwargs:\n  depth: 1\n  depth: 2", ["'depth' is there twice"]),
+        ("- lr", ["but ['lr']; expected lines such as 'epochs: 100'"]),
+        ("lr: [1", ["is no YAML file of settings", "line 1"]),
+        ("{[]: 1}", ["is no YAML file of settings", "unhashable"]),
+        ("lr: !!python/object/apply:os.getpid []", ["is no YAML file of settings", "python/object"]),
+        ("[" * 2000, ["is no YAML file of settings"]),
+        ("epochs: " + "9" * 5000, ["is no YAML file of settings", "digit"]),
+    ],
+    ids=lambda value: value[:12].split(":")[0] if isinstance(value, str) else "",
+)
+def test_a_file_of_settings_that_is_wrong_is_refused_with_its_name_and_the_key(tmp_path, capsys, text, named):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    assert main(["train", "nosuch", "--out", str(tmp_path / "run"), "--config", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"tnt-fast: ValueError: {str(file)!r}")
+    assert said.count("\n") == 1
+    assert [text for text in named if text not in said] == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_preset_or_a_file_that_is_not_there_and_data_that_are_not_named(tmp_path, capsys):
+    for options, said in (
+        (["nosuch", "--preset", "papers"], "preset='papers' is unknown; nearest: paper; accepted: deit, finetune-384, "),
+        (["nosuch", "--config", str(tmp_path / "mine.yaml")], "No such file or directory"),
+        (["--preset", "paper"], "no data are named; expected a directory"),
+    ):
+        assert main(["train", *options, "--out", str(tmp_path / "run")]) == 2
+        assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_is_read_again_whatever_it_holds(tmp_path):
+    texts = ["", "off", "1e5", "~", "a: b # c", "{x", "ü\u2028\n'\"\\", "0x10", "true", "<<", "2026-01-01", "\udcff"]
+    for text in texts:
+        settings = config(initial=text, lr=1e-5, scale=(0.1, 1 / 3), hflip=1)
+        settings.model_kwargs["inner_blocks"] = (0, 1)
+        (tmp_path / "a.yaml").write_text(recipe.written(settings), "utf-8")
+        found = recipe.read_settings(tmp_path / "a.yaml")
+        assert found.pop("preset") == ""
+        assert found.pop("model_kwargs") == {**TINY, "inner_blocks": [0, 1]}
+        assert found == {name: value for name, value in asdict(settings).items() if name != "model_kwargs"}
+
+
+def test_the_resolved_recipe_lies_beside_the_run_and_repeats_it(few, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(f"data: {few}\npreset: small\nepochs: 1\nbatch_size: 2\n")
+    runs = [tmp_path / "first", tmp_path / "second"]
+    assert main(["train", "--config", str(tmp_path / "mine.yaml"), "--out", str(runs[0]), *MODEL, "--device", "cpu"]) == 0
+    assert main(["train", "--config", str(runs[0] / "recipe.yaml"), "--out", str(runs[1])]) == 0
+    assert (runs[0] / "recipe.yaml").read_bytes() == (runs[1] / "recipe.yaml").read_bytes()
+    first, second = (read_checkpoint(run / "last.pt") for run in runs)
+    assert first["config"] == second["config"]
+    assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
+    assert main(["train", "--config", str(runs[0] / "recipe.yaml"), "--out", str(runs[0]), "--resume", "--epochs", "2"]) == 0
+    assert recipe.read_settings(runs[0] / "recipe.yaml")["epochs"] == 2
+    (tmp_path / "mine.yaml").write_text("lr: 0.5\n")
+    assert main(["train", str(few), "--config", str(tmp_path / "mine.yaml"), "--out", str(runs[0]), "--resume"]) == 2
+    assert "begun with lr=0.002 (now 0.5)" in capsys.readouterr().err
+
+
+def test_help_names_each_preset_in_a_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    lines = capsys.readouterr().out.partition("\npresets:\n")[2].splitlines()
+    assert [re.match(r"  (\S+)  +\S.* \S+$", line)[1] for line in lines] == sorted(recipe.presets())
 
 
 # ---- what is filled in ----

@@ -34,7 +34,7 @@ from tnt_fast import flops
 from tnt_fast.check import training_files
 from tnt_fast.data import write_digits
 from tnt_fast.dispatch import find_device, settle
-from tnt_fast.recipe import DIGITS, DIGITS_RECIPE, MAY_CHANGE, Config, unknown
+from tnt_fast.recipe import DIGITS, MAY_CHANGE, Config, preset, unknown
 from tnt_fast.runs import RunError
 from tnt_fast.terminal import say
 from tnt_fast.tnt import TNT
@@ -43,7 +43,7 @@ from tnt_fast.variants import create_tnt
 from tnt_fast.writing import table, write
 
 BASES: dict[str, dict[str, Any]] = {  # by the kind of data; a smaller TNT-Ti in both
-    "digits": {**DIGITS_RECIPE, "epochs": 12},
+    "digits": {**preset("small"), "epochs": 12},
     "images": {
         "model": "tnt_fast_ti_patch16_224", "model_kwargs": {"img_size": 64, "embed_dim": 96, "inner_dim": 12, "depth": 4},
         "epochs": 30, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "scale": (0.3, 1.0), "workers": 0, "threads": 1,

@@ -136,23 +136,31 @@ def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train on a folder of images, or on handwritten digits",
-        description="Train a TNT. What is not given comes from the data's recipe, then from the defaults.",
+        description="Train a TNT. Options go over --config, that over --preset, that over the defaults.",
         epilog=_examples(
             "train images/ --out runs/mine                # images/train/CLASS/*.jpg, images/val/CLASS/*.jpg",
             "train images/ --out runs/mine --resume       # after Ctrl-C or a crash: exactly on",
-            "train digits --out runs/digits               # scikit-learn's handwritten digits",
-        ),
+            "train digits --out runs/digits               # scikit-learn's handwritten digits, by --preset small",
+            "train imagenet/ --preset paper --out runs/tnt-s",
+        )
+        + "\n\npresets:\n"
+        + "\n".join(f"  {name:13s} {text}" for name, text in recipe.presets().items()),
     )
     less = "to need less memory, lower --batch-size, or take --grad-checkpointing or --amp bfloat16"
     train.set_defaults(command=_train, less_memory=less)
     run = train.add_argument_group("run")
     run.add_argument(
-        "--out", type=Path, required=True, help="directory of the run: last.pt, best.pt, history.json, training.png"
+        "--out",
+        type=Path,
+        required=True,
+        help="directory of the run: last.pt, best.pt, recipe.yaml, history.csv, training.png",
     )
     run.add_argument(
         "--resume", action="store_true", help="continue the run in --out, if there is one, exactly where it stopped"
     )
-    _add_settings(train)
+    run.add_argument("--preset", metavar="NAME", help=f"a recipe: {', '.join(recipe.presets())} (below)")
+    run.add_argument("--config", type=Path, metavar="FILE", help="settings, as the recipe.yaml of a run has them")
+    _add_settings(train, nargs="?")
 
 
 def _add_settings(command: argparse.ArgumentParser, **of_data: Any) -> None:
@@ -178,7 +186,7 @@ def _add_settings(command: argparse.ArgumentParser, **of_data: Any) -> None:
             add(option, type=kind, metavar={int: "N", float: "X"}.get(kind), help=text + default)
 
 
-def _given(args: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, Any]:
+def _given(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were asked for."""
     names = [f.name for f in dataclasses.fields(recipe.Config)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -186,7 +194,7 @@ def _given(args: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, Any]
         if name in given:
             given[name] = tuple(given[name])
     if "model_kwargs" in given:
-        given["model_kwargs"] = {**defaults.get("model_kwargs", {}), **_key_values(given["model_kwargs"])}
+        given["model_kwargs"] = _key_values(given["model_kwargs"])
     return given
 
 
@@ -209,10 +217,8 @@ def _train(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ImportError(f'training needs more packages ({error}): pip install "tnt_fast[train]"') from error
 
-    defaults = recipe.DIGITS_RECIPE if args.data == recipe.DIGITS else {}
-    given = _given(args, defaults)
-    config = recipe.Config(**{**defaults, **given})
-    run = train.Run(config, args.out, resume=args.resume, given=given)
+    config, asked = recipe.resolved(_given(args), args.preset, args.config)
+    run = train.Run(config, args.out, resume=args.resume, given=asked)
     say(f"{run.config.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, {len(run.classes)} classes")
     say(f"images: {len(run.train_set)} to train on, {len(run.val_set)} held out; device {run.device}")
     say(f"weights: {run.built.said}")
@@ -535,8 +541,8 @@ def _ablate(args: argparse.Namespace) -> int:
         raise ImportError(f'training needs more packages ({error}): pip install "tnt_fast[train]"') from error
 
     base = ablate.BASES["digits" if args.data in (None, recipe.DIGITS) else "images"]
-    given = _given(args, base)
-    config = recipe.Config(**{"data": recipe.DIGITS, **base, **given})
+    given = _given(args)
+    config = recipe.Config(**recipe.over({"data": recipe.DIGITS, **base}, given))
     options = {"grid": args.grid, "seeds": args.seeds, "resume": args.resume, "given": given}
     ablation = ablate.Ablation(config, args.out, **options)
     on_gpu = find_device(ablation.config.device).type != "cpu"

@@ -68,6 +68,8 @@ def _seeded(*numbers: int) -> Iterator[None]:
 class Images(Dataset):
     """Pictures and their classes' indices. The augmentation of one depends on (seed, epoch, index) alone, whoever loads it.
 
+    Index ``i + k · len`` is picture ``i`` again, with the augmentation of its repeat ``k``.
+
     Args:
         transform: RGB image to tensor.
         plain: taken where ``transform`` raises, which is said once. The draw would fail again in each resumed run.
@@ -87,24 +89,25 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, draw: int) -> tuple[Tensor, int]:
+        index = draw % len(self)
         image = open_image(self.pictures[index].path)
         try:
-            with _seeded(self.seed, self.epoch, index):
+            with _seeded(self.seed, self.epoch, draw):
                 return self.transform(image), self.targets[index]
         except MemoryError:
             raise
         except Exception as error:
-            draw = f"{self.pictures[index].path!r} in epoch {self.epoch + 1} (draw {self.seed}, {self.epoch}, {index})"
+            named = f"{self.pictures[index].path!r} in epoch {self.epoch + 1} (draw {self.seed}, {self.epoch}, {draw})"
             reason = f"{type(error).__name__}: {error}"
             if self.plain is None:
-                raise DataError(f"cannot transform the image {draw}: {reason}; remove it") from error
+                raise DataError(f"cannot transform the image {named}: {reason}; remove it") from error
             with self._said.get_lock():
                 first, self._said.value = not self._said.value, True
             if first:
                 warnings.warn(
-                    f"the augmentation of {draw} failed: {reason}. Its plain crop is taken; so it is for others, which are not "
-                    "named. Another --auto-augment may avoid it",
+                    f"the augmentation of {named} failed: {reason}. Its plain crop is taken; so it is for others, which are "
+                    "not named. Another --auto-augment may avoid it",
                     RuntimeWarning,
                     stacklevel=1,
                 )
@@ -159,15 +162,21 @@ def _try(augment: Callable[[Any], Tensor], config: Config) -> None:
 
 
 class Order(Sampler):
-    """A permutation from (seed, epoch), from batch ``start`` on."""
+    """A permutation from (seed, epoch), from batch ``start`` on, of indices into ``Images``.
 
-    def __init__(self, size: int, batch_size: int, seed: int):
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+    Args:
+        repeats: above 1, repeated augmentation (https://arxiv.org/abs/1901.09335) as timm's RepeatAugSampler has it: an epoch
+            is as long, but of the first pictures of the permutation alone, each so often, side by side.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, repeats: int = 1):
+        self.size, self.batch_size, self.seed, self.repeats = size, batch_size, seed, repeats
         self.epoch, self.start = 0, 0
 
     def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        return iter(order[self.start * self.batch_size :].tolist())
+        pictures = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        picture, repeat = np.divmod(np.arange(self.start * self.batch_size, self.size), self.repeats)
+        return iter((pictures[picture] + repeat * self.size).tolist())
 
     def __len__(self) -> int:
         return self.size - self.start * self.batch_size

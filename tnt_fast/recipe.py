@@ -1,11 +1,16 @@
 """What a training run depends on: its settings, and the model, optimizer, schedule and loss that they name.
 
-The settings are the options of ``tnt-fast train``, whose --help does not wait for torch: only functions import it here.
+The settings are the options of ``tnt-fast train``, whose --help does not wait for torch: only functions import it here. YAML
+files hold them, too: the package's presets, and a user's.
 """
 
+import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_origin
 
 if TYPE_CHECKING:
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
     from tnt_fast.tnt import TNT
     from tnt_fast.variants import Loaded
 
+PRESETS = Path(__file__).parent / "presets"
 DIGITS = "digits"  # the name of scikit-learn's handwritten digits, in place of a directory
 MAY_CHANGE = (
     "data",
@@ -30,6 +36,7 @@ AUTOMATIC = ("batch_size", "lr")  # settings whose 0 `settled` replaces
 MAY_EXTEND = ("epochs", "patience", "batch_size", "accumulate", "amp", "threads", "compile", "tensorboard")  # if it is told to
 AMP = ("off", "bfloat16", "float16")
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "rsqrt")  # those of timm that go by steps
+_CHOICES = {"amp": AMP, "class_weights": ("off", "balanced"), "sched": SCHEDULES}
 POLICIES = ("rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "3a", "original", "originalr", "v0", "v0r")
 
 
@@ -77,6 +84,7 @@ class Config:
     weight_decay: float = _field("optimization", "not applied to biases, norms and positions", 0.05, "[0, 10]")
     clip_grad: float = _field("optimization", "largest gradient norm; 0: off", 0.0, "[0, 1e30]")
     ema: float = _field("optimization", "decay of averaged weights, which are then what is evaluated; 0: off", 0.0, "[0, 1)")
+    ema_warmup: bool = _field("optimization", "average over less at first: the decay is at most 1 − step^(−2/3)", True)
 
     lr: float = _field(
         "learning rate",
@@ -103,6 +111,9 @@ class Config:
     color_jitter: float = _field("augmentation", "colour jitter, where auto-augment is off", 0.3, "[0, 10]")
     auto_augment: str = _field("augmentation", "timm's name of a policy; '' : off", "rand-m9-mstd0.5-inc1")
     reprob: float = _field("augmentation", "probability of random erasing", 0.25, "[0, 1]")
+    aug_repeats: int = _field(
+        "augmentation", "repeated augmentation: an epoch has fewer images, each so often, augmented anew; 1: off", 1, "[1, 100]"
+    )
     crop_pct: float = _field("augmentation", "evaluation crop, from 0.1; 0: the model's", 0.0, "[0, 1]")
 
     seed: int = _field("machine", "of weights, order, augmentation, dropout", 0, f"[0, {2**32 - 1}]")
@@ -115,27 +126,13 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError, which names the setting, for a value out of range, before anything is read or written."""
-        from tnt_fast.dispatch import check_backend
-        from tnt_fast.variants import HUB, check_sizes, variant
-
         for setting in fields(self):
             _check_value(setting, getattr(self, setting.name))
-        for name in ("scale", "ratio"):
-            low, high = getattr(self, name)
-            _require(low <= high, f"{name}={(low, high)} must have the smaller number first")
-        _require(not 0 < self.crop_pct < 0.1, f"crop_pct={self.crop_pct} must be 0 (the model's) or in [0.1, 1]")
+        for setting in fields(self):
+            _check_meaning(setting.name, getattr(self, setting.name))
         if self.mixup > 0 or self.cutmix > 0:
             text = f"batch_size={self.batch_size} must be even for mixup and cutmix (set both to 0 to turn them off)"
             _require(self.batch_size % 2 == 0, text)
-        check_backend(self.backend)
-        for name, accepted in (("amp", AMP), ("class_weights", ("off", "balanced")), ("sched", SCHEDULES)):
-            if getattr(self, name) not in accepted:
-                raise unknown(name, getattr(self, name), accepted)
-        _check_optimizer(self.opt)
-        _check_policy(self.auto_augment)
-        check_sizes(self.model_kwargs)
-        if not self.model.startswith(HUB):
-            variant(self.model)
         _require(not (self.pretrained and self.initial), "pretrained and initial both name weights to start from; give one")
         # what TNT takes, and a run on colour images with one label each does not
         channels, pool = self.model_kwargs.get("in_chans", 3), self.model_kwargs.get("global_pool", "token")
@@ -214,6 +211,29 @@ def _check_value(setting: "Field[Any]", value: Any) -> None:
     _require(right, f"{setting.name}={value!r:.100} must be {what} in {within}")
 
 
+def _check_meaning(name: str, value: Any) -> None:
+    """What one setting's type and range do not say, whatever the others are."""
+    from tnt_fast.dispatch import check_backend
+    from tnt_fast.variants import HUB, check_sizes, variant
+
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise unknown(name, value, _CHOICES[name])
+    if name in ("scale", "ratio"):
+        _require(value[0] <= value[1], f"{name}={tuple(value)} must have the smaller number first")
+    elif name == "crop_pct":
+        _require(not 0 < value < 0.1, f"crop_pct={value} must be 0 (the model's) or in [0.1, 1]")
+    elif name == "backend":
+        check_backend(value)
+    elif name == "opt":
+        _check_optimizer(value)
+    elif name == "auto_augment":
+        _check_policy(value)
+    elif name == "model_kwargs":
+        check_sizes(value)
+    elif name == "model" and not value.startswith(HUB):
+        variant(value)
+
+
 def unknown(what: str, name: str, known: Collection[str], see: str = "") -> ValueError:
     """Few accepted values are all named; of many the nearest, and where the rest stands."""
     near = get_close_matches(name.lower(), known, 3, 0.5)
@@ -262,14 +282,142 @@ def continued(begun: Config, asked: Config, given: Collection[str]) -> tuple[Con
     return replace(begun, **anew), [f"{name}={getattr(asked, name)!r} (was {getattr(begun, name)!r})" for name in differ]
 
 
-DIGITS_RECIPE: dict[str, Any] = {
-    "model": "tnt_fast_ti_patch16_224",
-    "model_kwargs": {"img_size": 32, "embed_dim": 96, "inner_dim": 12, "depth": 3},
-    "epochs": 40, "batch_size": 32, "lr": 2e-3, "min_lr": 0.005, "warmup_epochs": 3, "clip_grad": 1.0,
-    "mixup": 0.0, "cutmix": 0.0, "ema": 0.99,
-    "scale": (0.7, 1.0), "ratio": (0.85, 1.18), "hflip": 0.0, "color_jitter": 0.0, "reprob": 0.0,
-    "auto_augment": "rand-m3-n1-mstd0.5-tweights", "crop_pct": 1.0, "drop_path": 0.0, "workers": 0, "threads": 1,
-}  # fmt: skip
+# ---- settings in files ----
+
+
+def presets() -> dict[str, str]:
+    """The package's recipes, and what each is for: its first line."""
+    files = sorted(PRESETS.glob("*.yaml"))
+    return {path.stem: path.read_text("utf-8").partition("\n")[0].removeprefix("# ") for path in files}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings of one of the package's recipes; "": none."""
+    if not name:
+        return {}
+    if name not in presets():
+        raise unknown("preset", name, presets())
+    own = read_settings(PRESETS / f"{name}.yaml")
+    return over(preset(own.pop("preset", "")), own)
+
+
+def over(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a layer over those of others: ``model_kwargs`` key by key, and weights to start from once."""
+    found = {**base, **layer}
+    for one, other in (("initial", "pretrained"), ("pretrained", "initial")):
+        if layer.get(one) and not layer.get(other):
+            found.pop(other, None)
+    if "model_kwargs" in layer:
+        found["model_kwargs"] = {**base.get("model_kwargs", {}), **layer["model_kwargs"]}
+    return found
+
+
+def resolved(
+    given: Mapping[str, Any], name: str | None = None, file: str | os.PathLike | None = None
+) -> tuple[Config, set[str]]:
+    """The settings of a run, and the names of those that were asked for.
+
+    Args:
+        given: goes over what ``file`` says, and that over the preset ``name``, and that over the defaults. Without a name it is
+            what ``file`` names as its ``preset``; for the digits, where no preset is named, ``small``.
+
+    Raises:
+        ValueError: names the file, the key and what would be accepted. OSError: the file cannot be read.
+    """
+    own = read_settings(file) if file else {}
+    named = own.pop("preset", None) if name is None else name
+    own.pop("preset", None)
+    asked = over(over(preset(named or ""), own), given)
+    _require("data" in asked, f"no data are named; expected a directory, a CSV file, or {DIGITS!r}")
+    base = preset("small") if named is None and asked["data"] == DIGITS else {}
+    return Config(**over(base, asked)), set(asked)
+
+
+def read_settings(file: str | os.PathLike) -> dict[str, Any]:
+    """The settings that a YAML file has, and the ``preset`` that it may name; each is checked for itself.
+
+    Raises:
+        ValueError: names the file, the key and what would be accepted. OSError: it cannot be read.
+    """
+    where = repr(os.fspath(file))
+    found = _parsed(file, where)
+    known = {setting.name: setting for setting in fields(Config)}
+    for name, value in found.items():
+        if name == "preset":
+            if value != "" and value not in presets():
+                raise ValueError(f"{where}: {unknown('preset', str(value), presets())}")
+            continue
+        if name not in known:
+            see = "preset and the options of 'tnt-fast train', with _ for -"
+            raise ValueError(f"{where}: {unknown('setting', str(name), ['preset', *known], see)}")
+        try:
+            _check_value(known[name], value)
+            _check_meaning(name, value)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if get_origin(known[name].type) is tuple:
+            found[name] = tuple(value)
+    return found
+
+
+def _parsed(file: str | os.PathLike, where: str) -> dict[Any, Any]:
+    """A YAML file's keys and values, none of them twice."""
+    import yaml
+
+    try:
+        found = yaml.load(Path(file).read_text("utf-8"), _yaml()[0])  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no YAML file of settings: {' '.join(str(error).split())[:300]}") from error
+    if not (found is None or isinstance(found, dict)):
+        raise ValueError(f"{where} is no YAML file of settings, but {found!r:.100}; expected lines such as 'epochs: 100'")
+    return found or {}
+
+
+def written(config: Config) -> str:
+    """All settings as a YAML file, which ``read_settings`` reads."""
+    import yaml
+
+    lines, group = ["# tnt-fast train --config THIS --out NEW repeats the run", "preset: ''  # all settings are here"], ""
+    for setting in fields(config):
+        if group != setting.metadata["group"]:
+            group = setting.metadata["group"]
+            lines += ["", f"# {group}"]
+        pair = {setting.name: getattr(config, setting.name)}
+        text = yaml.dump(pair, Dumper=_yaml()[1], default_flow_style=True, allow_unicode=True, width=100_000)
+        lines.append(text.strip()[1:-1])  # without its braces
+    return "\n".join(lines) + "\n"
+
+
+@cache
+def _yaml() -> tuple[Any, Any]:
+    """PyYAML's safe loader and dumper with the types of YAML 1.2, where 1e-3 is a number and off a text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict[Any, Any] = {}
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise ValueError(f"{twice[0]!r:.100} is there twice")
+            return super().construct_mapping(node, deep)
+
+    class Dumper(yaml.SafeDumper):  # quotes what YAML 1.1 takes for another type, too
+        pass
+
+    number = r"\.[0-9]+|[0-9]+(\.[0-9]*)?"
+    for kind, pattern, first in (
+        ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
+        ("int", "[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+        ("float", rf"[-+]?({number})([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789")),
+    ):
+        for user in (Loader, Dumper):
+            user.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), first)
+    return Loader, Dumper
+
+
+# ---- what they build ----
 
 
 def build_model(config: Config, num_classes: int, saved: Mapping[str, Any] | None = None) -> "Loaded":

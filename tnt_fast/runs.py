@@ -3,6 +3,7 @@
 =============  ==========================================================================================
 last.pt        the whole state of the run: to continue it, or to classify with
 best.pt        the weights of the epoch with the best held-out accuracy; ``epoch`` and ``accuracy`` say which
+recipe.yaml    the settings, which --config reads
 history.json   a row for each epoch; history.csv is the same as a table
 training.png   the same as a picture
 .lock          while a process trains here: which, and on what host
@@ -33,8 +34,8 @@ try:
 except ImportError:  # Windows, where two runs in one folder are not kept apart
     fcntl = None  # type: ignore[assignment]
 
-LAST, BEST, PICTURE = "last.pt", "best.pt", "training.png"
-NAMES = (LAST, BEST, "history.json", "history.csv", PICTURE)
+LAST, BEST, RECIPE, PICTURE = "last.pt", "best.pt", "recipe.yaml", "training.png"
+NAMES = (LAST, BEST, RECIPE, "history.json", "history.csv", PICTURE)
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds", "changed")
 
 
@@ -164,6 +165,10 @@ class Folder:
     def save_best(self, checkpoint: Mapping[str, Any]) -> None:
         """``checkpoint`` says of which ``epoch`` it is and how good (``accuracy``). Raises OSError, as ``save_last``."""
         self._write(BEST, lambda path: save_checkpoint(checkpoint, path))
+
+    def save_recipe(self, text: str) -> None:
+        """recipe.yaml. Raises OSError."""
+        self._write(RECIPE, partial(write, content=text.encode("utf-8", "surrogateescape")))
 
     def save_history(self, history: Sequence[Mapping[str, Any]]) -> None:
         """history.json and history.csv. Raises OSError."""

@@ -29,7 +29,7 @@ from tnt_fast.check import differences
 from tnt_fast.checkpoints import FORMAT, CheckpointError, load_checkpoint
 from tnt_fast.data import DataError, DataSet, Order, batches, readers_named
 from tnt_fast.dispatch import find_device, settle
-from tnt_fast.recipe import DIGITS, Config, build_loss, build_model, build_optimizer, build_schedule, continued
+from tnt_fast.recipe import DIGITS, Config, build_loss, build_model, build_optimizer, build_schedule, continued, written
 from tnt_fast.runs import PICTURE, Folder, first_not_finite, structure
 from tnt_fast.terminal import say
 
@@ -127,7 +127,7 @@ class Run:
 
         self.optimizer = build_optimizer(config, self.model)
         self.scheduler = build_schedule(config, self.optimizer, self.steps)
-        self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
+        self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=config.ema_warmup) if config.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "float16")
         counts = np.bincount(self.train_set.targets, minlength=len(self.classes))
         self.mixup, criterion = build_loss(config, counts.tolist())
@@ -324,6 +324,7 @@ class Run:
                 self.folder.save_history(self.history)  # which a killed process may have left behind
             if not self.done():
                 self.folder.check_room(*self._sizes())
+                self.folder.save_recipe(written(self.config))
             drawn, cost = time.perf_counter(), 1.0
             while not self.done():
                 started = time.perf_counter()
@@ -401,7 +402,7 @@ class Run:
 
     def _train_epoch(self, caught: list[int]) -> None:
         config = self.config
-        order = Order(len(self.train_set), config.batch_size, config.seed)
+        order = Order(len(self.train_set), config.batch_size, config.seed, config.aug_repeats)
         self.train_set.epoch = order.epoch = self.epoch
         order.start = self.step * config.accumulate
         loader = self._loader(self.train_set, sampler=order, drop_last=True)
