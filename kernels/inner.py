@@ -41,6 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tnt_fast import reference
+from tnt_fast.arguments import beyond, transformer_shapes
 from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
 from tnt_fast.kernels.tile import accumulators, centred, dot, dot_onto, exp2, gelu_gradient, gelu_pairs, load, reciprocal
@@ -672,18 +673,14 @@ class Inner(Operation):
     twin = staticmethod(reference.inner)
     activations = ("pixel",)
     together = ("qk_bias", "v_bias")
-    shapes = dict(
-        pixel="P S C", norm1_weight="C", norm1_bias="C", qk_weight="2*C C", qk_bias="2*C", v_weight="C C", v_bias="C",
-        proj_weight="C C", proj_bias="C", norm2_weight="C", norm2_bias="C", fc1_weight="M C", fc1_bias="M", fc2_weight="C M",
-        fc2_bias="C", attn_scale="P", mlp_scale="P",
-    )  # fmt: skip
+    shapes = dict(pixel="P S C", attn_scale="P", mlp_scale="P") | transformer_shapes("C")
     limits = {"C": 96, "D": 32, "S": 64, "M": 384, "P*S": operation.MOST_ROWS}
 
     def gradients_unsupported(self, sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
         """Where the sums of the weights' gradients do not fit on the chip."""
         C, M = sizes["C"], sizes["M"]
-        reasons = operation.beyond({"C": 31 if dtype == torch.float32 else 63}, sizes, f" in {dtype}; the backward takes")
-        reasons += operation.beyond({"S": 16, "M": 256}, sizes, "; the backward takes")
+        reasons = beyond({"C": 31 if dtype == torch.float32 else 63}, sizes, f" in {dtype}; the backward takes")
+        reasons += beyond({"S": 16, "M": 256}, sizes, "; the backward takes")
         large = C > 31 or (dtype == torch.float32 and C > 15 and M > 128)
         if large and not torch.compiler.is_compiling():  # which cannot trace the question
             shared = operation.runner.shared_memory(device)

@@ -1,4 +1,4 @@
-"""What a fused operation is, and what all share on the host: what they read, checks, registration with PyTorch, launching.
+"""What a fused operation is, and what all share on the host: launching, calling, registration with PyTorch.
 
 An operation is registered as ``torch.ops.tnt_fast.NAME``, so that ``torch.compile``, ``torch.export`` and FlopCounterMode see
 one node. Its backward is another one, ``NAME_backward``, which starts again from the inputs: nothing else is kept. Where an
@@ -7,11 +7,9 @@ hand: of a call of inner that records gradients, ``torch.library.custom_op`` tak
 to fill in defaults that no argument has (python -m benchmarks.host).
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, wraps
-from math import prod
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,29 +17,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from tnt_fast import reference
+from tnt_fast.arguments import Arguments
 from tnt_fast.reference import by_name
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LIBRARY = torch.library.Library("tnt_fast", "FRAGMENT")
 # the types of operations' arguments, as PyTorch calls them
 SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", tuple[int, int]: "SymInt[]", int: "SymInt", float: "float", bool: "bool",
           str: "str"}  # fmt: skip
 MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a tile more, in 32 bits
 MOST_PROGRAMS = 2**20  # of a grid that stays, counted in 32 bits, too; a GPU holds some thousands
-NAMES = {  # what a size is called, or a product of sizes
-    "C": "C={} channels a pixel",
-    "S": "S={} pixels a patch",
-    "E": "E={} channels a patch",
-    "D": "{} channels a head",
-    "M": "{} hidden channels of the inner MLP",
-    "channels": "{} channels of the image",
-    "S*C": "S·C={} values a patch",
-    "P*S": "{} pixels of all patches",
-    "B*T": "{} tokens",
-}
 
 
 # ---- launching ----
@@ -190,35 +177,16 @@ def launch(spec: Launch, grid: int, *arguments: Any) -> None:
     runner.launch(spec, grid, arguments, options)
 
 
-# ---- what an operation reads ----
+# ---- what an operation is ----
 
 
-class Argument(NamedTuple):
-    """A tensor that an operation reads.
-
-    ``shape`` names the size of each axis, as in "P S C", "2*C C" or "1 C 7 7"; the first tensor with a letter alone on an axis
-    sets it, all others are held to it. ``optional``: None may stand for it. ``activation``: autocast casts it; one behind the
-    first may have any of ``DTYPES``.
-    """
-
-    name: str
-    shape: str
-    optional: bool
-    activation: bool
-
-
-class Operation:
+class Operation(Arguments):
     """A fused operation: what a file of this folder defines a subclass of, and calls with the arguments of its twin.
 
     Errors, the model's reasons against the kernels, warnings and fallbacks are all made from what it says here.
     """
 
-    twin: Any  # the function of reference.py, whose arguments are the operation's
-    shapes: Mapping[str, str]  # of its tensors, by name
-    activations: tuple[str, ...]  # the first names dtype and device of the computation
-    together: tuple[str, ...] = ()  # tensors that are given or left out together
     passes: str | None = None  # a tensor that the result is added to: its gradient is the result's, nobody keeps or reads it
-    limits: Mapping[str, int]  # the most that the kernels take of what ``NAMES`` has
 
     def forward(self, a: SimpleNamespace, out: Tensor) -> None:
         """Launch; ``a``: the arguments by name, checked; ``out``: as ``empty`` made it, of at least one value.
@@ -249,26 +217,6 @@ class Operation:
         """Of the gradients; by itself the forward again, and a product for each side of every product."""
         return 3 * self.multiply_adds(a)
 
-    def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """The sizes that arguments set which are no tensors, and reasons against those; by itself of heads and eps."""
-        sizes, reasons = {}, []
-        if "eps" in given and not isinstance(given["eps"], (int, float)):
-            reasons.append(f"eps={given['eps']!r}; accepted: a number")
-        if "num_heads" in given:
-            sizes["H"] = heads = given["num_heads"]
-            if not isinstance(heads, int) or heads < 1:
-                reasons.append(f"num_heads={heads!r}; accepted: a positive integer that divides the channels")
-        return sizes, reasons
-
-    def unsupported(self, sizes: Mapping[str, Any]) -> list[str]:
-        """Reasons against sizes, as ``TNT.sizes()`` names them or ``shapes`` and ``numbers``; some may be unknown."""
-        if "num_heads" in self.defaults:
-            width, H = self.shapes[self.activations[0]].split()[-1], sizes["H"]
-            if sizes[width] % H:
-                return [f"{H} heads do not divide {width}={sizes[width]}"]
-            sizes = {**sizes, "D": sizes[width] // H}
-        return beyond(self.limits, sizes)
-
     def gradients_unsupported(self, sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
         """Reasons why PyTorch computes the gradients of sizes that the forward takes."""
         return []
@@ -276,23 +224,9 @@ class Operation:
     # ---- calling it ----
 
     def __init__(self) -> None:
-        parameters = inspect.signature(self.twin).parameters
-        self.name = self.twin.__name__
-        self.__signature__ = inspect.signature(self.twin)
-        self.needed = tuple(name for name, p in parameters.items() if p.default is p.empty)
-        self.defaults = {name: None if p.default is p.empty else p.default for name, p in parameters.items()}
-        self.records = {name: p.annotation for name, p in parameters.items() if hasattr(p.annotation, "_fields")}
-        kinds = by_name({
-            name: self.records[name](**self.records[name].__annotations__) if name in self.records else p.annotation
-            for name, p in parameters.items()
-        })  # fmt: skip
-        self.arguments = tuple(
-            Argument(name, self.shapes[name], kind != Tensor, name in self.activations)
-            for name, kind in kinds.items()
-            if name in self.shapes
-        )
+        super().__init__()
         self._accepted: set[tuple[Any, ...]] = set()
-        self._register(kinds)
+        self._register()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The twin, fused: float32, float16 or bfloat16, the weights in the same dtype (or float32 under autocast).
@@ -328,124 +262,23 @@ class Operation:
                 self._accepted.add(seen)
         return self._operation(*given.values(), True)
 
-    def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments as the operation takes them.
-
-        Activations in autocast's dtype where it is on; weights as they are, the kernels round them on loading.
-
-        Raises:
-            TypeError: what is no tensor; autocast is off, and the dtypes differ. ValueError: a needed one is None.
-            NotImplementedError: a tensor carries a tangent of forward-mode differentiation or is a torch.func transform's.
-        """
-        for argument in self.arguments:
-            x = given[argument.name]
-            if x is None and not argument.optional:
-                raise ValueError(f"{self.name}: {argument.name} is None; it is needed")
-            if x is not None and not isinstance(x, Tensor):
-                raise TypeError(f"{self.name}: {argument.name} is a {type(x).__name__}; accepted: torch.Tensor")
-        if not torch.compiler.is_compiling():
-            tensors = [x for x in given.values() if isinstance(x, Tensor)]
-            dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-            if dual or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
-                raise NotImplementedError(
-                    f"{self.name}: the kernels have no forward-mode derivatives and no batching rule (dual tensors, "
-                    f"torch.func); take tnt_fast.reference.{self.name}, or a model with backend='reference'"
-                )
-        first = given[self.activations[0]]
-        if torch.is_autocast_enabled(first.device.type):
-            dtype = torch.get_autocast_dtype(first.device.type)  # autocast leaves float64 as it is
-            for name in self.activations:
-                if given[name] is not None and given[name].dtype in DTYPES:
-                    given[name] = given[name].to(dtype)
-        elif found := self.wrong_types(given, first.dtype, False):
-            raise TypeError(f"{self.name}: {'; '.join(found)}")
-        return given
-
-    def check(self, given: Mapping[str, Any]) -> None:
-        """Raise unless the kernels take these arguments, by name; the weights may be float32, as under autocast.
-
-        Raises:
-            TypeError: a dtype. ValueError: a device, a shape, a number, a tensor that is missing; each with what is accepted.
-        """
-        name = self.activations[0]
-        first = given[name]
-        if first.dtype in DTYPES and not first.is_cuda and not runner.on_cpu:
-            raise ValueError(
-                f"{self.name}: {name} is on device {str(first.device)!r}; the kernel takes CUDA tensors "
-                "(on the CPU only in Triton's interpreter, TRITON_INTERPRET=1)"
-            )
-        if found := self.wrong_types(given, first.dtype, autocast=True):
-            raise TypeError(f"{self.name}: {'; '.join(found)}")
-        if found := self.wrong_values(given, first.device):
-            raise ValueError(f"{self.name}: {'; '.join(found)}")
-
-    def wrong_types(self, given: Mapping[str, Any], dtype: torch.dtype, autocast: bool) -> list[str]:
-        """Reasons against the dtypes of those tensors that are given, for a computation in ``dtype``."""
-        first = self.activations[0]
-        if dtype not in DTYPES:
-            return [f"{first} is {dtype}; accepted: {', '.join(map(str, DTYPES))}"]
-        found = []
-        for name, _, _, mixed in self.arguments:  # two activations of two dtypes give a result in the wider one
-            tensor = given.get(name)
-            if tensor is None or tensor.dtype == dtype or (autocast and tensor.dtype == torch.float32):
-                continue
-            if mixed and tensor.dtype in DTYPES:
-                continue
-            accepted = ", ".join(map(str, DTYPES)) if mixed else f"{dtype}, or torch.float32 under autocast"
-            found.append(f"{name} is {tensor.dtype}, {first} is {dtype}; accepted: {accepted}")
-        return found
-
-    def wrong_values(self, given: Mapping[str, Any], device: torch.device, sizes: Mapping[str, int] | None = None) -> list[str]:
-        """Reasons against all else that is given; without the activations, ``sizes`` holds their sizes."""
-        first = self.activations[0]
-        numbers, found = self.numbers(given)
-        if found:
-            return found
-        sizes = {**(sizes or {}), **numbers}
-        known = True
-        for name, shape, optional, _ in self.arguments:
-            if name not in given:
-                continue
-            tensor = given[name]
-            if tensor is None:
-                if not optional:
-                    found.append(f"{name} is None; it is needed")
-                    known = False
-                continue
-            if tensor.device != device:
-                found.append(f"{name} is on {str(tensor.device)!r}, {first} on {str(device)!r}; move one")
-            if tensor.layout != torch.strided:
-                found.append(f"{name} is laid out as {tensor.layout}; accepted: torch.strided")
-            axes, actual = shape.split(), tuple(tensor.shape)
-            known = known and len(axes) == len(actual)
-            if len(axes) == len(actual):
-                for axis, size in zip(axes, actual, strict=True):
-                    if axis.isalpha():
-                        sizes.setdefault(axis, size)
-            expected = tuple([_size(axis, sizes) for axis in axes])
-            if actual != expected:
-                found.append(f"{name} has shape {actual}; expected ({', '.join(map(str, expected))}{',' * (len(axes) == 1)})")
-        if len({given.get(name) is None for name in self.together}) > 1:
-            found.append(f"{' and '.join(self.together)} are given or left out together")
-        return self.unsupported(sizes) + found if known else found
+    def elsewhere(self, device: torch.device) -> list[str]:
+        if device.type == "cuda" or runner.on_cpu:
+            return []
+        return [
+            f"{self.activations[0]} is on device {str(device)!r}; the kernel takes CUDA tensors "
+            "(on the CPU only in Triton's interpreter, TRITON_INTERPRET=1)"
+        ]
 
     # ---- with PyTorch ----
-
-    def _packed(self, flat: Sequence[Any]) -> SimpleNamespace:
-        """Arguments by the twin's names, records in one piece, from their flat sequence."""
-        rest, found = iter(flat), {}
-        for name in self.defaults:
-            record = self.records.get(name)
-            found[name] = record(*(next(rest) for _ in record._fields)) if record else next(rest)
-        return SimpleNamespace(**found)
 
     def _empty_kept(self, a: SimpleNamespace) -> dict[str, Tensor]:
         like = getattr(a, self.activations[0])
         return {name: like.new_empty(shape, dtype=dtype) for name, (shape, dtype) in self.keeps(a).items()}  # type: ignore[misc]
 
-    def _register(self, kinds: dict[str, Any]) -> None:
-        """As ``torch.ops.tnt_fast.NAME``, and its gradients as ``NAME_backward``; ``kinds``: the types of the arguments."""
-        names, taken = list(kinds), ", ".join(f"{SCHEMA[kind]} {name}" for name, kind in kinds.items())
+    def _register(self) -> None:
+        """As ``torch.ops.tnt_fast.NAME``, and its gradients as ``NAME_backward``."""
+        names, taken = list(self.kinds), ", ".join(f"{SCHEMA[kind]} {name}" for name, kind in self.kinds.items())
 
         def define(name: str, schema: str, function: Any, fake: Any) -> Any:
             LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
@@ -456,7 +289,7 @@ class Operation:
         def run(flat: Sequence[Any], kept: dict[str, Tensor] | None) -> tuple[Tensor, SimpleNamespace]:
             if len(flat) == len(names) or not flat[-1]:  # PyTorch passes no argument that is its default
                 self.check(dict(zip(names, flat, strict=False)))
-            out = self.empty(a := self._packed(flat))
+            out = self.empty(a := self.packed(flat))
             a.kept = kept
             if out.numel():
                 self.forward(a, out)
@@ -471,7 +304,7 @@ class Operation:
             flat, (needed, *kept) = flat[: len(names)], flat[len(names) :]
             if gradient.numel() == 0:
                 return [torch.zeros_like(flat[i], memory_format=torch.contiguous_format) for i in needed]
-            a = self._packed(flat)
+            a = self.packed(flat)
             a.kept = dict(zip(self.keeps(a), *kept, strict=True)) if kept else None  # type: ignore[misc]
             # autocast has chosen the dtypes in the forward; in a backward that runs under it, it must not do so again
             with torch.autocast(gradient.device.type, enabled=False):
@@ -484,12 +317,12 @@ class Operation:
 
         # ``checked``: whether the caller has done so
         schema = f"({taken}, bool checked=False) -> Tensor"
-        operation = define(self.name, schema, lambda *flat: run(flat, None)[0], lambda *flat: self.empty(self._packed(flat)))
+        operation = define(self.name, schema, lambda *flat: run(flat, None)[0], lambda *flat: self.empty(self.packed(flat)))
         recorded_operation = operation
         if self.keeps is not None:
 
             def empty_recorded(*flat: Any) -> list[Tensor]:
-                a = self._packed(flat)
+                a = self.packed(flat)
                 return [self.empty(a), *self._empty_kept(a).values()]
 
             recorded_operation = define(f"{self.name}_recorded", f"{schema}[]", forward_recorded, empty_recorded)
@@ -552,11 +385,11 @@ class Operation:
 
         @register_flop_formula([x.overloadpacket for x in {operation, recorded_operation}])
         def _(*flat, out_shape=None, **kwargs):
-            return 2 * self.multiply_adds(self._packed(flat))
+            return 2 * self.multiply_adds(self.packed(flat))
 
         @register_flop_formula(getattr(torch.ops.tnt_fast, f"{self.name}_backward"))
         def _(gradient, *flat, out_shape=None, **kwargs):
-            return 2 * self.backward_multiply_adds(self._packed(flat))
+            return 2 * self.backward_multiply_adds(self.packed(flat))
 
         self._operation = operation
 
@@ -577,14 +410,7 @@ class Operation:
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # mixed under autocast
         # in one layout, as the kernels read them: for another the library may take another product, with other bits
         flat = {name: x.to(dtype).contiguous() if isinstance(x, Tensor) else x for name, x in flat.items()}
-        wanted = [name for name in flat if name in needed]
-
-        def of_wanted(*given: Tensor) -> Tensor:
-            changed = flat | dict(zip(wanted, given, strict=True))
-            return self.twin(**vars(self._packed(list(changed.values()))))
-
-        _, pull = torch.func.vjp(of_wanted, *(flat[name] for name in wanted))
-        return dict(zip(wanted, pull(gradient.to(dtype)), strict=True))
+        return reference.gradients(self.twin, flat, [name for name in flat if name in needed], gradient.to(dtype))
 
 
 def _new(found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
@@ -599,39 +425,8 @@ def _new(found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
     return result
 
 
-def beyond(limits: Mapping[str, int], sizes: Mapping[str, Any], what: str = "; accepted:") -> list[str]:
-    """Reasons against sizes that are not from 1 to their limit, and products above it; what is not known has none."""
-    found = []
-    for name, most in limits.items():
-        size, product = _size(name, sizes), "*" in name
-        if isinstance(size, int) and not (0 if product else 1) <= size <= most:
-            found.append(f"{NAMES[name].format(size)}{what} {'up' if product else '1'} to {most}")
-    return found
-
-
-def _size(axis: str, sizes: Mapping[str, int]) -> int | str:
-    """The size that "C", "7" or "2*C" stands for; the text itself where a size is not known."""
-    if axis in sizes:  # most are a letter, and a call asks for dozens
-        return sizes[axis]
-    factors = [int(factor) if factor.isdigit() else sizes.get(factor) for factor in axis.split("*")]
-    return axis if None in factors else prod(factors)
-
-
-def cast(record: Any, dtype: torch.dtype) -> Any:
-    """A record of tensors, or None, in this dtype."""
-    return type(record)(*[x if x is None or x.dtype == dtype else x.to(dtype) for x in record])
-
-
 def contiguous(x: Any) -> Any:
     """A tensor, those of a tuple, or None, as kernels read them."""
     if isinstance(x, tuple):
         return type(x)(*[each if each is None else each.contiguous() for each in x])
     return None if x is None else x.contiguous()
-
-
-def joined(first: Tensor, second: Tensor) -> Tensor:
-    """The rows of both, contiguous tensors; no copy where they lie one behind the other in one memory."""
-    one_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr() and first.dtype == second.dtype
-    if one_memory and second.storage_offset() == first.storage_offset() + first.numel():
-        return first.as_strided((len(first) + len(second), *first.shape[1:]), first.stride())
-    return torch.cat((first, second))

@@ -41,8 +41,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tnt_fast import attention, reference
+from tnt_fast.arguments import transformer_shapes
 from tnt_fast.kernels import norm, operation
-from tnt_fast.kernels.fold import fold, product
+from tnt_fast.kernels.fold import SHAPES, fold, product
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, launch, programs, remembered
 from tnt_fast.kernels.tile import gelu_gradient, load
 
@@ -108,12 +109,8 @@ class Outer(Operation):
     twin = staticmethod(reference.outer)
     activations = ("patch", "pixel")
     together = ("qk_bias", "v_bias")
-    shapes = dict(
-        patch="B T E", norm1_weight="E", norm1_bias="E", qk_weight="2*E E", qk_bias="2*E", v_weight="E E", v_bias="E",
-        proj_weight="E E", proj_bias="E", norm2_weight="E", norm2_bias="E", fc1_weight="M E", fc1_bias="M", fc2_weight="E M",
-        fc2_bias="E", attn_scale="B", mlp_scale="B", pixel="P S C", fold_norm1_weight="W", fold_norm1_bias="W",
-        fold_proj_weight="E S*C", fold_proj_bias="E", fold_norm2_weight="E", fold_norm2_bias="E",
-    )  # fmt: skip
+    shapes = dict(patch="B T E", attn_scale="B", mlp_scale="B", pixel="P S C") | transformer_shapes("E")
+    shapes |= {f"fold_{name}": shape for name, shape in SHAPES.items()}
     limits = {"E": norm.WIDEST, "B*T": operation.MOST_ROWS}
 
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -292,8 +289,16 @@ def _matrix(a: SimpleNamespace, name: str) -> Tensor:
         return _to(getattr(a.weights, name).contiguous(), a.patch.dtype)
     w, E = contiguous(a.weights), a.patch.shape[2]
     if a.kept is None and w.qk_weight.dtype == a.patch.dtype:
-        return operation.joined(w.qk_weight, w.v_weight)  # perhaps a view of them, which cannot be kept
+        return joined(w.qk_weight, w.v_weight)  # perhaps a view of them, which cannot be kept
     return torch.cat((w.qk_weight, w.v_weight), out=torch.empty(3 * E, E, dtype=a.patch.dtype, device=a.patch.device))
+
+
+def joined(first: Tensor, second: Tensor) -> Tensor:
+    """The rows of both, contiguous tensors; no copy where they lie one behind the other in one memory."""
+    one_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr() and first.dtype == second.dtype
+    if one_memory and second.storage_offset() == first.storage_offset() + first.numel():
+        return first.as_strided((len(first) + len(second), *first.shape[1:]), first.stride())
+    return torch.cat((first, second))
 
 
 def _add(onto: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
@@ -306,7 +311,7 @@ def _add(onto: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, scale: Te
 
 
 def _qkv_bias(w: Any, dtype: torch.dtype) -> Tensor | None:
-    return None if w.qk_bias is None else _to(operation.joined(w.qk_bias, w.v_bias), dtype)
+    return None if w.qk_bias is None else _to(joined(w.qk_bias, w.v_bias), dtype)
 
 
 def _to(x: Tensor | None, dtype: torch.dtype) -> Any:

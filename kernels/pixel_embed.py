@@ -39,6 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tnt_fast import reference
+from tnt_fast.arguments import beyond
 from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
 from tnt_fast.kernels.tile import accumulators, dot, dot_onto, load
@@ -55,7 +56,6 @@ CONFIGS = {  # of half precision, or not
     "_pixel_embed_image_bwd_kernel": dict.fromkeys((True, False), Config(32, warps=2)),  # rows: cells of the image
 }
 WINDOW = 7
-LONGEST_SIDE = 2**20
 
 
 # a kernel's argument: the image and what says where its values are
@@ -251,7 +251,8 @@ class PixelEmbed(Operation):
     twin = staticmethod(reference.pixel_embed)
     activations = ("image",)
     shapes = dict(image="B channels height width", weight="C channels 7 7", bias="C", pixel_pos="1 C rows columns")
-    limits = {"C": 128, "channels": 8}
+    limits = {"C": 128, "channels": 8, "height": 2**20, "width": 2**20, "B*height*width": operation.MOST_ROWS}
+    limits |= {"B*N*S": operation.MOST_ROWS}
 
     def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Rows and columns of a patch's pixels, and reasons against the sizes and strides that set them."""
@@ -271,23 +272,14 @@ class PixelEmbed(Operation):
         return pairs | {"stride": stride, "rows": rows, "columns": columns}, []
 
     def unsupported(self, sizes: Mapping[str, Any]) -> list[str]:
-        reasons = operation.beyond(self.limits, sizes)
-        if "height" not in sizes:
-            return reasons
-        sides, size, step = (sizes["height"], sizes["width"]), sizes["patch_size"], sizes["patch_stride"]
-        if max(sides) > LONGEST_SIDE:
-            reasons.append(f"the image has a side of {max(sides)} pixels; accepted: up to {LONGEST_SIDE}")
-        for side, patch, every in zip(sides, size, step, strict=True):
-            if side < patch or (side - patch) % every:
-                reasons.append(f"{side} pixels of the image are not covered by patches of {patch} every {every}")
-        if not reasons:
-            B = sizes.get("B", 0)
-            tokens = B * prod(_grid(*sides, size, step)) * sizes["rows"] * sizes["columns"]
-            if max(tokens, B * prod(sides)) > operation.MOST_ROWS:
-                reasons.append(
-                    f"{B} images have {tokens} pixel tokens; accepted: up to {operation.MOST_ROWS}, and of image pixels"
-                )
-        return reasons
+        reasons = []
+        if "height" in sizes:
+            sides, size, step = (sizes["height"], sizes["width"]), sizes["patch_size"], sizes["patch_stride"]
+            for side, patch, every in zip(sides, size, step, strict=True):
+                if side < patch or (side - patch) % every:
+                    reasons.append(f"{side} pixels of the image are not covered by patches of {patch} every {every}")
+            sizes = {**sizes, "N": prod(_grid(*sides, size, step)), "S": sizes["rows"] * sizes["columns"]}
+        return beyond(self.limits, sizes) + reasons
 
     def _shape(self, a: SimpleNamespace, image: Any, C: int) -> tuple[int, int, int]:
         """(B·N, S, C), from the shape of the image."""

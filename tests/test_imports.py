@@ -13,7 +13,8 @@ PACKAGE = files("tnt_fast", "kernels")
 ALLOWED = {
     "tnt_fast/reference.py": ("", "torch"),
     "tnt_fast/attention.py": ("tnt_fast/reference.py", "torch xformers"),
-    "kernels/*.py": ("kernels/*.py tnt_fast/reference.py", "torch triton"),
+    "tnt_fast/arguments.py": ("tnt_fast/reference.py", "torch"),
+    "kernels/*.py": ("kernels/*.py tnt_fast/arguments.py tnt_fast/reference.py", "torch triton"),
     "kernels/outer.py": ("tnt_fast/attention.py", ""),
     "tnt_fast/dispatch.py": ("kernels/__init__.py tnt_fast/reference.py", "torch timm"),
     "tnt_fast/tnt.py": ("tnt_fast/attention.py tnt_fast/dispatch.py tnt_fast/reference.py", "torch timm"),

@@ -14,7 +14,7 @@ from cases import case, check, fold_tensors, inner_tensors, normal
 from helpers import HERE, call
 
 from tnt_fast import TNT, dispatch, kernels, reference, why_not_fused
-from tnt_fast.kernels.operation import beyond
+from tnt_fast.arguments import beyond
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATIONS = pytest.mark.parametrize("operation", kernels.OPERATIONS)

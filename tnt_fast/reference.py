@@ -6,7 +6,7 @@ pixels ("words") a patch, C pixel channels, E patch channels, H heads, D = C / H
 The model in ``tnt.py`` composes the same pieces from its submodules; a test holds the two together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +71,16 @@ def in_records(given: Mapping[str, Any]) -> dict[str, Any]:
         if given.keys() >= set(record._fields):
             found[name] = record(*(found.pop(field) for field in record._fields))
     return found
+
+
+def gradients(operation: Callable, given: Mapping[str, Any], wanted: Sequence[str], upstream: Tensor) -> dict[str, Tensor]:
+    """Of an operation of this file, by PyTorch: of the tensors ``wanted``, by name; ``given``: as ``by_name`` has it."""
+
+    def of_wanted(*tensors: Tensor) -> Tensor:
+        return operation(**in_records({**given, **dict(zip(wanted, tensors, strict=True))}))
+
+    _, pull = torch.func.vjp(of_wanted, *(given[name] for name in wanted))  # type: ignore[misc]
+    return dict(zip(wanted, pull(upstream), strict=True))
 
 
 def cut_patches(x: Tensor, size: tuple[int, int], stride: tuple[int, int]) -> Tensor:
