@@ -19,8 +19,8 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader
 
 from tnt_fast import data
-from tnt_fast.check import Picture
 from tnt_fast.recipe import POLICIES, Config
+from tnt_fast.shards import Picture
 
 DATA_CONFIG = {
     "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "input_size": (3, 32, 32), "crop_pct": 0.9

@@ -50,9 +50,13 @@ ALLOWED = {
         "torch timm tqdm",
     ),
     "tnt_fast/images.py": ("", "numpy PIL"),
-    "tnt_fast/check.py": ("tnt_fast/__init__.py tnt_fast/images.py tnt_fast/terminal.py tnt_fast/writing.py", "PIL tqdm"),
+    "tnt_fast/shards.py": ("tnt_fast/images.py", "datasets pyarrow"),
+    "tnt_fast/check.py": (
+        "tnt_fast/__init__.py tnt_fast/images.py tnt_fast/shards.py tnt_fast/terminal.py tnt_fast/writing.py",
+        "PIL tqdm",
+    ),
     "tnt_fast/data.py": (
-        "tnt_fast/check.py tnt_fast/images.py tnt_fast/recipe.py tnt_fast/terminal.py",
+        "tnt_fast/check.py tnt_fast/images.py tnt_fast/recipe.py tnt_fast/shards.py tnt_fast/terminal.py",
         "torch timm numpy sklearn PIL",
     ),
     "tnt_fast/recipe.py": (

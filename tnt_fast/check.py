@@ -1,7 +1,7 @@
 """The files of a data set: which there are, which cannot be trained on, which are held out. ``tnt-fast check``, and each run.
 
 A data set is a folder ``CLASS/…/picture.png``, or a CSV file with the columns ``file,label``; or a folder with two of these,
-``train`` and ``val``. Nothing here needs torch.
+``train`` and ``val``; or what ``tnt_fast.shards`` reads. Nothing here needs torch.
 """
 
 import csv
@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,13 @@ import PIL
 
 import tnt_fast
 from tnt_fast.images import EXTENSIONS, DataError, find_images, is_image_name, is_leftover, open_image
+from tnt_fast.shards import Named, Picture, find_rows, find_tars
 from tnt_fast.terminal import say
 from tnt_fast.writing import write
 
 PARTS = ("train", "val")
+SHARDS = {"wds": find_tars, "hfds": find_rows}  # by what stands before a path, as with timm
 SHOWN = 20  # bad files that an error names
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A file of a data set; ``name`` is its path from the data set's folder, with "/"."""
-
-    name: str
-    path: str
-    label: str
-    size: int  # bytes
-    changed: int  # ns
 
 
 @dataclass
@@ -46,12 +37,14 @@ class Files:
         parts: its pictures under "train" and "val", or under "" where there is no such division yet.
         bad: file name: why it cannot be trained on.
         same: groups of names of files with the same content.
+        order: the names of the classes, where the data set itself has them in an order.
     """
 
     root: Path
     parts: dict[str, list[Picture]]
     bad: dict[str, str]
     same: list[list[str]]
+    order: list[str] = field(default_factory=list)
 
     @property
     def pictures(self) -> list[Picture]:
@@ -59,7 +52,12 @@ class Files:
 
     @property
     def classes(self) -> list[str]:
-        return sorted({picture.label for picture in self.pictures})
+        """Their names in their own order; or else sorted, as timm sorts them where all are numbers."""
+        labels = {picture.label for picture in self.pictures}
+        if self.order:
+            return [label for label in self.order if label in labels]
+        numbers = all(label.isascii() and label.isdecimal() for label in labels)
+        return sorted(labels, key=lambda label: (int(label) if numbers else 0, label))
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Class: part: number of pictures."""
@@ -107,6 +105,12 @@ def find(data: str | os.PathLike) -> Files:
     Raises:
         DataError: no data set is there, one without classes, with one class alone, or whose parts have different classes.
     """
+    kind, _, path = os.fspath(data).partition(":")
+    if kind in SHARDS and path:
+        root = Path(path)
+        files = Files(root, same=[], **SHARDS[kind](root)._asdict())
+        _check_classes(files)
+        return files
     root = Path(data)
     files = Files(root, {}, {}, [])
     parts = {part: source for part in PARTS if (source := _part(root, part))}
@@ -114,13 +118,13 @@ def find(data: str | os.PathLike) -> Files:
         there, missing = (*parts, *(part for part in PARTS if part not in parts))
         raise DataError(
             f"no directory {str(root / missing)!r}; expected {root}/train/CLASS and {root}/val/CLASS, or one folder of classes "
-            f"and --val-fraction ({str(root / there)!r} with --val-fraction 0.2 holds a fifth of it out)"
+            f"and --val-fraction ({str(root / there)!r} with --val-fraction 0.2 holds a fifth of it out), or {_as_shards(root)}"
         )
     if len(parts) != len(PARTS):
         if not (root.is_dir() or root.is_file()):
             raise DataError(
                 f"no directory {str(root)!r}; expected {root}/train/CLASS and {root}/val/CLASS with images in them, "
-                f"{root}/CLASS, or a CSV file with the columns file,label"
+                f"{root}/CLASS, or a CSV file with the columns file,label; of shards, wds:PATH or hfds:PATH"
             )
         parts = {"": root}
     for part, source in parts.items():
@@ -134,6 +138,13 @@ def find(data: str | os.PathLike) -> Files:
 
 def _part(root: Path, part: str) -> Path | None:
     return next((source for source in (root / part, root / f"{part}.csv") if source.exists()), None)
+
+
+def _as_shards(folder: Path) -> str:
+    """How what is no folder of pictures may be read: shards."""
+    tables = any((folder / name).exists() for name in ("dataset_dict.json", "state.json")) or any(folder.glob("*.parquet"))
+    kinds = [kind for kind, there in (("wds", any(folder.glob("*.tar"))), ("hfds", tables)) if there]
+    return f"{' or '.join(f'{kind}:{folder}' for kind in kinds or SHARDS)} to read shards"
 
 
 def _is_class(folder: Path) -> bool:
@@ -156,7 +167,9 @@ def _in_folders(files: Files, source: Path, root: Path) -> list[Picture]:
         files.bad |= {_name(path, root): reason for path, reason in others.items()}
         found += [picture for path in images if (picture := _picture(files, path, root, entry.name))]
     if not classes:
-        raise DataError(f"{str(source)!r} has no class folder; expected {source}/CLASS with images in each")
+        raise DataError(
+            f"{str(source)!r} has no class folder; expected {source}/CLASS with images in each, or {_as_shards(source)}"
+        )
     empty = sorted(set(classes) - {picture.label for picture in found})
     if empty:
         raise DataError(
@@ -272,15 +285,17 @@ def examine(files: Files, progress: bool | None = None) -> None:
 
 def _fault(picture: Picture) -> str:
     try:
-        open_image(picture.path, at_most=256)  # reads it to the end, a JPEG faster than at its full size
-    except DataError as error:
+        open_image(picture.open(), at_most=256)  # reads it to the end, a JPEG faster than at its full size
+    except (DataError, OSError) as error:
         return str(error).removeprefix(f"cannot read the image {picture.path!r}: ")
     return ""
 
 
 def _content(picture: Picture) -> str:
     try:
-        return hashlib.blake2b(Path(picture.path).read_bytes(), digest_size=16).hexdigest()
+        opened = picture.open()
+        content = opened.getvalue() if isinstance(opened, Named) else Path(opened).read_bytes()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
     except OSError:
         return ""
 

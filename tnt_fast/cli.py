@@ -256,7 +256,7 @@ def _add_check(commands: Any) -> None:
         epilog=_examples("check images/", "check labels.csv --json"),
     )
     check.set_defaults(command=_check)
-    check.add_argument("data", metavar="DATA", help="a directory or a CSV file, as 'tnt-fast train' takes it")
+    check.add_argument("data", metavar="DATA", help="a directory, a CSV file or shards, as 'tnt-fast train' takes them")
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -19,9 +19,10 @@ from timm.data.auto_augment import posterize
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tnt_fast.check import Files, Picture, training_files
+from tnt_fast.check import Files, training_files
 from tnt_fast.images import DataError, open_image
 from tnt_fast.recipe import DIGITS, Config
+from tnt_fast.shards import Picture
 from tnt_fast.terminal import say
 
 
@@ -91,7 +92,7 @@ class Images(Dataset):
 
     def __getitem__(self, draw: int) -> tuple[Tensor, int]:
         index = draw % len(self)
-        image = open_image(self.pictures[index].path)
+        image = open_image(self.pictures[index].open())
         try:
             with _seeded(self.seed, self.epoch, draw):
                 return self.transform(image), self.targets[index]

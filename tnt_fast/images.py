@@ -4,13 +4,14 @@ Training, the check of data, classification and pictures open every image here, 
 refuse the same files.
 """
 
+import contextlib
 import glob
 import os
 import stat
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -130,13 +131,14 @@ def _named(name: str, others: dict[Path, str]) -> list[Path]:
     return found
 
 
-def open_image(path: str | os.PathLike, at_most: int | None = None, as_stored: bool = False) -> Image.Image:
+def open_image(file: str | os.PathLike | BinaryIO, at_most: int | None = None, as_stored: bool = False) -> Image.Image:
     """The first picture of a file as RGB with 8 bits a channel, upright as its EXIF orientation says.
 
     Gray values of more bits are scaled: 16 bits from their whole range; 32-bit integers from the first of 0…255, 0…65,535 and
     the whole range that holds them all; floats from the first of 0…1, 0…255 and 0…65,535. What is transparent is seen on white.
 
     Args:
+        file: its path, or its bytes, open and with a ``name``.
         at_most: longest side in pixels, of a thumbnail; a JPEG is then decoded at a fraction of its size.
         as_stored: as timm and torchvision read it: Pillow's ``convert("RGB")``, neither turned nor scaled nor laid on white.
 
@@ -144,8 +146,8 @@ def open_image(path: str | os.PathLike, at_most: int | None = None, as_stored: b
         DataError: names the file and why it cannot be read, whatever is wrong with it.
     """
     try:
-        _refuse_unread(path)
-        with Image.open(path, formats=FORMATS) as image:
+        _refuse_unread(file)
+        with Image.open(file, formats=FORMATS) as image:
             if max(image.size) > MAX_RATIO * min(image.size):
                 raise ValueError(f"{image.width} × {image.height} pixels; accepted: sides of 1 : {MAX_RATIO} at most")
             if at_most is not None:
@@ -157,38 +159,45 @@ def open_image(path: str | os.PathLike, at_most: int | None = None, as_stored: b
             rgb.thumbnail((at_most, at_most))
         return rgb if turn is None else rgb.transpose(turn)
     except Exception as error:  # a decoder may raise anything for what a stranger made: DecompressionBombError, struct.error …
-        raise DataError(f"cannot read the image {os.fspath(path)!r}: {_reason(path, error)}") from error
+        name = os.fspath(file) if isinstance(file, str | os.PathLike) else file.name
+        raise DataError(f"cannot read the image {name!r}: {_reason(file, error)}") from error
 
 
-def _refuse_unread(path: str | os.PathLike) -> None:
-    status = os.stat(path)
-    kinds = (
-        (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
-    )  # fmt: skip
-    for is_kind, kind in kinds:
-        if is_kind(status.st_mode):
-            raise ValueError(f"{kind}, not a file")
-    if status.st_size > MAX_BYTES:
-        raise ValueError(f"{status.st_size / 2**30:.1f} GiB; accepted: {MAX_BYTES / 2**30:.0f} GiB at most")
-    if status.st_size == 0:
+def _refuse_unread(file: str | os.PathLike | BinaryIO) -> None:
+    if isinstance(file, str | os.PathLike):
+        status = os.stat(file)
+        kinds = (
+            (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
+            (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+        )  # fmt: skip
+        for is_kind, kind in kinds:
+            if is_kind(status.st_mode):
+                raise ValueError(f"{kind}, not a file")
+        size = status.st_size
+    else:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+    if size > MAX_BYTES:
+        raise ValueError(f"{size / 2**30:.1f} GiB; accepted: {MAX_BYTES / 2**30:.0f} GiB at most")
+    if size == 0:
         raise ValueError("the file is empty")
 
 
-def _reason(path: str | os.PathLike, error: Exception) -> str:
+def _reason(file: str | os.PathLike | BinaryIO, error: Exception) -> str:
     """One line; what an unknown format is, as far as Pillow knows, instead of "cannot identify"."""
     if isinstance(error, Image.UnidentifiedImageError):
-        named = _format(path)
+        named = _format(file)
         known = f"it looks like {named}" if named else "no image format that is known here, or its beginning is broken"
         return f"{known}; accepted: {', '.join(FORMATS)}"
     text = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)).strip()
     return (text.splitlines() or [type(error).__name__])[0][:300]
 
 
-def _format(path: str | os.PathLike) -> str | None:
+def _format(file: str | os.PathLike | BinaryIO) -> str | None:
     """The format that a file's first bytes belong to, asked of Pillow without decoding."""
-    with open(path, "rb") as file:
-        prefix = file.read(16).ljust(16, b"\0")  # some of Pillow's tests expect that many
+    with open(file, "rb") if isinstance(file, str | os.PathLike) else contextlib.nullcontext(file) as opened:
+        opened.seek(0)
+        prefix = opened.read(16).ljust(16, b"\0")  # some of Pillow's tests expect that many
     if prefix[4:8] == b"ftyp" and prefix[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
         return "HEIC"
     Image.init()

@@ -53,7 +53,7 @@ class Config:
     data: str = _field(
         "data",
         f"a directory with train/CLASS/*.png and val/CLASS/*.png, or '{DIGITS}'; with --val-fraction one with CLASS/*.png, "
-        "or a CSV file with the columns file,label",
+        "or a CSV file with the columns file,label; wds:PATH of WebDataset's tar shards, hfds:PATH of a Hugging Face data set",
     )
     val_fraction: float = _field("data", "part of each class to hold out, of data that are not divided yet", 0.0, "[0, 1)")
     skip_bad: bool = _field("data", "go on without the files that cannot be trained on", False)
