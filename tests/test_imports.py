@@ -63,10 +63,11 @@ ALLOWED = {
         "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/images.py",
         "torch timm yaml",
     ),
+    "tnt_fast/metrics.py": ("tnt_fast/recipe.py tnt_fast/writing.py", "torch wandb"),
     "tnt_fast/runs.py": ("tnt_fast/checkpoints.py tnt_fast/writing.py", "torch"),
     "tnt_fast/train.py": (
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/checkpoints.py tnt_fast/check.py tnt_fast/data.py "
-        "tnt_fast/recipe.py tnt_fast/runs.py tnt_fast/terminal.py tnt_fast/visualize.py",
+        "tnt_fast/metrics.py tnt_fast/recipe.py tnt_fast/runs.py tnt_fast/terminal.py tnt_fast/visualize.py",
         "torch timm numpy tqdm",
     ),
     "tnt_fast/classify.py": (

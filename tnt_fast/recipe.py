@@ -33,7 +33,17 @@ MAY_CHANGE = (
     "workers",
 )  # settings that a resumed run takes anew
 AUTOMATIC = ("batch_size", "lr")  # settings whose 0 `settled` replaces
-MAY_EXTEND = ("epochs", "patience", "batch_size", "accumulate", "amp", "threads", "compile", "tensorboard")  # if it is told to
+MAY_EXTEND = (
+    "epochs",
+    "patience",
+    "batch_size",
+    "accumulate",
+    "amp",
+    "threads",
+    "compile",
+    "tensorboard",
+    "wandb",
+)  # if it is told to
 AMP = ("off", "bfloat16", "float16")
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "rsqrt")  # those of timm that go by steps
 _CHOICES = {"amp": AMP, "class_weights": ("off", "balanced"), "sched": SCHEDULES}
@@ -123,6 +133,7 @@ class Config:
     threads: int = _field("machine", "CPU threads of PyTorch; 0: its default. Tiny models are fastest with 1", 0, "[0, 1024]")
     compile: bool = _field("machine", "through torch.compile", False)
     tensorboard: bool = _field("machine", "write the history for TensorBoard, too", False)
+    wandb: str = _field("machine", "project of Weights & Biases that gets the history, too", "")
 
     def check(self) -> None:
         """Raise ValueError, which names the setting, for a value out of range, before anything is read or written."""

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import tnt_fast
+from tnt_fast import metrics
 from tnt_fast.check import differences
 from tnt_fast.checkpoints import FORMAT, CheckpointError, load_checkpoint
 from tnt_fast.data import DataError, DataSet, Order, batches, readers_named
@@ -132,11 +133,7 @@ class Run:
         counts = np.bincount(self.train_set.targets, minlength=len(self.classes))
         self.mixup, criterion = build_loss(config, counts.tolist())
         self.criterion = criterion.to(self.device)
-        if config.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter  # noqa: F401
-            except ImportError as error:
-                raise ImportError(f"--tensorboard needs one more package ({error}): pip install tensorboard") from error
+        metrics.check_packages(config)
         if config.compile:
             self.model.compile()  # in place: parameters keep their names
         # where the run stands: the next step is `step` of `epoch`
@@ -316,7 +313,11 @@ class Run:
             failed; the old file is whole.
             FloatingPointError: a loss, or weights, that are not finite; they are not saved.
         """
-        with caught_signals() as caught, self.folder.locked(), self._tensorboard() as events:
+        with (
+            caught_signals() as caught,
+            self.folder.locked(),
+            metrics.recorded(self.config, self.out, self.epoch, self.log) as record,
+        ):
             self._find_best()
             for line in self.changed:
                 self.log(f"continuing with {line}")
@@ -332,11 +333,7 @@ class Run:
                     self._train_epoch(caught)
                     held_out = self.evaluate()
                 self._end_epoch(time.perf_counter() - started, *held_out)
-                if events:
-                    for name, value in self.history[-1].items():
-                        if name not in ("epoch", "changed"):
-                            events.add_scalar(name, value, self.epoch)
-                    events.flush()
+                record(self.history[-1])
                 if caught and not self.done():
                     raise Interrupted(caught[0], self.last)
                 now = time.perf_counter()
@@ -383,13 +380,6 @@ class Run:
         moments = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         state = sum(value.nbytes for value in moments) or 2 * sum(value.nbytes for value in self.model.parameters())
         return weights + state, weights
-
-    def _tensorboard(self) -> Any:
-        if not self.config.tensorboard:
-            return contextlib.nullcontext()
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.out / "tensorboard"), purge_step=self.epoch + 1)
 
     def _draw(self) -> str:
         from tnt_fast import visualize
