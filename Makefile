@@ -68,7 +68,7 @@ check-compiled: $(READY)
 # gathered first: links reach out of docs/, and kernels/ is a part of tnt_fast/ only where it is installed.
 docs: $(VENV)/docs
 	rm -rf .cache/docs && mkdir -p .cache/docs/pages .cache/docs/source
-	cp -r --parents README.md CONTRIBUTING.md CHANGELOG.md docs benchmarks/results .cache/docs/pages
+	cp -r --parents README.md CONTRIBUTING.md CHANGELOG.md docs examples/README.md benchmarks/results .cache/docs/pages
 	cp -r tnt_fast .cache/docs/source && cp -r kernels .cache/docs/source/tnt_fast
 	$(BIN)/mkdocs build --strict
 	@echo "open site/index.html"

@@ -5,7 +5,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("tnt_fast", "kernels", "benchmarks", "tests", "tests/ptx")
+FOLDERS = ("tnt_fast", "kernels", "benchmarks", "examples", "tests", "tests/ptx")
 
 
 class Import(NamedTuple):
@@ -25,13 +25,13 @@ def files(*folders: str) -> list[str]:
 
 
 def file_of(module: str) -> str | None:
-    """The file of a module of ours, by its dotted name; tests import each other by their bare names."""
+    """The file of a module of ours, by its dotted name; tests and examples import each other by their bare names."""
     path = module.replace(".", "/")
     if path == "kernels" or path.startswith("kernels/"):
         return None  # that name belongs to another project's package
     if path.startswith("tnt_fast/kernels"):
         path = path.removeprefix("tnt_fast/")
-    candidates = (f"{path}.py", f"{path}/__init__.py", f"tests/{path}.py", f"tests/{path}/__init__.py")
+    candidates = (f"{path}.py", f"{path}/__init__.py", f"tests/{path}.py", f"tests/{path}/__init__.py", f"examples/{path}.py")
     return next((candidate for candidate in candidates if (ROOT / candidate).is_file()), None)
 
 

@@ -30,6 +30,7 @@ HOLDS = {
     "test_ptx_machine": ["tests/ptx/*.py"],
     "test_simulate": ["benchmarks/machine_code.py", "benchmarks/simulation_checks.py"],
     "test_static_cost": ["benchmarks/launched.py"],
+    "test_examples": ["examples/*.py"],
     "test_budget": ["benchmarks/graphs.py"],
 }
 

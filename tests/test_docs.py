@@ -1,12 +1,20 @@
 """The pages say what is there: the API's lists what is public, and nothing else (``make docs`` renders it and fails where a
-name is not there); commands have options that exist."""
+name is not there); every command and every line of Python on a page runs."""
 
+import csv
+import importlib
 import inspect
+import io
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import tnt_fast
 from tnt_fast import cli, dispatch, reference
@@ -29,12 +37,286 @@ def test_what_is_public_in_python_says_what_it_does():
     assert [f"{owner.__name__}.{name}" for owner, names in owners for name in names if not getattr(owner, name).__doc__] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/using.md"])
-def test_the_commands_of_a_page_have_these_options(page):
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.S)
-    lines = [line.partition("|")[2] or line for block in blocks for line in block.splitlines() if "tnt-fast " in line]
-    commands = [shlex.split(line, comments=True) for line in lines if not line.startswith("#")]
-    assert len(commands) >= 5
-    for name, *arguments in commands:
-        assert name == "tnt-fast"
-        assert cli._parsed(arguments)
+# ---- every command runs, in small ----
+
+PAGES = [
+    page
+    for page in ("README.md", "examples/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+    if re.search(r"^```(sh|python)$", (ROOT / page).read_text("utf-8"), re.M)
+]
+
+# What a command is given besides what its page says; of an option given twice the last counts.
+CUT = {
+    "train": "--epochs 1 --workers 0 --threads 1 --device cpu",
+    "train --resume": "--epochs 2 --workers 0 --threads 1 --device cpu",
+    "ablate": "--grid positions=none --seeds 1 --epochs 1 --processes 1 --workers 0 --threads 1 --device cpu",
+    "classify": "--device cpu",
+    "validate": "--device cpu",
+    "visualize": "--device cpu",
+    "bench": "--device cpu --seconds 0.1 --batch-size 1",
+    "examples/detection.py": "--epochs 1 --images 8 --channels 32 --size 64 96 --device cpu",
+    "examples/segmentation.py": "--epochs 1 --images 8 --channels 32 --size 64 96 --device cpu",
+    "examples/knn.py": "--k 1 --device cpu",
+    "examples/server.py": "--device cpu",
+}
+
+# Every named variant is this one, of as many blocks, and hosted weights are random ones of it.
+SMALL = dict(img_size=64, embed_dim=24, inner_dim=6, num_heads_inner=2, num_heads_outer=3)
+
+# Not run: what a line begins with, and why. Options of tnt-fast are checked nevertheless.
+NOT_RUN = {
+    "make ": "a target, which has to be there; CI calls them",
+    "pip install ": "its extras have to be there; no test installs anything",
+}
+
+# Pages whose Python says what the named variants' own sizes are, or is run elsewhere.
+OWN_SIZES = ("docs/seeing.md",)
+RUN_ELSEWHERE = {"docs/gradients.md": "tests/test_gradients.py, which has what its recipes start from"}
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, text) of a page's blocks of commands and of Python, in order."""
+    return re.findall(r"^```(sh|python)\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.S)
+
+
+def commands(text: str) -> list[str]:
+    """The lines of a block, whole where they are continued, without comments."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def words(line: str) -> list[list[str]]:
+    """A line as the shell takes it: the words of each command of a pipe, without comments and redirection."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|<>&;")
+    lexer.whitespace_split = True
+    found: list[list[str]] = [[]]
+    tokens = iter(lexer)
+    for token in tokens:
+        if token == "|":
+            found.append([])
+        elif token == ">":
+            next(tokens)
+        else:
+            assert not set(token) & set("<&;") or " " in token, f"the shell's {token!r} is not understood here: {line}"
+            found[-1].append(token)
+    return found
+
+
+def picture(path: Path, seed: int, color: int) -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 100, (40, 48, 3))
+    pixels[..., color] += 150
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def photos(folder: Path) -> list[tuple[str, str]]:
+    """What the pages name besides what their commands write; (file, label) of photos/."""
+    named = []
+    for color, label in enumerate(("cat", "dog")):
+        for i in range(6):
+            picture(folder / "photos" / label / f"{i}.jpg", 10 * color + i, color)
+            named.append((f"photos/{label}/{i}.jpg", label))
+        picture(folder / f"{label}.jpg", 30 + color, color)
+        picture(folder / "new" / f"{label}.png", 40 + color, color)
+        picture(folder / "more" / label / "1.jpg", 50 + color, color)
+        synset = ("n01440764", "n01443537")[color]
+        picture(folder / "imagenet" / "val" / synset / "1.jpg", 60 + color, color)
+        picture(folder / "imagenet" / "train" / synset / "1.jpg", 65 + color, color)
+        picture(folder / "ILSVRC" / "Data" / "CLS-LOC" / "val" / f"ILSVRC2012_val_0000000{color + 1}.JPEG", 70 + color, color)
+    picture(folder / "photo.jpg", 80, 0)
+    with open(folder / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("file", "label"), *named])
+    (folder / "LOC_val_solution.csv").write_text(
+        "ImageId,PredictionString\nILSVRC2012_val_00000001,n01440764 1 1 9 9\nILSVRC2012_val_00000002,n01443537 1 1 9 9\n"
+    )
+    return named
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    """Small models in place of the named ones, random weights in place of hosted ones, fewer digits; what takes long of a page
+    of ``visualize`` is left to tests/test_page.py: pictures beside it, and t-SNE, for which PCA stands in."""
+    import timm.models._builder
+    from sklearn import datasets, manifold
+    from sklearn.decomposition import PCA
+
+    from tnt_fast import page, variants
+
+    create, load_digits = variants._create, datasets.load_digits
+
+    def small(variant, pretrained, defaults, kwargs):
+        return create(variant, False, {**defaults, **SMALL}, kwargs)
+
+    def hosted(name):
+        model = None if name.startswith(variants.HUB) else variants.variant(name)
+        weights = variants.create_tnt(model or "tnt_fast_s_patch16_224").state_dict()
+        return {"state_dict": weights} | ({} if model else {"arch": "tnt_fast_s_patch16_224"}), model, "a stand-in for the hub"
+
+    def few_digits(**kwargs):
+        digits = load_digits(**kwargs)
+        for name in ("images", "data", "target"):
+            digits[name] = digits[name][:100]
+        return digits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "_create", small)
+        patch.setattr(variants, "_from_hub", hosted)
+        patch.setattr(datasets, "load_digits", few_digits)
+        patch.setattr(timm.models._builder, "load_pretrained", lambda *args, **kwargs: None)
+        patch.setattr(page, "_write_pictures", lambda *args: [])
+        patch.setattr(manifold, "TSNE", lambda **kwargs: PCA(2))
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, stand_ins) -> Path:
+    """A folder with everything that the pages name, also of each other's runs."""
+    import timm
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("world")
+    photos(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for data, run in (("photos/ --val-fraction 0.2", "mine"), ("digits", "digits")):
+            cut = CUT["train"] + (" --model-kwargs depth=12" if data == "digits" else "")
+            assert cli.main(f"train {data} --out runs/{run} {cut}".split()) == 0
+    digits = folder / "runs" / "digits" / "data" / "val"
+    for name in ("3/0045.png", "8/0028.png"):  # of all digits these are held out
+        digits.joinpath(name).write_bytes(next(digits.glob("?/*.png")).read_bytes())
+    shutil.copytree(folder / "runs" / "digits", folder / "runs" / "digits-vit")
+    save_file(timm.create_model("tnt_fast_s_patch16_224").state_dict(), folder / "tnt_s.safetensors")
+    torch.save(timm.create_model("deit_small_patch16_224").state_dict(), folder / "deit_s.pth")
+    return folder
+
+
+class Shell:
+    """Runs a page's lines in this process."""
+
+    def __init__(self, page: str, monkeypatch):
+        self.page, self.monkeypatch, self.server = page, monkeypatch, None
+
+    def __call__(self, line: str) -> None:
+        """Raises: AssertionError: it cannot be run here, or does not end well."""
+        *sources, argv = words(line)
+        self.monkeypatch.undo()
+        while re.fullmatch(r"[A-Z_]+=\S*", argv[0]):
+            self.monkeypatch.setenv(*argv.pop(0).split("=", 1))
+        if why := next((why for begin, why in NOT_RUN.items() if line.startswith(begin)), None):
+            return self.checked(argv, why)
+        for source in sources:
+            assert source[0] in ("find", "ls", "cat"), f"what pipes into a command is not known here: {line}"
+        if sources:
+            made = subprocess.run(line.rpartition("|")[0], shell=True, capture_output=True, check=True).stdout
+            self.monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(made)))
+        self.run(argv, line)
+
+    def run(self, argv: list[str], line: str) -> None:
+        if argv[0] == "torchrun":
+            from torch.distributed.run import get_args_parser
+
+            launch = get_args_parser().parse_args(argv[1:])
+            assert launch.module, f"torchrun without -m: {line}"
+            argv = ["python", "-m", launch.training_script, *launch.training_script_args]
+        if argv[:2] == ["python", "-m"] and argv[2] in ("tnt_fast", "tnt_fast.cli"):
+            argv = ["tnt-fast", *argv[3:]]
+        if argv[0] == "tnt-fast":
+            status = cli.main(cut(argv[1:]))
+        elif argv[0] == "python" and argv[1] == "examples/server.py":
+            status = self.serve([*argv[2:], *CUT[argv[1]].split()])
+        elif argv[0] == "python" and argv[1].startswith("examples/"):
+            module = importlib.import_module(Path(argv[1]).stem)
+            status = module.main([*argv[2:], *CUT[argv[1]].split()])
+        elif argv[0] == "curl":
+            status = self.ask(argv[1:])
+        else:
+            raise AssertionError(f"no way to run this line of {self.page} is known: {line}")
+        assert status == 0, f"status {status} of this line of {self.page}: {line}"
+
+    def checked(self, argv: list[str], why: str) -> None:
+        """As far as can be seen without running it."""
+        if argv[0] == "make":
+            makefile = (ROOT / "Makefile").read_text("utf-8")
+            names = [word for word in argv[1:] if "=" not in word]
+            assert all(re.search(rf"^\.PHONY:.* {name}( |$)", makefile, re.M) for name in names), argv
+        elif argv[:2] == ["pip", "install"]:
+            extras = re.findall(r"tnt_fast\[(.*?)\]|\.\[(.*?)\]", " ".join(argv))
+            setup = (ROOT / "setup").with_suffix(".py").read_text("utf-8")
+            names = [name for pair in extras for part in pair if part for name in part.split(",")]
+            assert all(f'"{name}": ' in setup for name in names), argv
+        else:
+            assert argv[0] == "tnt-fast", (argv, why)
+            assert cli._parsed(argv[1:]), argv
+
+    def serve(self, argv: list[str]) -> int:
+        """Start the server of examples/, which later lines ask, without a network."""
+        from fastapi.testclient import TestClient
+
+        server = importlib.import_module("server")
+        self.server = TestClient(server.application(server.options().parse_args(argv)))
+        return 0
+
+    def ask(self, argv: list[str]) -> int:
+        body = next((Path(file[1:]).read_bytes() for flag, file in zip(argv, argv[1:]) if flag == "--data-binary"), None)  # noqa: B905
+        assert self.server, "nothing was started that could be asked"
+        with self.server as client:
+            return 0 if client.request("GET" if body is None else "POST", f"http://{argv[-1]}", content=body).is_success else 1
+
+
+def cut(argv: list[str]) -> list[str]:
+    """The arguments of tnt-fast, cut down. A page's run begins anew where another page's lies."""
+    args = cli._parsed(argv)
+    resumed = getattr(args, "resume", False)
+    if argv[0] in ("train", "ablate") and not resumed and args.out.exists():
+        shutil.rmtree(args.out)
+    return [*argv, *CUT.get(f"{argv[0]} --resume" if resumed else argv[0], CUT.get(argv[0], "")).split()]
+
+
+@pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path")
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_says_runs(page, world, tmp_path, monkeypatch, one_thread):
+    pytest.importorskip("fastapi")
+    folder = shutil.copytree(world, tmp_path / "world")
+    with pytest.MonkeyPatch.context() as of_line, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        shell, names = Shell(page, of_line), {"__name__": "page"}
+        for language, text in blocks(page):
+            if language == "sh":
+                for line in commands(text):
+                    shell(line)
+            elif page not in RUN_ELSEWHERE:
+                if page in OWN_SIZES:
+                    patch.setattr(sys.modules[__name__], "SMALL", {})
+                exec(compile(text, page, "exec"), names)
+
+
+def test_every_exception_is_met_on_a_page():
+    lines = [line for page in PAGES for language, text in blocks(page) if language == "sh" for line in commands(text)]
+    assert [begin for begin in NOT_RUN if not any(line.startswith(begin) for line in lines)] == []
+    assert [page for page in (*OWN_SIZES, *RUN_ELSEWHERE) if page not in PAGES] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("rm -rf photos", "no way to run"),
+        ("tnt-fast check photos/ && tnt-fast info", "not understood"),
+        ("curl -d x | tnt-fast classify -", "what pipes into"),
+        ("make nothing-of-that-name", "nothing-of-that-name"),
+        ('pip install "tnt_fast[nothing]"', "nothing"),
+        ("torchrun train.py", "without -m"),
+        ("tnt-fast check nowhere/", "status 2"),
+    ],
+)
+def test_a_line_that_does_not_run_is_noticed(line, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.MonkeyPatch.context() as of_line, pytest.raises(AssertionError, match=message):
+        Shell("a page", of_line)(line)
+
+
+def test_an_option_that_a_command_has_not_is_noticed(capsys):
+    with pytest.MonkeyPatch.context() as of_line, pytest.raises(SystemExit):
+        Shell("a page", of_line)("tnt-fast train photos/ --epoch-count 3 --out runs/mine")
+    assert "--epoch-count" in capsys.readouterr().err
