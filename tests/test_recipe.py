@@ -13,6 +13,7 @@ pytest.importorskip("torchvision")
 import timm
 import torch
 from PIL import Image
+from timm.optim import param_groups_layer_decay
 
 from tnt_fast import dispatch, recipe
 from tnt_fast.checkpoints import read_checkpoint
@@ -360,6 +361,19 @@ def test_layer_decay_scales_the_learning_rate_from_the_head_back():
     assert decay[id(model.head.weight)] == 0.05
 
 
+def test_layer_decay_is_timms_with_frozen_blocks_left_out():
+    settings = config(layer_decay=0.75, lr=1.0, batch_size=8, freeze_blocks=1)
+    model = recipe.build_model(settings, 2).model
+    ours = recipe.build_optimizer(settings, model).param_groups
+    theirs = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.75)
+
+    def by_parameter(groups):
+        return {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+    assert by_parameter(ours) == by_parameter(theirs)
+    assert {*by_parameter(ours)} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
 @pytest.mark.parametrize("mixing", [0.0, 0.8])
 def test_balanced_weights_make_a_rare_class_count_as_much(mixing):
     logits, target = torch.zeros(4, 2), torch.tensor([0, 0, 0, 1])
@@ -421,6 +435,80 @@ def test_the_defaults_learn_sixty_images_of_two_classes(tmp_path, capsys, draw, 
 def few(tmp_path_factory) -> Path:
     """8 images to train on, 2 held out."""
     return two_classes(tmp_path_factory.mktemp("few"), made, (4, 1))
+
+
+# ---- starting from trained weights ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, dict]:
+    """The file and the weights of a model for ant, bee and cow at 32 pixels."""
+    root = tmp_path_factory.mktemp("trained")
+    for name in ("ant", "bee", "cow"):
+        for part, count in (("train", 2), ("val", 1)):
+            (root / "data" / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng([ord(name[0]), i, count]).integers(0, 255, (32, 32, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(root / "data" / part / name / f"{i}.png")
+    argv = ["train", str(root / "data"), "--out", str(root / "run"), *MODEL, *PLAIN, "--epochs", "1", "--batch-size", "2"]
+    assert main([*argv, "--ema", "0.5"]) == 0
+    return root / "run" / "last.pt", read_checkpoint(root / "run" / "last.pt")["state_dict_ema"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        (["ant", "bee", "cow"], "from '"),
+        (["cow", "ant", "bee"], "head put in the order of the data's classes"),
+        (["ant", "cow", "eel"], "only in the weights 'bee', only in the data 'eel'; the head is kept in its order"),
+        (["ant", "cow"], "head replaced: 3 → 2 classes"),
+        (["ant", "cow"], "their classes are not the data's: only in the weights 'bee', only in the data none"),
+        (
+            ["a", "b", "c", "d", "e", "f", "g"],
+            "in the weights 'ant', 'bee', 'cow', only in the data 'a', 'b', 'c', 'd', 'e' and 2 more",
+        ),
+        (3, "from '"),
+    ],
+)
+def test_weights_of_other_classes_are_told_and_of_the_same_put_in_order(trained, classes, said):
+    file, weights = trained
+    built = recipe.build_model(config(initial=str(file)), classes)
+    assert said in built.said
+    assert ("classes are not the data's" in built.said) == bool(
+        isinstance(classes, list) and {*classes} ^ {"ant", "bee", "cow"}
+    )
+    found = built.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in found.items() if not name.startswith("head."))
+    if len(found["head.bias"]) == 3:
+        rows = [2, 0, 1] if said.startswith("head put") else [0, 1, 2]
+        assert torch.equal(found["head.weight"], weights["head.weight"][rows])
+        assert torch.equal(found["head.bias"], weights["head.bias"][rows])
+
+
+def test_trained_weights_go_on_at_another_size_and_with_other_classes(trained, few, tmp_path, capsys):
+    file, weights = trained
+    options = ["--initial", str(file), "--model", "tnt_ti_patch16_224", "--model-kwargs", "img_size=48", *PLAIN]
+    frozen = ["--freeze-blocks", "1", "--layer-decay", "0.75", "--epochs", "1", "--ema", "0.9"]
+    assert main(["train", str(few), "--out", str(tmp_path / "run"), *options, *frozen]) == 0
+    said = capsys.readouterr().out
+    assert "positions resampled to 3×3 patches" in said
+    assert "head replaced: 3 → 2 classes" in said
+    assert "only in the weights 'ant', 'bee', 'cow', only in the data '0', '1'" in said
+    saved = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert saved["state_dict"]["patch_pos"].shape == (1, 1 + 9, 24)
+    same = {name for name, value in saved["state_dict"].items() if torch.equal(value, weights.get(name, value[:0]))}
+    stem = {"cls_token", "pixel_pos", "norm1_proj.weight", "pixel_embed.proj.weight", "proj.weight"}
+    assert stem | {"blocks.0.mlp.fc1.weight"} <= same
+    assert not [name for name in same if name.startswith(("blocks.1.", "norm.", "head."))]
+
+
+def test_a_preset_that_fine_tunes_takes_weights_of_a_file(trained, few, tmp_path, capsys):
+    tiny = ["--model", "tnt_ti_patch16_224", "--batch-size", "2", "--accumulate", "1", "--epochs", "1"]
+    argv = ["train", str(few), "--out", str(tmp_path / "run"), "--preset", "finetune-384", "--initial", str(trained[0]), *tiny]
+    assert main([*argv, "--model-kwargs", "img_size=64", *PLAIN]) == 0
+    said = capsys.readouterr().out
+    assert "positions resampled to 4×4 patches" in said
+    assert "learning rate up to 5e-06" in said
 
 
 ALL = ["--freeze-blocks", "1", "--layer-decay", "0.7", "--class-weights", "balanced", "--epochs", "1", "--drop-path", "0.5"]

@@ -431,15 +431,16 @@ def _yaml() -> tuple[Any, Any]:
 # ---- what they build ----
 
 
-def build_model(config: Config, num_classes: int, saved: Mapping[str, Any] | None = None) -> "Loaded":
-    """The TNT that a config names, with a head for ``num_classes``, and its weights: those of ``saved``, which the run wrote
-    and which then says what the model is, of the initial checkpoint, those that the name means, or random ones.
+def build_model(config: Config, classes: int | Sequence[str], saved: Mapping[str, Any] | None = None) -> "Loaded":
+    """The TNT that a config names, with a head for the data's ``classes``, and its weights: those of ``saved``, which the run
+    wrote and which then says what the model is, of the initial checkpoint, those that the name means, or random ones.
     """
     from timm.utils import freeze
 
     from tnt_fast.images import DataError
     from tnt_fast.variants import Loaded, check_sizes, create_tnt, load_tnt, variant
 
+    names, num_classes = ([], classes) if isinstance(classes, int) else (list(classes), len(classes))
     given = config.model_kwargs.get("num_classes", num_classes)
     if given != num_classes:
         raise DataError(f"model_kwargs says num_classes={given}, the data has {num_classes} classes; leave it out")
@@ -448,7 +449,7 @@ def build_model(config: Config, num_classes: int, saved: Mapping[str, Any] | Non
     else:
         sizes = check_sizes({"drop_path_rate": config.drop_path, **config.model_kwargs, "num_classes": num_classes})
         if config.has_weights:
-            built = load_tnt(config.model, config.initial or None, backend=config.backend, **sizes)
+            built = _matched(load_tnt(config.model, config.initial or None, backend=config.backend, **sizes), names)
         else:
             model = create_tnt(config.model, backend=config.backend, **sizes)
             built = Loaded(model, "random", variant(config.model), sizes, [], {})
@@ -463,6 +464,35 @@ def build_model(config: Config, num_classes: int, saved: Mapping[str, Any] | Non
             if (parameter := getattr(model, name)) is not None:
                 parameter.requires_grad_(False)
     return built
+
+
+def _matched(built: "Loaded", classes: list[str]) -> "Loaded":
+    """With the head's rows in the order of the data's classes, or with what of the classes differs said."""
+    import torch
+
+    theirs = list(built.trained_on)
+    if not theirs or not classes or theirs == classes:
+        return built
+    gone, new = differing(theirs, classes)
+    if built.has_head and not (gone or new):
+        rows = [theirs.index(name) for name in classes]
+        with torch.no_grad():
+            for parameter in built.model.head.parameters():
+                parameter.copy_(parameter[rows])
+        return built._replace(said=f"{built.said}, head put in the order of the data's classes", classes=classes)
+    apart = f"only in the weights {gone or 'none'}, only in the data {new or 'none'}"
+    kept = "; the head is kept in its order" if built.has_head else ""
+    return built._replace(said=f"{built.said}; their classes are not the data's: {apart}{kept}")
+
+
+def differing(theirs: Sequence[str], ours: Sequence[str]) -> tuple[str, str]:
+    """What is in the one list of classes alone, and what in the other, in words; "": nothing."""
+
+    def but(some: Sequence[str], others: Collection[str]) -> str:
+        left = [name for name in some if name not in others]
+        return ", ".join(map(repr, left[:5])) + (f" and {len(left) - 5:,} more" if len(left) > 5 else "")
+
+    return but(theirs, {*ours}), but(ours, {*theirs})
 
 
 def build_optimizer(config: Config, model: "TNT") -> "Optimizer":

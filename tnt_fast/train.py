@@ -30,7 +30,17 @@ from tnt_fast.check import differences
 from tnt_fast.checkpoints import FORMAT, CheckpointError, load_checkpoint
 from tnt_fast.data import DataError, DataSet, Order, batches, readers_named
 from tnt_fast.dispatch import find_device, settle
-from tnt_fast.recipe import DIGITS, Config, build_loss, build_model, build_optimizer, build_schedule, continued, written
+from tnt_fast.recipe import (
+    DIGITS,
+    Config,
+    build_loss,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    continued,
+    differing,
+    written,
+)
 from tnt_fast.runs import PICTURE, Folder, first_not_finite, structure
 from tnt_fast.terminal import say
 
@@ -108,7 +118,7 @@ class Run:
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
         # what a saved run began with is in its checkpoint, or gone
-        self.built = build_model(config, len(data.classes), saved)
+        self.built = build_model(config, data.classes, saved)
         self.model = self.built.model.to(self.device)
         size = self.model.pixel_embed.img_size
         self.why_not_fused = settle(self.model)  # "fused" fails here, before anything is written
@@ -174,9 +184,10 @@ class Run:
 
     def _restore(self, saved: dict[str, Any]) -> None:
         if saved["classes"] != self.classes:
+            gone, new = differing(saved["classes"], self.classes)
             raise CheckpointError(
-                f"{str(self.last)!r} was trained on {len(saved['classes'])} classes ({saved['classes'][:3]} …), the data has "
-                f"{len(self.classes)} ({self.classes[:3]} …)"
+                f"{str(self.last)!r} was trained on {len(saved['classes'])} classes, the data has {len(self.classes)}; "
+                + (f"only in the run {gone or 'none'}, only in the data {new or 'none'}" if gone or new else "in another order")
             )
         changed = differences(saved["fingerprint"], self.fingerprint)
         if changed:

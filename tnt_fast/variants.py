@@ -231,6 +231,7 @@ class Loaded(NamedTuple):
     data_config: dict[str, Any]  # as timm.data.resolve_data_config gives it
     has_head: bool = True  # of the weights; else it is new
     trained_here: bool = False  # by 'tnt-fast train', which saw images as open_image gives them
+    trained_on: tuple[str, ...] = ()  # the names of the weights' own classes, also where the head is new; empty: unknown
 
 
 def load_tnt(
@@ -272,13 +273,13 @@ def load_tnt(
         shape = create_tnt(chosen, device="meta", **sizes)
         data_config = _data_config(told.data_config, shape, whole="format" in weights)
         names = [] if told.classes is None and "format" not in weights else _class_names(told.classes, classes)
-        names = names if shape.num_classes == classes else []
     except CheckpointError as error:
         raise CheckpointError(f"{where} is refused: {error}") from error
     fitted = fit(shape, weights, use_ema=use_ema, adapt=True, what=where)
     model = create_tnt(chosen, backend=backend, **sizes)
     model.load_state_dict({**model.state_dict(), **fitted.state})
-    return Loaded(model, f"{fitted.said} from {where}", chosen, sizes, names, data_config, fitted.has_head, "format" in weights)
+    said, own = f"{fitted.said} from {where}", names if shape.num_classes == classes else []
+    return Loaded(model, said, chosen, sizes, own, data_config, fitted.has_head, "format" in weights, tuple(names))
 
 
 # ---- what files say beside their weights ----
