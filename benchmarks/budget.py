@@ -40,7 +40,7 @@ from benchmarks import machine_code, measure, simulate
 from benchmarks.dynamic_cost import aligned
 from benchmarks.graphs import IMAGE, MODELS, Call, launches_per_block, planned, saved_mb_per_image
 from benchmarks.launched import Launched, Recorder
-from benchmarks.static_cost import TARGETS, compile_launch, occupancy, read_nvidia, write_json
+from benchmarks.static_cost import TARGETS, compile_launch, digest, occupancy, read_nvidia, write_json
 from benchmarks.test_models import DEITS, TNTS
 
 ROOT = Path(__file__).parents[1]
@@ -169,7 +169,7 @@ def _sources(*names: str) -> str:
 def _readers() -> str:
     """Of what tells a time from machine code."""
     parts = [inspect.getsource(each) for each in (occupancy, compile_launch, read_nvidia)]
-    return _digest(_sources("benchmarks/simulate.py", "benchmarks/machine_code.py"), parts, TARGETS)
+    return _digest(digest(simulate, machine_code), parts, TARGETS)
 
 
 def _kept(name: str, key: str, make: Callable[[], Any]) -> Any:
@@ -203,7 +203,7 @@ def simulated(found: Launched, gpu: simulate.Gpu, patches: int) -> Cost:
         if not hasattr(found.kernel, "cache_key"):
             raise ValueError("a kernel made for Triton's interpreter is not compiled: unset TRITON_INTERPRET")
         compiled = compile_launch(found, target)
-        _, about = read_nvidia(compiled, target.arch)
+        about = read_nvidia(compiled, target.arch)
         code = machine_code.parts(machine_code.decode(machine_code.disassembly(compiled.asm["cubin"])))
         warps = found.options["num_warps"]
         resident, _ = occupancy(gpu.target, warps, about["registers"], compiled.metadata.shared)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.report [FILE ...]        default: benchmarks/results/*/*.json
 
-Into README.md what a reader wants first, into benchmarks/results/README.md every row, both between markers; pictures and
-summary.json beside the results. Of each group of a device the newest run counts that has ours and others; ratios are taken
-within one run.
+Into README.md what a reader wants first, into benchmarks/results/README.md every row, into docs/performance.md the budget, all
+between markers; pictures and summary.json beside the results. Of each group of a device the newest run counts that has ours
+and others; ratios are taken within one run.
 """
 
 import argparse
@@ -206,8 +206,15 @@ def label(device: Device) -> str:
     return f"{device['machine']['device']}{threads}, {found}"
 
 
+def dates(device: Device) -> str:
+    """Date and commit of every run that rows are from."""
+    used = {row["run"] for row in device["rows"].values()}
+    runs = [(run["date"], run["machine"]["commit"] or "unknown") for when, run in device["runs"].items() if when in used]
+    return "; ".join(f"{date}, commit {commit}" for date, commit in dict.fromkeys(runs))
+
+
 def headline(device: Device) -> str:
-    """img/s (and peak MiB) of TNT and DeiT of one size side by side; of a GPU at the batches of HEADLINE."""
+    """img/s (of a train step: and peak MiB) of TNT and DeiT of one size side by side; of a GPU at the batches of HEADLINE."""
     found: dict[tuple, dict[str, str]] = {}
     columns = []
     gpu = device["machine"]["kind"] != "cpu"
@@ -217,18 +224,18 @@ def headline(device: Device) -> str:
             continue
         path = " (reference)" if row["provider"].startswith("reference") else ""
         columns.append({"tnt_fast": f"tnt_fast{path}", "timm": "timm TNT", "deit": "DeiT"}[who(row)] + f", {way(row)}")
-        memory = f" ({row['peak_mib']:,.0f})" if "peak_mib" in row else ""
+        memory = f" ({row['peak_mib']:,.0f})" if "peak_mib" in row and row["mode"] == "train" else ""
         found.setdefault((row["model"].split("_")[1], mode, dtype, batch), {})[columns[-1]] = number(row["img_s"]) + memory
     columns = list(dict.fromkeys(columns))
     lines = []
     for (size, mode, dtype, batch), cells in found.items():
         name = {"latency_graph": "CUDA graph"}.get(mode, mode)
         lines.append([f"{size.capitalize()}, {name}, {dtype}, batch {batch}", *(cells.get(c, "") for c in columns)])
-    memory = " (peak MiB)" if any("peak_mib" in row for row in models(device)) else ""
+    memory = " (peak MiB)" if any("peak_mib" in row and row["mode"] == "train" for row in models(device)) else ""
     return table([f"img/s{memory}", *columns], lines) if lines else ""
 
 
-def work_table(device: Device, chosen: Iterable[str]) -> str:
+def work_table(device: Device, chosen: Iterable[str], short: bool = False) -> str:
     by_model: dict[str, dict[str, Row]] = {}
     for row in rows(device, "flops"):
         by_model.setdefault(row["model"], {})[row["path"]] = row
@@ -242,7 +249,8 @@ def work_table(device: Device, chosen: Iterable[str]) -> str:
             " → ".join(f"{row['flop_per_byte']:.0f}" for row in paths),
         ])  # fmt: skip
     head = ["one image", "M parameters", "GMACs", "with LayerNorms", "published top-1", "MiB moved", "FLOP/byte"]
-    return table(head, lines)
+    kept = [i for i, name in enumerate(head) if not short or name not in ("with LayerNorms", "FLOP/byte")]
+    return table([head[i] for i in kept], [[line[i] for i in kept] for line in lines])
 
 
 def cells(row: Row, columns: dict[str, str]) -> list[str]:
@@ -327,9 +335,15 @@ def missing(devices: dict[str, Device]) -> str:
     return table(["rows of a GPU", "missing", "of"], [*lines, ["all of these", *total]])
 
 
-def first_block(devices: dict[str, Device]) -> str:
-    """What stands between the markers of README.md: the GPUs, or without one the CPUs."""
-    parts = []
+def ratios(devices: dict[str, Device], results: Path) -> str:
+    """The budget's ratios, until a GPU has measured the budget's commit."""
+    commits = {run["machine"]["commit"] for device in devices.values() for run in device["runs"].values()}
+    return "" if stack.commit(results) in commits else stack.ratios(results)
+
+
+def first_block(devices: dict[str, Device], results: Path) -> str:
+    """What stands between the markers of README.md: the budget's ratios, the GPUs, or without one the CPUs."""
+    parts = [text for text in (ratios(devices, results),) if text]
     measured = [name for name, device in devices.items() if device["rows"]]
     order = [name for name in measured if devices[name]["machine"]["kind"] != "cpu"]
     if not order:
@@ -337,12 +351,12 @@ def first_block(devices: dict[str, Device]) -> str:
         parts.append("On a GPU: not measured yet ([what is missing](benchmarks/results/README.md)).")
     counted = newest_counts(devices)
     if counted:
-        parts.append(work_table(counted, ("tnt_s", "deit_s", "tnt_b", "deit_b")))
-        parts.append("MiB moved: by all kernels in float16, eager → fused. With LayerNorms: 5 for each of their elements.")
+        parts.append(work_table(counted, ("tnt_s", "deit_s", "tnt_b", "deit_b"), short=True))
+        parts.append("MiB moved: by all kernels in float16, eager → fused.")
     for name in order:
         device = devices[name]
         parts += [text for text in (headline(device),) if text]
-        parts.append(f"{label(device)}. [All rows](benchmarks/results/README.md).")
+        parts.append(f"{device['machine']['device']}, {dates(device)}. [All rows](benchmarks/results/README.md).")
         drawn = pictures_of(device)
         first = "throughput" if "throughput" in drawn and device["machine"]["kind"] != "cpu" else "waterfall"
         if first in drawn:
@@ -371,6 +385,7 @@ def full_block(devices: dict[str, Device]) -> str:
     if counted:
         every = dict.fromkeys(row["model"] for row in rows(counted, "flops"))
         parts += ["## Counted, the same on every machine", work_table(counted, every)]
+        parts.append("MiB moved: by all kernels in float16, eager → fused. With LayerNorms: 5 for each of their elements.")
         if rows(counted, "static_cost"):
             parts.append(static_table(counted))
     parts += ["## Rows still missing", missing(devices)]
@@ -629,8 +644,12 @@ def main(arguments: list[str] | None = None) -> int:
         devices = read(options.files or sorted(RESULTS.glob("*/*.json")))
         if not devices:
             raise ValueError("no result of pytest benchmarks --benchmark-json among the files")
-        readme = put_into(options.readme.read_text("utf-8"), first_block(devices))
+        write(options.results / "summary.json", (json.dumps(summary(devices), indent=1) + "\n").encode())
+        readme = put_into(options.readme.read_text("utf-8"), first_block(devices, options.results))
         every = put_into(full.read_text("utf-8"), full_block(devices))
+        performance = options.readme.parent / "docs" / "performance.md"
+        budget = stack.times(options.results) if performance.exists() else ""
+        page = put_into(performance.read_text("utf-8"), budget) if budget else ""
         drawn = draw(devices, options.results) + stack.draw(options.results)
     except ImportError as error:
         print(f'benchmarks.report: {error}; the pictures need pip install "tnt_fast[bench]"', file=sys.stderr)
@@ -638,7 +657,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2
-    write(options.results / "summary.json", (json.dumps(summary(devices), indent=1) + "\n").encode())
+    if page:
+        write(performance, page.encode())
     write(full, every.encode())
     write(options.readme, readme.encode())
     print(f"{options.readme}, {full}: tables of {', '.join(devices)}; {len(drawn)} pictures; summary.json")

@@ -15,8 +15,6 @@ Left out, too: the sweep of norm's backward (61.6 and 100.2 µs), which seems to
 """
 
 import argparse
-import ast
-import hashlib
 import importlib
 import re
 import subprocess
@@ -33,7 +31,7 @@ import triton
 from benchmarks import machine_code, simulate
 from benchmarks.dynamic_cost import aligned
 from benchmarks.launched import Launched, launched
-from benchmarks.static_cost import TARGETS, compile_launch, occupancy, read_nvidia, write_json
+from benchmarks.static_cost import TARGETS, compile_launch, digest, occupancy, read_nvidia, write_json
 from tnt_fast.kernels.operation import Config, Launch
 
 SWEEP = "results/2026-11-26-0640/tune.txt"
@@ -45,23 +43,16 @@ EMPTY_CALL_US = 5.0  # in Liger's times: in the same folder 2048 rows of 128 bfl
 PATCHES = 256 * 196
 
 
-def digest() -> str:
-    """Of the model's code, without comments and docstrings: results are of one model."""
-    found = hashlib.sha256()
-    for name in ("simulate.py", "machine_code.py"):
-        tree = ast.parse((Path(__file__).parent / name).read_text("utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        found.update(ast.dump(tree).encode())
-    return found.hexdigest()[:16]
+def model() -> str:
+    """A digest of the simulation's code: results are of one."""
+    return digest(simulate, machine_code)
 
 
 def timed(found: Launched, gpu: simulate.Gpu, tiles: int, loops: int = 0) -> simulate.Time:
     """The simulated time of a launch; ``tiles``: turns of the main loop in all programs, or ``loops`` of each."""
     target = TARGETS[gpu.target]
     compiled = compile_launch(found, target)
-    _, about = read_nvidia(compiled, target.arch)
+    about = read_nvidia(compiled, target.arch)
     code = machine_code.parts(machine_code.decode(machine_code.disassembly(compiled.asm["cubin"])))
     warps = found.options["num_warps"]
     resident, _ = occupancy(gpu.target, warps, about["registers"], compiled.metadata.shared)
@@ -248,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     print(aligned(lines, 3))
     if options.json:
-        write_json(options.json, {"model": digest(), "triton": triton.__version__, "rows": rows})
+        write_json(options.json, {"model": model(), "triton": triton.__version__, "rows": rows})
     return 0
 
 

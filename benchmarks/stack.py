@@ -1,4 +1,4 @@
-"""Where each millisecond of a model goes: the rows of a budget beside what a profile of a GPU says, as stacked bars."""
+"""A budget, shown: ratios and times in tables; where each millisecond goes, beside what a profile says, as stacked bars."""
 
 import json
 import re
@@ -21,6 +21,7 @@ PARTS = {
 COLOURS = ("C2", "C8", "C5", "C3", "C4", "C0", "C6", "0.85", "C1")
 MODELS = ("tnt_s", "deit_s", "tnt_b", "deit_b")
 TITLES = {"inference": "a forward", "train": "a training step"}
+MODES = {"inference": "inference", "train": "train", "latency_graph": "an image in a CUDA graph"}
 PROFILED = {"tnt_s/inference": "fused-eager", "tnt_s/train": "fused-compiled", "deit_s/train": "timm-compiled"}
 
 
@@ -73,6 +74,88 @@ def bars(results: Path, mode: str) -> dict[str, Counter[str]]:
         if row := gpu.get(f"{model}/{mode}/bf16/256"):
             found[f"{title}\nmeasured"] = Counter({"a whole call": row["ms"]})
     return found
+
+
+def _table(lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
+
+
+def _read(results: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]] | None:
+    """The budget, the summary's rows of its GPU, the checks of the simulation; None without a budget."""
+    if not (results / "budget.json").exists():
+        return None
+    budget, summary, checks = (
+        json.loads((results / f"{n}.json").read_text("utf-8")) for n in ("budget", "summary", "simulation")
+    )
+    gpu = next((rows for device, rows in summary.items() if budget["about"]["gpu"] in device.lower()), {})
+    return budget, gpu, checks["rows"]
+
+
+def commit(results: Path) -> str | None:
+    """Of the budget, where there is one."""
+    found = _read(results)
+    return found[0]["about"]["commit"] if found else None
+
+
+def _named(model: str, mode: str) -> str:
+    size = model.rpartition("_")[2].capitalize()
+    kind = "DeiT" if model.startswith("deit") else "timm's TNT" if model.startswith("timm") else "TNT"
+    return f"{kind}-{size}, {MODES[mode]}"
+
+
+def errors(results: Path) -> str:
+    """How wrong simulated times are, of others' code and of ours, and the budget of whole DeiTs."""
+    budget, gpu, checks = _read(results)
+    of = {kind: [row["error_percent"] for row in checks if row["kind"] == kind] for kind in ("published", "measured")}
+    whole = [
+        100 * (one["ms"] / row["ms"] - 1)
+        for model, modes in budget.items()
+        for mode, one in modes.items()
+        if model.startswith("deit")
+        and (row := gpu.get(f"{model}/{mode}/bf16/{one.get('batch')}"))
+        and row["provider"] == "timm-compiled"
+    ]
+    text = f"published times of kernels within {max(map(abs, of['published'])):.0f}%, measured ones {min(of['measured']):+.0f} "
+    text += f"to {max(of['measured']):+.0f}%"
+    return text + (f", whole DeiTs within {max(map(abs, whole)):.0f}%" if whole else "")
+
+
+def ratios(results: Path) -> str:
+    """img/s of TNT over those of a compiled DeiT, by the budget; "" without one."""
+    if (found := _read(results)) is None:
+        return ""
+    budget, *_ = found
+    lines = [["img/s over compiled DeiT's"], [f"simulated, commit {budget['about']['commit']}"]]
+    for model, mode in (("tnt_s", "inference"), ("tnt_s", "train"), ("tnt_s", "latency_graph"), ("tnt_b", "inference")):
+        one = budget[model][mode]
+        alone = budget[f"deit_{model[4:]}"][mode]["gpu_ms"] / one["gpu_ms"]
+        host = f" ({alone:.2f} without the host)" if abs(alone / one["vs_deit_compiled"] - 1) > 0.02 else ""
+        lines[0].append(_named(model, mode).replace("TNT-", "").replace("an image in a ", ""))
+        lines[1].append(f"{one['vs_deit_compiled']:.2f}{host}")
+    return f"{_table(lines)}\n\n[How](docs/performance.md), and errors: {errors(results)}."
+
+
+def times(results: Path) -> str:
+    """Every model and mode of the budget, a line each, for docs/performance.md; "" without a budget."""
+    if (found := _read(results)) is None:
+        return ""
+    budget, gpu, _ = found
+    lines = [[
+        f"{budget['about']['gpu']}, commit {budget['about']['commit']}", "ms (low to high)", "on the GPU alone",
+        "img/s over compiled DeiT's", "on the GPU alone", "measured before", "launches a block", "MB kept of an image",
+    ]]  # fmt: skip
+    for model, modes in budget.items():
+        for mode, one in modes.items() if model != "about" else ():
+            peer = budget.get(f"deit_{model.rpartition('_')[2]}", {}).get(mode, one)
+            row = gpu.get(f"{model}/{mode}/bf16/{one['batch']}", {})
+            ours = not model.startswith("deit")
+            lines.append([
+                _named(model, mode), f"{one['ms']:#.3g} ({one['low']:#.3g} to {one['high']:#.3g})", f"{one['gpu_ms']:#.3g}",
+                f"{one['vs_deit_compiled']:.2f}" if ours else "", f"{peer['gpu_ms'] / one['gpu_ms']:.2f}" if ours else "",
+                f"{row['vs_deit_compiled']:.2f}" if "vs_deit_compiled" in row else "", f"{one['launches_per_block']:g}",
+                f"{one['saved_mb_per_image']:.1f}" if "saved_mb_per_image" in one else "",
+            ])  # fmt: skip
+    return f"{_table(lines)}\n\nHow wrong: {errors(results)}."
 
 
 def draw(results: Path) -> list[Path]:

@@ -27,28 +27,28 @@ What the numbers mean, and what they do not:
 - ``--time GPU`` simulates the machine code of that GPU's target (simulate.py): microseconds of a launch at batch 256 with a
   band, what binds, and what the warps wait for. What is not modelled, and how wrong it is, is said below the table.
 - sm_86 and sm_89 are assembled from the PTX of sm_80, which is theirs but for the name of the target.
-- What was read is kept, by the digests of a kernel's source, of all that it is compiled for and of what reads it: only what
-  changed is compiled again.
+- What was read is kept, by the digests of a kernel's source, of all that it is compiled for and of the code that reads it: only
+  what changed is compiled again.
 - "risky" is an asynchronous matrix instruction of sm_90 (wgmma) with its left operand in registers: ptxas before 13.3 reuses
   such registers too early (triton issues 9433 and 11781), so its results need a test on the card.
 """
 
 import argparse
+import ast
 import gc
 import hashlib
+import inspect
 import json
 import math
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,10 +68,6 @@ from tnt_fast.kernels.operation import Operation
 from tnt_fast.writing import write
 
 CACHE = Path(__file__).parents[1] / ".cache" / "static_cost"
-READERS = [
-    hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest()
-    for name in ("static_cost.py", "machine_code.py", "simulate.py")
-]
 PATCHES = 256 * 196 * 12
 SLOTS_PER_US = 132 * 4 * 1980
 TIMED_TARGET = "sm_90"
@@ -182,31 +178,42 @@ def read_code(disassembly: str, backend: str) -> Code:
             at[label[1]] = len(code)
         elif instruction := pattern.match(line):
             code.append(instruction)
-    graph = networkx.DiGraph()
+    branches, begins = {}, {0, *at.values()}  # of an instruction that ends a block: where it goes
     for i, instruction in enumerate(code):
         op, rest = instruction["op"], instruction["rest"].strip()
-        graph.add_node(i)
-        if op != "BRA.DIV":  # leaves only with a diverged warp, which programs on tiles do not have
-            graph.add_edges_from((i, at[name]) for name in re.findall(r"\.L\w+", rest) if name in at)
+        # BRA.DIV leaves only with a diverged warp, which programs on tiles do not have
+        to = [at[name] for name in re.findall(r"\.L\w+", rest) if name in at] if op != "BRA.DIV" else []
         leaves = re.match(r"EXIT|RET|BRX|s_endpgm|s_setpc|s_branch", op) or (op.startswith("BRA") and rest.startswith("`"))
-        if i + 1 < len(code) and (not leaves or instruction["guard"]):
-            graph.add_edge(i, i + 1)
+        if to or leaves:
+            branches[i] = to + [i + 1] * (not leaves or bool(instruction["guard"]))
+            begins.add(i + 1)
+    starts = sorted(begin for begin in begins if begin < len(code))
+    ends = dict(zip(starts, [*starts[1:], len(code)], strict=True))  # a block, by its first instruction
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(ends)
+    for block, end in ends.items():
+        graph.add_edges_from((block, to) for to in branches.get(end - 1, [end]) if to in ends)
 
-    def loops(nodes):
-        return [part for part in networkx.strongly_connected_components(graph.subgraph(nodes)) if len(part) > 1]
+    def size(blocks):
+        return sum(ends[block] - block for block in blocks)
+
+    def loops(blocks):
+        parts = networkx.strongly_connected_components(graph.subgraph(blocks))
+        again = [part for part in parts if len(part) > 1 or any(graph.has_edge(block, block) for block in part)]
+        return [part for part in again if size(part) > 1]
 
     def real(parts):
-        return sum(len(part) > 8 for part in parts)  # shorter ones only wait for a barrier
+        return sum(size(part) > 8 for part in parts)  # shorter ones only wait for a barrier
 
-    def count(nodes):
-        return Counter(code[i]["op"] for i in nodes)
+    def count(blocks):
+        return Counter(code[i]["op"] for block in blocks for i in range(block, ends[block]))
 
     reachable = {0} | networkx.descendants(graph, 0)  # not the padding, and not the endless loop behind the code
-    outer = sorted(loops(reachable), key=len)
+    outer = sorted(loops(reachable), key=size)
     if not outer:
         return Code(count(reachable), Counter(), 0, 0)
     body = outer.pop()
-    entries = {i for i in body if any(before not in body for before in graph.predecessors(i))}
+    entries = {block for block in body if any(before not in body for before in graph.predecessors(block))}
     return Code(count(body), count(reachable - body), real(loops(body - entries)), real(outer))
 
 
@@ -271,18 +278,12 @@ def assemble(ptx: str, found: Launched, target: Target) -> bytes:
     return backend.make_cubin(renamed, {}, backend.parse_options(dict(found.options)), target.arch)
 
 
-def read_nvidia(compiled: Any, arch: int, disassembled: bool = True) -> tuple[str, dict[str, Any]]:
-    """Disassembly, if it is wanted, and what the cubin and the PTX say."""
+def read_nvidia(compiled: Any, arch: int) -> dict[str, Any]:
+    """What the cubin and the PTX say."""
     tools = triton.knobs.nvidia
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-
-        command = [tools.nvdisasm.path, "-c", cubin.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout if disassembled else ""
     registers, stack = machine_code.usage(compiled.asm["cubin"])
     ptxas = getattr(tools, "ptxas_blackwell", tools.ptxas) if arch >= 100 else tools.ptxas
-    return text, {
+    return {
         "registers": registers,
         "stack_bytes": stack,
         "risky": bool(RISKY.search(compiled.asm["ptx"])),
@@ -290,9 +291,8 @@ def read_nvidia(compiled: Any, arch: int, disassembled: bool = True) -> tuple[st
     }
 
 
-def _read_amd(compiled: Any) -> tuple[str, dict[str, Any]]:
-    """Assembly, and what its metadata says; ``registers`` are the vector registers, accumulators among them."""
-    text = compiled.asm["amdgcn"]
+def _read_amd(text: str) -> dict[str, Any]:
+    """What an assembly's metadata says; ``registers`` are the vector registers, accumulators among them."""
     keys = {
         "registers": "vgpr_count",
         "accumulator_registers": "agpr_count",
@@ -301,14 +301,14 @@ def _read_amd(compiled: Any) -> tuple[str, dict[str, Any]]:
         "stack_bytes": "private_segment_fixed_size",
     }
     found = {key: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for key, name in keys.items()}
-    return text, found | {"risky": False, "compiler": f"triton {triton.__version__}"}
+    return found | {"risky": False, "compiler": f"triton {triton.__version__}"}
 
 
-def _time(found: Launched, launch: Any, compiled: Any, resident: int, gpu: simulate.Gpu) -> dict[str, Any]:
-    """What a launch's simulation says, or why there is none."""
+def _time(found: Launched, launch: Any, text: str, resident: int, gpu: simulate.Gpu, conflicts: float) -> dict[str, Any]:
+    """What a launch's simulation says, or why there is none; ``text``: its disassembly."""
     tiles = math.ceil(PATCHES / 12 / launch.patches)
     try:
-        code = machine_code.parts(machine_code.decode(machine_code.disassembly(compiled.asm["cubin"])))
+        code = machine_code.parts(machine_code.decode(text))
         time = simulate.simulate(
             code,
             gpu,
@@ -318,6 +318,7 @@ def _time(found: Launched, launch: Any, compiled: Any, resident: int, gpu: simul
             bytes=found.bytes,
             tiles=tiles,
             loops=launch.turns if launch.turns > 1 else 0,
+            conflicts=conflicts,
         )
     except ValueError as error:
         return {"gpu": gpu.name, "error": str(error)}
@@ -325,12 +326,12 @@ def _time(found: Launched, launch: Any, compiled: Any, resident: int, gpu: simul
 
 
 def _row(
-    kernel: str, number: int, target: str, sass: Path | None, gpu: simulate.Gpu | None, counted: bool = True
+    kernel: str, number: int, target: str, sass: Path | None, gpu: simulate.Gpu | None, counted: bool, conflicts: float = 1.0
 ) -> dict[str, Any]:
     """``cost`` of one launch, the ``number``-th of its module. Runs in a worker."""
     variant, dtype, shown = _launches(kernel)[number]
     where = sass / f"{kernel}-{variant}-{dtype}-{shown.kernel.__name__}-{number}-{target}" if sass else None
-    return cost(kernel, variant, dtype, shown, target, where, gpu, counted)
+    return cost(kernel, variant, dtype, shown, target, where, gpu, counted, conflicts)
 
 
 def cost(
@@ -342,18 +343,24 @@ def cost(
     sass: Path | None = None,
     gpu: simulate.Gpu | None = None,
     counted: bool = True,
+    conflicts: float = 1.0,
 ) -> dict[str, Any]:
     """Compile a launch of an operation for a target and read its cost, unless that is known. ``sass``: a file, less its ending,
-    that gets the disassembly."""
+    that gets the disassembly. ``conflicts``: turns of shared memory over the least, which a simulation takes."""
     limits = TARGETS[target]
     started, launch = _as_launched(kernel, variant, dtype, shown, target), shown.spec
-    known = _known(started, target, launch.config, launch.patches, launch.turns, gpu, counted)
+    known = _known(started, gpu, target, launch.config, launch.patches, launch.turns, counted, conflicts)
     if sass is None and known.exists():
         return json.loads(known.read_text())
     compiled = compile_launch(started, TARGETS[SAME_PTX.get(target, target)])
     if target in SAME_PTX:
         compiled.asm["cubin"] = assemble(compiled.asm["ptx"], started, limits)
-    text, found = read_nvidia(compiled, limits.arch, counted) if limits.backend == "cuda" else _read_amd(compiled)
+    if limits.backend == "cuda":
+        text = machine_code.disassembly(compiled.asm["cubin"]) if counted or gpu is not None or sass is not None else ""
+        found = read_nvidia(compiled, limits.arch)
+    else:
+        text = compiled.asm["amdgcn"]
+        found = _read_amd(text)
     if sass is not None:
         sass.with_name(f"{sass.name}.{'sass' if limits.backend == 'cuda' else 'amdgcn'}").write_text(text)
 
@@ -368,7 +375,7 @@ def cost(
     if counted:
         found |= _counts(launch, target, text)
     if gpu is not None:
-        found["simulated"] = _time(started, launch, compiled, programs, gpu)
+        found["simulated"] = _time(started, launch, text, programs, gpu, conflicts)
     write_json(known, found)
     return found
 
@@ -395,25 +402,59 @@ def _counts(launch: Any, target: str, text: str) -> dict[str, Any]:
     }
 
 
-def _known(found: Launched, *about: Any) -> Path:
+def digest(*modules: Any) -> str:
+    """Of the code of modules, without docstrings and lines of comments: as long as it stays, what it made is good."""
+    found = hashlib.sha256()
+    for module in modules:
+        lines = inspect.getsource(module).splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                told = node.body[0]
+                lines[told.lineno - 1 : told.end_lineno] = [""] * (told.end_lineno - told.lineno + 1)
+        found.update("\n".join(line for line in lines if line.strip() and not line.lstrip().startswith("#")).encode())
+    return found.hexdigest()[:16]
+
+
+@cache
+def readers(timed: bool) -> str:
+    """A digest of what reads machine code, and of what simulates it."""
+    return digest(sys.modules[cost.__module__], machine_code, *([simulate] if timed else []))
+
+
+def _known(found: Launched, gpu: simulate.Gpu | None, *about: Any) -> Path:
     """Where what was read of a launch is kept, by the digests of the kernel's source with all that it calls, of what it is
-    compiled for, and of what reads it."""
+    compiled for, and of what reads it. Launches that differ in sizes alone are one, unless a time is told of them."""
 
     def described(x: Any) -> Any:
         if isinstance(x, tuple):
             return [described(each) for each in x]
-        return (str(x.dtype), list(x.shape)) if isinstance(x, torch.Tensor) else repr(x)
+        if type(x) is int:  # as the launcher tells them apart
+            return "1" if x == 1 else f"{'16 ' * (x % 16 == 0)}i{32 if x.bit_length() < 32 else 64}"
+        return str(x.dtype) if isinstance(x, torch.Tensor) else repr(x)
 
-    read = (READERS, triton.__version__, str(triton.knobs.nvidia.ptxas), found.kernel.cache_key, about)
-    launch = (described(found.arguments), sorted(found.constants.items()), sorted(found.options.items()), found.grid)
+    read = (readers(gpu is not None), triton.__version__, str(triton.knobs.nvidia.ptxas), found.kernel.cache_key, about)
+    launch = (described(found.arguments), sorted(found.constants.items()), sorted(found.options.items()))
+    time = (gpu, found.grid, found.bytes) if gpu is not None else ()
     CACHE.mkdir(parents=True, exist_ok=True)
-    return CACHE / f"{hashlib.sha256(repr((read, launch)).encode()).hexdigest()}.json"
+    return CACHE / f"{hashlib.sha256(repr((read, launch, time)).encode()).hexdigest()}.json"
 
 
 def _dynamic(kernel: str, variant: str, dtype: str, target: str) -> list[dict[str, Any]]:
     """What an operation's launches execute. Runs in a worker."""
     torch.set_num_threads(1)  # a forked process has none of the parent's threads
     return dynamic_cost.costs(kernel, variant, dtype, target)
+
+
+def _counted(executed: list[dict[str, Any]], launch: Any) -> dict[str, Any] | None:
+    """What was counted of a launch, less its names."""
+    same = (x for x in executed if (x["function"], x["constants"]) == (launch.kernel.__name__, launch.constants))
+    return next(({name: n for name, n in x.items() if name not in ("function", "constants")} for x in same), None)
+
+
+def _conflicts(counts: "Future[list[dict[str, Any]]]", launch: Any) -> float:
+    """Turns of shared memory over those without conflicts, of a launch, when they are counted."""
+    found = None if counts.exception() else _counted(counts.result(), launch)
+    return found["wavefronts"] / (found["wavefronts"] - found["conflicts"]) if found and found["conflicts"] else 1.0
 
 
 def _chosen(what: str, asked: Iterable[str] | None, accepted: Iterable[str]) -> list[str]:
@@ -438,8 +479,8 @@ def rows(
 
     What does not compile has a row, too, with ``error`` instead of numbers. ``sass``: a folder that gets the disassembly.
     ``dynamic``: NVIDIA's rows of the targets that are asked for by name, or sm_90's, have what is executed as well, under that
-    name. ``time``: a GPU of simulate.py's; rows of its target have ``simulated``. Without ``counted`` a row has no
-    instructions: to disassemble takes as long as to assemble.
+    name. ``time``: a GPU of simulate.py's; rows of its target have ``simulated``, with the conflicts that ``dynamic`` counts.
+    Without ``counted`` a row has no instructions: to disassemble takes as long as to assemble.
     """
     gpu = None if time is None else simulate.gpu(time)
     kernels = _chosen("kernel", kernels, shipped.OPERATIONS)
@@ -454,41 +495,40 @@ def rows(
     if sass is not None:
         sass.mkdir(parents=True, exist_ok=True)
 
-    found, executed, constants = {}, {}, {}
+    every = [
+        (kernel, number, variant, dtype, shown.spec, target)
+        for kernel in kernels
+        for number, (variant, dtype, shown) in enumerate(_launches(kernel))
+        for target in targets
+        if variant in variants and dtype in dtypes
+    ]
+    found, executed = {}, {}
     # fork: the workers know what OPERATIONS holds here, and a launch itself cannot be sent to them
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(jobs or os.cpu_count(), fork, initializer=gc.freeze) as pool:  # what is there is no garbage
-        for kernel in kernels:
-            for number, (variant, dtype, shown) in enumerate(_launches(kernel)):
-                if variant in variants and dtype in dtypes:
-                    launch = shown.spec
-                    names = dict(kernel=kernel, function=launch.kernel.__name__, variant=variant, dtype=dtype)
-                    sizes = dict(num_warps=launch.config.warps, num_stages=launch.config.stages)
-                    sizes |= dict(patches=launch.patches, turns=launch.turns)
-                    for target in targets:
-                        asked = gpu if gpu is not None and gpu.target == target else None
-                        row = pool.submit(_row, kernel, number, target, sass, asked, counted)
-                        found[row], constants[row] = names | {"target": target} | sizes, launch.constants
-                        operation = (kernel, variant, dtype, target)
-                        if dynamic and target in executes and operation not in executed:
-                            executed[operation] = pool.submit(_dynamic, *operation)
+        for operation in dict.fromkeys((kernel, variant, dtype, target) for kernel, _, variant, dtype, _, target in every):
+            if dynamic and operation[-1] in executes:
+                executed[operation] = pool.submit(_dynamic, *operation)
+        for kernel, number, variant, dtype, launch, target in every:
+            row = dict(kernel=kernel, function=launch.kernel.__name__, variant=variant, dtype=dtype, target=target)
+            row |= dict(num_warps=launch.config.warps, num_stages=launch.config.stages)
+            row |= dict(patches=launch.patches, turns=launch.turns)
+            timed = gpu if gpu is not None and gpu.target == target else None
+            counts = executed.get((kernel, variant, dtype, target))
+            conflicts = _conflicts(counts, launch) if timed is not None and counts is not None else 1.0
+            found[pool.submit(_row, kernel, number, target, sass, timed, counted, conflicts)] = row
         futures = {*found, *executed.values()}
         for future in tqdm(as_completed(futures), total=len(futures), desc="compile", file=sys.stderr, disable=not found):
             if future in found:
                 error = future.exception()
                 found[future] |= {"error": f"{type(error).__name__}: {error}"} if error else {"error": None} | future.result()
-    for future, row in found.items():
-        operation = tuple(row[name] for name in ("kernel", "variant", "dtype", "target"))
-        if operation in executed and row["error"] is None:
-            if error := executed[operation].exception():
+    for (kernel, _, variant, dtype, launch, target), row in zip(every, found.values(), strict=True):
+        counts = executed.get((kernel, variant, dtype, target))
+        if counts is not None and row["error"] is None:
+            if error := counts.exception():
                 row["error"] = f"{type(error).__name__}: {error}"
-                continue
-            same = (
-                x
-                for x in executed[operation].result()
-                if (x["function"], x["constants"]) == (row["function"], constants[future])
-            )
-            row["dynamic"] = next(({k: v for k, v in x.items() if k not in ("function", "constants")} for x in same), None)
+            else:
+                row["dynamic"] = _counted(counts.result(), launch)
     return list(found.values())
 
 
@@ -636,7 +676,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"under load, {gpu.dram:.0f} GB/s; {gpu.source}), and the band that all checks lie in "
                 '(results/simulation.json); "+": a loop besides the main one was taken as one turn.\n'
                 f"Not modelled: {simulate.NOT_MODELLED}. Accesses to global memory are taken as side by side, shared memory as "
-                "without conflicts (--dynamic counts them)."
+                f"{'with the conflicts that are counted' if options.dynamic else 'without conflicts (--dynamic counts them)'}."
             )
     failures = {}
     for row in table:

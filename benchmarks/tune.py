@@ -269,7 +269,7 @@ def source(entry: Entry, by_time: bool) -> str:
     about = [
         triton.__version__,
         *(found.kernel.cache_key for _, found in entry.launches),
-        *([] if by_time else static_cost.READERS),
+        *([] if by_time else [static_cost.readers(True)]),
     ]
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 

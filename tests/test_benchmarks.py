@@ -28,7 +28,7 @@ import benchmarks.test_models as models_suite
 import benchmarks.test_operations as operations_suite
 import benchmarks.test_scaling as scaling_suite
 import tnt_fast
-from benchmarks import compare, measure, precompile, report
+from benchmarks import compare, measure, precompile, report, stack
 from benchmarks import kernels as timed
 from tnt_fast import cli, flops, kernels, reference
 
@@ -684,11 +684,14 @@ def test_an_old_torch_and_a_wrong_file_are_one_line(tmp_path):
 
 def test_the_report_of_the_committed_results_is_what_the_readmes_hold():
     devices = report.read(sorted(report.RESULTS.glob("*/*.json")))
-    for path, block in ((ROOT / "README.md", report.first_block), (report.RESULTS / "README.md", report.full_block)):
+    pages = {
+        ROOT / "README.md": report.first_block(devices, report.RESULTS),
+        report.RESULTS / "README.md": report.full_block(devices),
+        ROOT / "docs" / "performance.md": stack.times(report.RESULTS),
+    }
+    for path, block in pages.items():
         text = path.read_text("utf-8")
-        assert report.put_into(text, block(devices)) == text, (
-            f"{path.name} is not of these results: python -m benchmarks.report"
-        )
+        assert report.put_into(text, block) == text, f"{path.name} is not of these results: python -m benchmarks.report"
     assert json.loads((report.RESULTS / "summary.json").read_text("utf-8")) == report.summary(devices)
     for name, device in devices.items():
         for picture in report.pictures_of(device):
@@ -751,7 +754,7 @@ def test_the_report_of_a_gpu(tmp_path):
         "tnt_fast, eager", "tnt_fast, compiled", "timm TNT, eager", "timm TNT, compiled", "DeiT, compiled",
     ]  # fmt: skip
     assert lines[2] == [
-        "S, inference, bf16, batch 256", "51,200 (100)", "64,000 (100)", "32,000 (100)", "42,667 (100)", "51,200 (100)",
+        "S, inference, bf16, batch 256", "51,200", "64,000", "32,000", "42,667", "51,200",
     ]  # fmt: skip
     assert "not measured yet" not in text
     assert "| `tnt_s/inference/bf16/256/eager+pixel_embed` |" in every
@@ -778,7 +781,7 @@ def test_the_report_of_gaps(keep, tmp_path):
     drawn = report.draw(devices, tmp_path)
     assert len(drawn) == 2 * sum(len(report.pictures_of(device)) for device in devices.values())
     assert "waterfall" not in {path.stem for path in drawn}
-    assert report.first_block(devices)
+    assert report.first_block(devices, tmp_path)
     assert report.full_block(devices)
     assert list(report.summary(devices)) == ["Some GPU"]
 
@@ -786,6 +789,29 @@ def test_the_report_of_gaps(keep, tmp_path):
 def _written(path: Path, found: dict) -> Path:
     path.write_text(json.dumps(found))
     return path
+
+
+def test_the_budgets_ratios_come_first_until_a_gpu_has_measured_its_commit(tmp_path):
+    def mode(ms, host, batch, **more):
+        return {"ms": ms + host, "gpu_ms": ms, "batch": batch, **more}
+
+    deit = {"inference": mode(6.0, 0, 256), "train": mode(20.0, 0, 256), "latency_graph": mode(0.3, 0, 1)}
+    tnt = {"inference": mode(5.0, 0, 256, vs_deit_compiled=1.2), "train": mode(25.0, 15.0, 256, vs_deit_compiled=0.5)}
+    tnt["latency_graph"] = mode(0.6, 0, 1, vs_deit_compiled=0.5)
+    budget = {"about": {"gpu": "some gpu", "commit": "1234567"}, "tnt_s": tnt, "deit_s": deit, "tnt_b": tnt, "deit_b": deit}
+    errors = {"published": (-12.0, 3.0), "measured": (-20.0, 1.0)}
+    checks = [{"kind": kind, "error_percent": error} for kind, both in errors.items() for error in both]
+    summary = {"Some GPU": {"deit_s/inference/bf16/256": {"ms": 5.0, "provider": "timm-compiled"}}}
+    for name, found in {"budget": budget, "simulation": {"rows": checks}, "summary": summary}.items():
+        _written(tmp_path / f"{name}.json", found)
+    devices = report.read([_written(tmp_path / "gpu.json", _gpu_result())])
+    head, _, row, _, told = report.first_block(devices, tmp_path).splitlines()[:5]
+    assert head == "| img/s over compiled DeiT's | S, inference | S, train | S, CUDA graph | B, inference |"
+    assert row == "| simulated, commit 1234567 | 1.20 | 0.50 (0.80 without the host) | 0.50 | 1.20 |"
+    assert told.endswith("published times of kernels within 12%, measured ones -20 to +1%, whole DeiTs within 20%.")
+    budget["about"]["commit"] = "abc"  # the GPU's
+    _written(tmp_path / "budget.json", budget)
+    assert "simulated" not in report.first_block(devices, tmp_path)
 
 
 def test_runs_are_not_mixed_in_one_group(tmp_path):

@@ -331,7 +331,7 @@ def test_a_simulation_is_kept_by_the_kernels_digest(monkeypatch, tmp_path):
     monkeypatch.setattr(budget.simulate, "simulate", lambda *_, **__: asked.append(1) or told)
     compiled = SimpleNamespace(asm={"cubin": b""}, metadata=SimpleNamespace(shared=0))
     monkeypatch.setattr(budget, "compile_launch", lambda *_: compiled)
-    monkeypatch.setattr(budget, "read_nvidia", lambda *_: ("", {"registers": 32}))
+    monkeypatch.setattr(budget, "read_nvidia", lambda *_: {"registers": 32})
     monkeypatch.setattr(budget.machine_code, "disassembly", lambda *_: "")
     monkeypatch.setattr(budget.machine_code, "decode", lambda *_: [])
     monkeypatch.setattr(budget.machine_code, "parts", lambda *_: None)

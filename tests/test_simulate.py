@@ -160,7 +160,7 @@ def results():
 
 
 def test_the_errors_are_of_this_model(results):
-    assert results["model"] == simulation_checks.digest(), "run: python -m benchmarks.simulation_checks --json FILE"
+    assert results["model"] == simulation_checks.model(), "run: python -m benchmarks.simulation_checks --json FILE"
 
 
 def test_every_known_time_lies_in_the_band(results):

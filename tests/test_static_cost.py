@@ -6,7 +6,9 @@ Whatever compiles runs in a process of its own, once a session: a process with T
 import json
 import re
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import run_once
@@ -16,7 +18,7 @@ pytest.importorskip("triton")
 import torch
 import triton
 
-from benchmarks import static_cost
+from benchmarks import simulate, static_cost
 from benchmarks.launched import launches
 from tnt_fast import kernels
 
@@ -55,7 +57,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import static_cost
+from benchmarks import machine_code, simulate, static_cost
 from tnt_fast import kernels
 from benchmarks.launched import Launched
 from benchmarks.measure import DTYPES
@@ -174,6 +176,31 @@ def ptx(target):
 code = {name: [ptx(name), ptx(like)] for name, like in static_cost.SAME_PTX.items()}
 
 
+def clocks(found, programs=1, resident=1, conflicts=1.0, barrier=False):
+    # of a turn of the loop that is compiled, of so many programs for a multiprocessor
+    cubin = static_cost.compile_launch(found, static_cost.TARGETS["sm_90"]).asm["cubin"]
+    parts = machine_code.parts(machine_code.decode(machine_code.disassembly(cubin)))
+    if barrier:  # in the middle of the chain
+        at = [i for i, each in enumerate(parts.loop) if each.op == "FFMA"][32]
+        parts.loop.insert(at, parts.loop[at]._replace(op="BAR.SYNC.DEFER_BLOCKING", stall=1))
+    about = dict(warps=found.spec.config.warps, resident=resident, grid=132 * programs, bytes=0, conflicts=conflicts)
+    h200 = simulate.gpu("h200")
+    times = [simulate.simulate(parts, h200, loops=loops, **about).us for loops in (2000, 4000)]
+    return (times[1] - times[0]) * 1e3 * h200.ghz / 2000
+
+
+each, moving = chained(64), multiplied(4, 16, 4)
+turns = {
+    "once": clocks(each),
+    "doubled": clocks(chained(128)),
+    "barrier": clocks(each, barrier=True),
+    "full": clocks(each, 2, resident=2),
+    "half": clocks(each, 2),
+    "shared": clocks(moving, 16, resident=16),
+    "conflicts": clocks(moving, 16, resident=16, conflicts=8.0),
+}
+
+
 def refuse(*given):
     raise RuntimeError("compiled")
 
@@ -183,7 +210,7 @@ asked = dict(kernels=["chain", "straight"], targets=["sm_89"])
 before = [row["error"] for row in static_cost.rows(**asked)]
 ship("straight", toy(straight, {"STEPS": 63, "BLOCK": 128}, Config(1, 4), 1, FP32))
 after = [row["error"] for row in static_cost.rows(**asked)]
-Path("again.json").write_text(json.dumps({"code": code, "before": before, "after": after}))
+Path("again.json").write_text(json.dumps({"code": code, "before": before, "after": after, "turns": turns}))
 sys.exit(status)
 """
 
@@ -299,6 +326,29 @@ def test_only_what_changed_is_compiled_again(toys):
     found = json.loads((toys[0] / "again.json").read_text())
     assert found["before"] == [None, None, None]
     assert found["after"] == [None, None, "RuntimeError: compiled"]
+
+
+def test_mutations_of_a_kernel_cost_what_they_do_by_hand(toys):
+    found = json.loads((toys[0] / "again.json").read_text())["turns"]
+    assert found["doubled"] - found["once"] == pytest.approx(64 * 4, abs=2)  # dependent multiply-adds, 4 clocks each
+    assert found["barrier"] - found["once"] == pytest.approx(simulate.BARRIER, abs=4)
+    assert found["full"] == pytest.approx(found["once"], rel=0.02)  # each program in the other's waits
+    assert found["half"] == pytest.approx(2 * found["once"], rel=0.02)
+    # of 4 warps: 4 stores and 8 loads of shared memory of 4 turns each, and 4 accesses to global memory that pass it
+    shared, others = 4 * (4 + 8) * 4, 4 * 4 * 4
+    assert found["shared"] == pytest.approx(16 * (shared + others), rel=0.02)
+    assert found["conflicts"] == pytest.approx(16 * (8 * shared + others), rel=0.02)
+
+
+def test_a_simulation_takes_the_conflicts_that_are_counted():
+    launch = SimpleNamespace(kernel=SimpleNamespace(__name__="f"), constants={"Z": 1})
+    counts: Future = Future()
+    counts.set_result([{"function": "f", "constants": {"Z": 2}, "wavefronts": 9.0, "conflicts": 8.0},
+                       {"function": "f", "constants": {"Z": 1}, "wavefronts": 12.0, "conflicts": 4.0}])  # fmt: skip
+    assert static_cost._conflicts(counts, launch) == 1.5
+    failed: Future = Future()
+    failed.set_exception(ValueError())
+    assert static_cost._conflicts(failed, launch) == 1.0
 
 
 def test_report(toys, toy_rows):
