@@ -37,6 +37,18 @@ def test_what_is_public_in_python_says_what_it_does():
     assert [f"{owner.__name__}.{name}" for owner, names in owners for name in names if not getattr(owner, name).__doc__] == []
 
 
+def test_the_sizes_on_the_kernels_page_are_the_kernels_own():
+    pytest.importorskip("triton")
+    from tnt_fast.kernels import OPERATIONS, operation
+
+    text = (ROOT / "docs" / "kernels.md").read_text("utf-8")
+    for name, kernel in OPERATIONS.items():
+        (row,) = re.findall(rf"^\| `{name}` \| (.*≤.*) \|$", text, re.M)
+        told = {size.replace("·", "*"): int(most.replace(",", "")) for size, most in re.findall(r"(\S+) ≤ ([\d,]+)", row)}
+        assert told == {size: most for size, most in kernel.limits.items() if most != operation.MOST_ROWS}
+    assert operation.MOST_ROWS == 2**30
+
+
 # ---- every command runs, in small ----
 
 PAGES = [
@@ -211,29 +223,32 @@ class Shell:
         if sources:
             made = subprocess.run(line.rpartition("|")[0], shell=True, capture_output=True, check=True).stdout
             self.monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(made)))
-        self.run(argv, line)
+        try:
+            status = self.run(argv)
+        except SystemExit as error:
+            status = error.code
+        assert status == 0, f"status {status} of this line of {self.page}: {line}"
 
-    def run(self, argv: list[str], line: str) -> None:
+    def run(self, argv: list[str]) -> int:
+        """Its status."""
         if argv[0] == "torchrun":
             from torch.distributed.run import get_args_parser
 
             launch = get_args_parser().parse_args(argv[1:])
-            assert launch.module, f"torchrun without -m: {line}"
+            assert launch.module, f"torchrun without -m: {argv}"
             argv = ["python", "-m", launch.training_script, *launch.training_script_args]
         if argv[:2] == ["python", "-m"] and argv[2] in ("tnt_fast", "tnt_fast.cli"):
             argv = ["tnt-fast", *argv[3:]]
         if argv[0] == "tnt-fast":
-            status = cli.main(cut(argv[1:]))
-        elif argv[0] == "python" and argv[1] == "examples/server.py":
-            status = self.serve([*argv[2:], *CUT[argv[1]].split()])
-        elif argv[0] == "python" and argv[1].startswith("examples/"):
+            return cli.main(cut(argv[1:]))
+        if argv[0] == "python" and argv[1] == "examples/server.py":
+            return self.serve([*argv[2:], *CUT[argv[1]].split()])
+        if argv[0] == "python" and argv[1].startswith("examples/"):
             module = importlib.import_module(Path(argv[1]).stem)
-            status = module.main([*argv[2:], *CUT[argv[1]].split()])
-        elif argv[0] == "curl":
-            status = self.ask(argv[1:])
-        else:
-            raise AssertionError(f"no way to run this line of {self.page} is known: {line}")
-        assert status == 0, f"status {status} of this line of {self.page}: {line}"
+            return module.main([*argv[2:], *CUT[argv[1]].split()])
+        if argv[0] == "curl":
+            return self.ask(argv[1:])
+        raise AssertionError(f"no way to run this line of {self.page} is known: {argv}")
 
     def checked(self, argv: list[str], why: str) -> None:
         """As far as can be seen without running it."""
@@ -317,6 +332,6 @@ def test_a_line_that_does_not_run_is_noticed(line, message, monkeypatch, tmp_pat
 
 
 def test_an_option_that_a_command_has_not_is_noticed(capsys):
-    with pytest.MonkeyPatch.context() as of_line, pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as of_line, pytest.raises(AssertionError, match="status 2"):
         Shell("a page", of_line)("tnt-fast train photos/ --epoch-count 3 --out runs/mine")
     assert "--epoch-count" in capsys.readouterr().err
