@@ -50,7 +50,7 @@ setup(
     python_requires=">=3.10",
     packages=["tnt_fast", "tnt_fast.kernels"],
     package_dir={"tnt_fast.kernels": "kernels"},
-    package_data={"tnt_fast": ["py.typed", "page.html", "presets/*.yaml"]},
+    package_data={"tnt_fast": ["py.typed", "page.html", "plan.json", "presets/*.yaml"]},
     install_requires=[
         "torch>=2.8",
         'triton>=3.4; platform_system == "Linux"',

@@ -92,6 +92,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for add in (
         _add_train,
+        _add_plan,
         _add_check,
         _add_classify,
         _add_validate,
@@ -243,6 +244,53 @@ def _path(backend: str, reasons: list[str], device: Any) -> str:
     if reasons:
         return f"reference, because {'; '.join(reasons)}"
     return "reference, as asked for" if backend == "reference" else "fused"
+
+
+# ---- plan ----
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="memory, hours and cost of a run on GPUs that are not here",
+        description="Count the memory of a run on GPUs that need not be here, find the largest batch, and tell hours and cost.",
+        epilog=_examples(
+            "plan --preset paper --gpu h100 --count 8 --amp bfloat16 --compile --price 2.5",
+            "plan photos/ --model tnt_b_patch16_224 --gpu rtx4090 --amp bfloat16",
+            "plan --preset paper --memory 64 --tflops 383 --bandwidth 3200 --count 8   # any other GPU",
+        ),
+    )
+    plan.set_defaults(command=_plan)
+    machine = plan.add_argument_group("GPUs")
+    machine.add_argument("--gpu", metavar="NAME", help="such as h100, a100, v100, rtx4090; an unknown name lists them")
+    machine.add_argument("--count", type=int, default=1, metavar="N", help="how many (default 1)")
+    machine.add_argument("--memory", type=float, metavar="GB", help="of a GPU that has no name here, or other than its own")
+    machine.add_argument("--tflops", type=float, metavar="T", help="of its products, in the dtype of the run")
+    machine.add_argument("--bandwidth", type=float, metavar="GB/s", help="of its memory")
+    machine.add_argument("--link", type=float, metavar="GB/s", help="that an all-reduce between the GPUs reaches")
+    machine.add_argument("--price", type=float, metavar="P", help="of an hour of one GPU, in any currency")
+    machine.add_argument("--images", type=int, metavar="N", help="to train on (default: DATA's, else ImageNet's 1281167)")
+    machine.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.add_argument("--preset", metavar="NAME", help=f"a recipe: {', '.join(recipe.presets())}")
+    plan.add_argument("--config", type=Path, metavar="FILE", help="settings, as 'tnt-fast train' takes them")
+    _add_settings(plan, nargs="?", help="a data set, whose images and classes are counted (default: ImageNet's numbers)")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from tnt_fast import plan
+
+    on = plan.gpu(args.gpu, memory=args.memory, tflops=args.tflops, bandwidth=args.bandwidth, link=args.link)
+    given = _given(args)
+    named = recipe.read_settings(args.config) if args.config else {}
+    config, _ = recipe.resolved({"data": named.get("data", ""), **given}, args.preset, args.config)
+    images, classes = plan.counted(config)
+    found = plan.plan(config, on, args.count, args.images or images, classes, args.price)
+    if args.json:
+        say_json(found)
+        return 0
+    for line in plan.table(found):
+        say(line)
+    return 0
 
 
 # ---- check ----

@@ -190,6 +190,20 @@ def why_not_fused(model: Any, image: Tensor | None = None, gradients: bool = Fal
     return reasons + _gradient_reasons(model, image) if gradients and not reasons else reasons
 
 
+def why_not_fused_on(model: Any, image: Tensor, gpu: str, capability: tuple[int, int]) -> list[str]:
+    """``why_not_fused`` on a GPU that need not be here, of such a name and compute capability.
+
+    Args:
+        model, image: of fake tensors on a CUDA device.
+    """
+    return kernels.too_old(gpu, capability) + _model_reasons(model, image)
+
+
+def why_not_fused_outer(block: Any, image: Tensor) -> list[str]:
+    """Why the submodules of a block compute its outer transformer where the rest is fused."""
+    return _of_outer("", block, image)[1]
+
+
 def changes(model: Any) -> list[str]:
     """Everything done to a model's parts that a forward past all of its modules leaves out: replaced, hooked, dropping, …"""
     found, looked_at = _global_hook_reasons(), set()

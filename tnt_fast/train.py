@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import tnt_fast
-from tnt_fast import metrics
+from tnt_fast import metrics, plan
 from tnt_fast.check import differences
 from tnt_fast.checkpoints import FORMAT, CheckpointError, load_checkpoint
 from tnt_fast.data import DataError, DataSet, Order, batches, readers_named
@@ -337,6 +337,7 @@ class Run:
             if not self.done():
                 self.folder.check_room(*self._sizes())
                 self.folder.save_recipe(written(self.config))
+                self._warn_of_memory()
             drawn, cost = time.perf_counter(), 1.0
             while not self.done():
                 started = time.perf_counter()
@@ -356,6 +357,13 @@ class Run:
                 self.log(f"stopped early: {self.config.patience} epochs without a better held-out accuracy")
             self.log(self._draw())
         return self.history
+
+    def _warn_of_memory(self) -> None:
+        """Where the batch does not fit the GPU, by the plan."""
+        if (gib := plan.memory_here(self.device)) is not None:
+            fused = self.model.backend != "reference"
+            if line := plan.too_large(self.config, self.model, len(self.classes), 1, fused, gib):
+                self.log(line)
 
     def _end_epoch(self, seconds: float, loss: float, accuracy: float) -> None:
         self._check_finite("held-out loss", loss)
