@@ -185,7 +185,7 @@ def test_a_second_signal_stops_at_once_and_leaves_the_last_checkpoint(data, tmp_
     assert main(arguments(data, tmp_path)) == 130
     assert "interrupted" in capsys.readouterr().err
     assert read_checkpoint(tmp_path / "last.pt")["epoch"] == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "best.pt", "history.json", "history.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "best.pt", "recipe.yaml", "history.json", "history.csv"}
 
 
 def test_a_run_killed_between_its_two_files_still_gets_its_best(data, whole, tmp_path, monkeypatch):
@@ -594,7 +594,8 @@ def test_weights_that_the_last_step_of_an_epoch_ruined_are_not_saved(data, tmp_p
 def test_a_run_writes_its_picture_history_and_checkpoints(data, tmp_path, capsys):
     assert main(arguments(data, tmp_path / "deep" / "run")) == 0
     out = tmp_path / "deep" / "run"
-    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "history.csv", "history.json", "last.pt", "training.png"]
+    names = ["best.pt", "history.csv", "history.json", "last.pt", "recipe.yaml", "training.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
     with Image.open(out / "training.png") as image:
         image.load()
         assert image.format == "PNG"

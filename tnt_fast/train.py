@@ -245,6 +245,7 @@ class Run:
                 "random": _random_state(),
             }
         )
+        self.folder.save_recipe(written(self.config))
 
     def _save_best(self, row: dict[str, Any]) -> None:
         self.folder.save_best({**self._weights(), "epoch": row["epoch"], "accuracy": row["val_accuracy"]})
@@ -336,7 +337,6 @@ class Run:
                 self.folder.save_history(self.history)  # which a killed process may have left behind
             if not self.done():
                 self.folder.check_room(*self._sizes())
-                self.folder.save_recipe(written(self.config))
                 self._warn_of_memory()
             drawn, cost = time.perf_counter(), 1.0
             while not self.done():
