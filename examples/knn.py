@@ -18,12 +18,12 @@ from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from tqdm import tqdm
 
+import tnt_fast
 from tnt_fast.check import find
 from tnt_fast.data import evaluation_transform, write_digits
 from tnt_fast.dispatch import find_device, settle
 from tnt_fast.images import named_images, open_image
 from tnt_fast.optimize import optimize_for_inference
-from tnt_fast.variants import load_tnt
 from tnt_fast.writing import replacing
 
 THUMBNAILS = 400  # at most so many images in the picture, those of one class among each other in the data's order
@@ -33,7 +33,7 @@ class Embedder:
     """Files → features ``(n, E)`` of length 1: what the head of the model would see."""
 
     def __init__(self, args: argparse.Namespace):
-        loaded = load_tnt(args.model, args.checkpoint)
+        loaded = tnt_fast.load_tnt(args.model, args.checkpoint)
         self.device, self.said = find_device(args.device), loaded.said
         model = loaded.model.to(self.device).eval()
         settle(model)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import tnt_fast
 from tnt_fast.dispatch import find_device, settle
-from tnt_fast.variants import create_tnt, load_tnt
+from tnt_fast.variants import create_tnt
 from tnt_fast.writing import replacing
 
 VOC = (
@@ -92,7 +92,7 @@ def backbone(args: argparse.Namespace, device: torch.device) -> Backbone:
     """
     sides = dict(img_size=tuple(args.size))
     if args.checkpoint or "." in args.model or ":" in args.model:
-        loaded = load_tnt(args.model or None, args.checkpoint, **sides)
+        loaded = tnt_fast.load_tnt(args.model or None, args.checkpoint, **sides)
         model, said, mean, std = loaded.model, loaded.said, loaded.data_config["mean"], loaded.data_config["std"]
     else:
         model, said = create_tnt(args.model or "tnt_fast_ti_patch16_224", **sides), "random"

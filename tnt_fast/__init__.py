@@ -29,6 +29,7 @@ if TYPE_CHECKING or not _is_command():
     from tnt_fast.optimize import optimize_for_inference
     from tnt_fast.tnt import TNT
     from tnt_fast.variants import (
+        load_tnt,
         tnt_fast_b_patch16_224,
         tnt_fast_s_legacy_patch16_224,
         tnt_fast_s_patch16_224,
@@ -54,6 +55,7 @@ __all__ = [
     "from_timm",
     "from_vit",
     "load_checkpoint",
+    "load_tnt",
     "optimize_for_inference",
     "save_checkpoint",
     "tnt_fast_b_patch16_224",

@@ -248,6 +248,10 @@ def load_tnt(
         num_classes: of the head; None: as many as the weights have. use_ema: prefer averaged weights where there are both.
         sizes: arguments of the model; they come before those of the file.
 
+    Returns:
+        The ``model``; ``said``, a sentence about its weights; ``classes``, their names as far as the file has them;
+        ``data_config``, how its images are to be read, for ``timm.data.create_transform``; ``name`` and ``sizes``.
+
     Raises:
         ValueError: no name, or none of ours. CheckpointError: the weights do not fit. FileNotFoundError: no such file.
         ConnectionError: hosted weights that are not at hand cannot be fetched.
