@@ -130,6 +130,7 @@ def computation(classifier: Classifier, largest: int) -> Callable[[Tensor], Tens
     def compute(images: Tensor) -> Tensor:
         return model(images.to(device)).float().cpu()
 
+    compute(torch.zeros(1, 3, *classifier.model.pixel_embed.img_size))  # what the first call prepares is ready then
     return compute
 
 

@@ -37,6 +37,13 @@ def test_what_is_public_in_python_says_what_it_does():
     assert [f"{owner.__name__}.{name}" for owner, names in owners for name in names if not getattr(owner, name).__doc__] == []
 
 
+def test_every_page_is_in_the_navigation():
+    pages = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
+    listed = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M)
+    assert sorted(page for page in listed if page.startswith("docs/")) == sorted(pages)
+    assert [page for page in listed if not (ROOT / page).is_file()] == []
+
+
 def test_the_sizes_on_the_kernels_page_are_the_kernels_own():
     pytest.importorskip("triton")
     from tnt_fast.kernels import OPERATIONS, operation
