@@ -84,6 +84,8 @@ SMALL = dict(img_size=64, depth=2, embed_dim=24, inner_dim=6, num_heads_inner=2,
 
 # Not run: lines with this in them, and why. Options of tnt-fast are checked nevertheless.
 NOT_RUN = {
+    r"export .*--to (aoti|int8) --out": "tests/test_export.py runs the line, and what it takes is enough once",
+    r"export .*--device cuda": "a GPU is needed",
     r"^make ": "a target, which has to be there; CI calls them",
     r"^pip install ": "its extras have to be there; no test installs anything",
 }
@@ -166,7 +168,7 @@ def stand_ins(tmp_path_factory):
 
     from tnt_fast import page, variants
 
-    create, load_digits = variants._create, datasets.load_digits
+    create, load_digits, load_pretrained = variants._create, datasets.load_digits, timm.models._builder.load_pretrained
 
     def small(variant, pretrained, defaults, kwargs):
         return create(variant, False, {**defaults, **SMALL}, kwargs)
@@ -175,6 +177,10 @@ def stand_ins(tmp_path_factory):
         model = None if name.startswith(variants.HUB) else variants.variant(name)
         weights = variants.create_tnt(model or "tnt_fast_s_patch16_224").state_dict()
         return {"state_dict": weights} | ({} if model else {"arch": "tnt_fast_s_patch16_224"}), model, "a stand-in for the hub"
+
+    def from_folders(model, pretrained_cfg=None, **kwargs):
+        if pretrained_cfg.get("file"):
+            load_pretrained(model, pretrained_cfg=pretrained_cfg, **kwargs)
 
     def few_digits(**kwargs):
         digits = load_digits(**kwargs)
@@ -186,7 +192,7 @@ def stand_ins(tmp_path_factory):
         patch.setattr(variants, "_create", small)
         patch.setattr(variants, "_from_hub", hosted)
         patch.setattr(datasets, "load_digits", few_digits)
-        patch.setattr(timm.models._builder, "load_pretrained", lambda *args, **kwargs: None)
+        patch.setattr(timm.models._builder, "load_pretrained", from_folders)
         patch.setattr(page, "_write_pictures", lambda *args: [])
         patch.setattr(manifold, "TSNE", lambda **kwargs: PCA(2))
         yield

@@ -27,9 +27,13 @@ ALLOWED = {
         "torch timm huggingface_hub",
     ),
     "tnt_fast/vit.py": ("tnt_fast/tnt.py", "torch timm"),
+    "tnt_fast/export.py": (
+        "tnt_fast/tnt.py tnt_fast/dispatch.py tnt_fast/writing.py",
+        "torch timm safetensors onnx onnxruntime onnxscript",
+    ),
     "tnt_fast/__init__.py": (
         "kernels/__init__.py tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py "
-        "tnt_fast/optimize.py tnt_fast/vit.py",
+        "tnt_fast/optimize.py tnt_fast/vit.py tnt_fast/export.py",
         "",
     ),
     # the command: all of this knows the package, which knows none of it
@@ -97,7 +101,8 @@ ALLOWED = {
         "kernels/__init__.py "
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py tnt_fast/variants.py tnt_fast/terminal.py "
         "tnt_fast/bench.py tnt_fast/check.py tnt_fast/recipe.py tnt_fast/train.py tnt_fast/images.py tnt_fast/classify.py "
-        "tnt_fast/ablate.py tnt_fast/plan.py tnt_fast/validate.py tnt_fast/visualize.py tnt_fast/page.py tnt_fast/seeing.py",
+        "tnt_fast/ablate.py tnt_fast/plan.py tnt_fast/validate.py tnt_fast/visualize.py tnt_fast/page.py tnt_fast/seeing.py "
+        "tnt_fast/export.py",
         "torch timm tqdm",
     ),
 }

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tnt_fast.writing import replacing
+from tnt_fast.writing import replacing, replacing_by_path
 
 
 def test_a_link_is_replaced_and_what_it_points_to_is_left(tmp_path):
@@ -34,3 +34,27 @@ def test_two_writers_do_not_meet(tmp_path):
             second.write(b"second")
         assert file.read_bytes() == b"second"
     assert file.read_bytes() == b"first"
+
+
+def test_a_folder_takes_the_place_of_another_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "folder"
+    for text in ("first", "second"):
+        with replacing_by_path(folder) as new:
+            new.mkdir()
+            (new / "file").write_text(text)
+        assert (folder / "file").read_text() == text
+    with pytest.raises(OSError, match="full"), replacing_by_path(folder) as new:  # noqa: PT012
+        new.mkdir()
+        raise OSError("the disk is full")
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "file"]
+    assert (folder / "file").read_text() == "second"
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").touch()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(PermissionError("no")))
+    with pytest.raises(PermissionError), replacing_by_path(folder) as new:
+        new.mkdir()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "file"]

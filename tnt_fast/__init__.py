@@ -26,6 +26,7 @@ if TYPE_CHECKING or not _is_command():
     import tnt_fast.kernels  # type: ignore[import-not-found]  # noqa: F401  first: a broken Triton breaks timm else
     from tnt_fast.checkpoints import CheckpointError, from_timm, load_checkpoint, save_checkpoint
     from tnt_fast.dispatch import why_not_fused
+    from tnt_fast.export import export_model
     from tnt_fast.optimize import optimize_for_inference
     from tnt_fast.tnt import TNT
     from tnt_fast.variants import (
@@ -43,15 +44,16 @@ else:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         import tnt_fast.kernels  # noqa: F401
-        from tnt_fast import checkpoints, dispatch, optimize, tnt, variants, vit
+        from tnt_fast import checkpoints, dispatch, export, optimize, tnt, variants, vit
 
-        modules = (checkpoints, dispatch, optimize, tnt, variants, vit)
+        modules = (checkpoints, dispatch, export, optimize, tnt, variants, vit)
         return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 __all__ = [
     "TNT",
     "CheckpointError",
+    "export_model",
     "from_timm",
     "from_vit",
     "load_checkpoint",

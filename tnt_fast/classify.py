@@ -29,7 +29,7 @@ class Classifier:
 
     Attributes:
         named: whether the checkpoint or the caller names the classes; else ``classes`` are ImageNet's, or numbers.
-        trained_here: whether 'tnt-fast train' wrote the weights.
+        trained_here: whether 'tnt-fast train' wrote the weights. accuracy: as ``variants.Loaded`` has it.
 
     Args:
         checkpoint: file of ``tnt-fast train``, or any that ``load_checkpoint`` reads if ``model`` names the variant.
@@ -56,6 +56,7 @@ class Classifier:
         loaded = load_tnt(model, checkpoint, **check_sizes(model_kwargs or {}))
         self.model, self.weights, self.classes, self.data_config = loaded.model, loaded.said, loaded.classes, loaded.data_config
         self.trained_here, self.named = loaded.trained_here, bool(loaded.classes or class_names)
+        self.accuracy = loaded.accuracy
         if self.model.num_classes < 1:
             raise CheckpointError("the model has no classes, so it cannot classify")
         if not loaded.has_head:

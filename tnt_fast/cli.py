@@ -96,6 +96,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         _add_check,
         _add_classify,
         _add_validate,
+        _add_export,
         _add_visualize,
         _add_ablate,
         _add_bench,
@@ -491,6 +492,82 @@ def _validate(args: argparse.Namespace) -> int:
         for path in validate.save(result, args.out):
             say(f"written: {path}", error=True)
     return 1 if result.errors else 0
+
+
+# ---- export ----
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a model for use without tnt_fast",
+        description="Write a trained model as ONNX, torch.export, AOTInductor, int8 or a Hugging Face folder, and compare it.",
+        epilog=_examples(
+            "export --checkpoint runs/mine/best.pt --to onnx --out mine.onnx",
+            "export --checkpoint runs/mine/best.pt --to huggingface --out mine/    # timm.create_model('local-dir:mine')",
+            "export --checkpoint runs/mine/best.pt --to int8 --out mine.onnx --data photos/    # accuracy before and after",
+        ),
+    )
+    export.set_defaults(command=_export, less_memory="to need less memory, lower --batch-size")
+    output = export.add_argument_group("output")
+    output.add_argument(
+        "--to", required=True, help="onnx | pt2 (torch.export) | aoti (AOTInductor) | huggingface | int8 (ONNX)"
+    )
+    output.add_argument("--out", required=True, metavar="PATH", help="the .onnx or .pt2 file, or the folder")
+    output.add_argument("--overwrite", action="store_true", help="replace what an export wrote to --out before")
+    output.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="accepted difference from the model's largest logit (default 1e-5; int8 0.25)",
+    )
+    output.add_argument("--data", help="labelled images as for 'validate', on which int8 is compared with the model, too")
+    output.add_argument(
+        "--most-lost", type=float, default=1.0, metavar="X", help="points of top-1 that int8 may lose (default 1)"
+    )
+    _add_model(export)
+    machine = export.add_argument_group("machine")
+    machine.add_argument("--batch-size", type=int, default=64, help="images of --data a step (default 64)")
+    machine.add_argument("--device", default="cpu", help="of the package: cpu, cuda (default cpu)")
+    machine.add_argument(
+        "--backend", default="reference", help="reference | fused (pt2, aoti: loads after import tnt_fast) (default reference)"
+    )
+
+
+def _export(args: argparse.Namespace) -> int:
+    from tnt_fast import export
+
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
+    for option, value in (("--tolerance", args.tolerance), ("--most-lost", args.most_lost)):
+        if value is not None and not 0 <= value < 1e6:
+            raise ValueError(f"{option} {value} must be 0 or more")
+    if args.data and args.to != "int8":
+        raise ValueError(f"--data is for int8, whose accuracy may differ; {args.to} computes what the model computes")
+    options = {"overwrite": args.overwrite, "backend": args.backend}
+    export.check(args.to, args.out, device=args.device, **options)
+    try:
+        import tqdm  # noqa: F401
+
+        from tnt_fast import classify, validate
+    except ImportError as error:
+        raise ImportError(f'exporting needs more packages ({error}): pip install "tnt_fast[train]"') from error
+
+    names = None if args.class_names is None else classify.read_class_names(args.class_names)
+    kwargs = _key_values(args.model_kwargs or [])
+    classifier = classify.Classifier(args.checkpoint, args.model, args.device, args.backend, names, kwargs)
+    say(f"weights: {classifier.weights}", error=True)
+    examples = validate.examples(classifier, args.data, args.batch_size) if args.data else None
+    model = {name: getattr(classifier, name) for name in ("classes", "data_config", "accuracy")}
+    written = export.export_model(
+        classifier.model, args.to, args.out, **model, **options, tolerance=args.tolerance, examples=examples,
+        most_lost=args.most_lost,
+    )  # fmt: skip
+    within = f"within {written.difference:.1e} of the model's largest logit in batches of 1 and 7"
+    say(f"{args.out}: {written.size / 1e6:,.1f} MB, {within}")
+    for line in (*written.notes, f"load: {written.load}"):
+        say(line)
+    return 0
 
 
 # ---- visualize ----

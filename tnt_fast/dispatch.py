@@ -174,7 +174,7 @@ def _of_outer(prefix: str, block: Any, like: Tensor) -> tuple[dict[str, Any], li
 def is_looked_at(drop: nn.Module) -> bool:
     """Whether a module that hands on attention's probabilities is active, hooked or replaced."""
     plain = type(drop) is nn.Dropout and (drop.p == 0 or not drop.training)
-    return not plain or bool(_global_hook_reasons()) or _is_hooked(drop) or "forward" in drop.__dict__
+    return not plain or bool(_global_hook_reasons()) or is_hooked(drop) or "forward" in drop.__dict__
 
 
 def why_not_fused(model: Any, image: Tensor | None = None, gradients: bool = False) -> list[str]:
@@ -215,7 +215,7 @@ def changes(model: Any) -> list[str]:
     for name, module in model.named_modules():
         if name in looked_at:
             continue
-        if _is_hooked(module):
+        if is_hooked(module):
             found.append(f"{name or 'the model'} has hooks; remove them")
         replaced = [key for key, x in vars(module).items() if callable(x) and callable(getattr(type(module), key, None))]
         found += [f"{f'{name}.{key}'.lstrip('.')} was replaced on the instance" for key in replaced]
@@ -396,7 +396,7 @@ _OUTER = _split(
 )  # fmt: skip
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
@@ -442,7 +442,7 @@ def _check_modules(prefix: str, owner: Any, expected: tuple, reasons: list[str])
             reasons.append(
                 f"{prefix}{path} drops with p={module.p} in training; inside the kernels there is drop-path only (set p to 0)"
             )
-        if _is_hooked(module):
+        if is_hooked(module):
             reasons.append(f"{prefix}{path} has hooks that the kernels would pass over; remove them, or hook the block")
         if "forward" in module.__dict__:
             reasons.append(f"{prefix}{path}.forward was replaced on the instance; the kernels would pass it over")

@@ -8,7 +8,7 @@ is found once for all of them, so that a part of ImageNet's folders is counted r
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -178,6 +178,28 @@ def indices(found: Labelled, classifier: Classifier) -> tuple[list[int], str]:
         f"{len(wrong):,} of {len(names):,} labels name none of the model's {count:,} classes, such as {wrong[0]!r}"
         f"{f'; nearest: {near[0]!r}' if near else ''}; accepted: {kind}, {listed}"
     )
+
+
+def examples(classifier: Classifier, data: str | Path, batch_size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of labelled images and of the indices of their classes, the images read as ``validate`` reads them.
+
+    Raises:
+        DataError: there are none, their labels are not the classifier's classes, or, on the way, one cannot be read.
+    """
+    found = labelled(data)
+    truth, _ = indices(found, classifier)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        begin = 0
+        for batch in classifier.read(found.files, batch_size, as_stored=not classifier.trained_here):
+            images = []
+            for _, image in batch:
+                if isinstance(image, DataError):
+                    raise image
+                images.append(image)
+            yield torch.stack(images), torch.tensor(truth[begin : (begin := begin + len(batch))])
+
+    return batches()
 
 
 # ---- what the model says ----

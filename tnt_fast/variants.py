@@ -232,6 +232,7 @@ class Loaded(NamedTuple):
     has_head: bool = True  # of the weights; else it is new
     trained_here: bool = False  # by 'tnt-fast train', which saw images as open_image gives them
     trained_on: tuple[str, ...] = ()  # the names of the weights' own classes, also where the head is new; empty: unknown
+    accuracy: float | None = None  # of best.pt, top-1 of what its run held out
 
 
 def load_tnt(
@@ -273,7 +274,8 @@ def load_tnt(
             raise ValueError(f"{where} does not say which model it is for: name it with model (--model tnt_s_patch16_224)")
         chosen = variant(chosen)
         classes = head_classes(weights)
-        sizes = {**({} if classes is None else {"num_classes": classes}), **told.sizes, **sizes}
+        saved = {**({} if classes is None else {"num_classes": classes}), **told.sizes}
+        sizes = {**saved, **sizes}
         shape = create_tnt(chosen, device="meta", **sizes)
         data_config = _data_config(told.data_config, shape, whole="format" in weights)
         names = [] if told.classes is None and "format" not in weights else _class_names(told.classes, classes)
@@ -283,7 +285,9 @@ def load_tnt(
     model = create_tnt(chosen, backend=backend, **sizes)
     model.load_state_dict({**model.state_dict(), **fitted.state})
     said, own = f"{fitted.said} from {where}", names if shape.num_classes == classes else []
-    return Loaded(model, said, chosen, sizes, own, data_config, fitted.has_head, "format" in weights, tuple(names))
+    here, accuracy = "format" in weights, weights.get("accuracy")
+    accuracy = accuracy if here and sizes == saved and type(accuracy) is float and 0 <= accuracy <= 1 else None
+    return Loaded(model, said, chosen, sizes, own, data_config, fitted.has_head, here, tuple(names), accuracy)
 
 
 # ---- what files say beside their weights ----
