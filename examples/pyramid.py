@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import tnt_fast
 from tnt_fast.dispatch import find_device, settle
+from tnt_fast.reading import read_checkpoint
 from tnt_fast.variants import create_tnt
 from tnt_fast.writing import replacing
 
@@ -286,7 +287,7 @@ def started(args: argparse.Namespace) -> torch.device:
 def train(
     model: nn.Module, loss: Callable[[tuple, tuple], Tensor], dataset: Any, args: argparse.Namespace, device: torch.device
 ) -> None:
-    """Train by AdamW with warm-up and cosine, and save after each epoch. Ctrl-C leaves the last whole epoch to ``--resume``.
+    """Train by AdamW with warm-up and cosine, and save after each epoch, for ``--resume``.
 
     Raises:
         ArithmeticError: a loss that is not finite.
@@ -302,45 +303,46 @@ def train(
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     begin, file = 0, args.out / "last.pt"
     if args.resume and file.exists():
-        saved = torch.load(file, map_location=device, weights_only=True)
-        if saved["steps"] != steps:
-            raise ValueError(f"{str(file)!r} is of a run of {saved['steps']} steps, this one has {steps}: leave its options")
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+        saved = read_checkpoint(file)
+        try:
+            if saved["steps"] != steps:
+                raise ValueError(f"{saved['steps']} steps there, {steps} here")
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+        except (KeyError, ValueError, RuntimeError) as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(f"{str(file)!r} is of a run with other options ({why}); give those, or another --out") from error
         begin = saved["epoch"]
-    try:
-        for epoch in range(begin, args.epochs):
-            model.train()
-            torch.manual_seed(args.seed + epoch)  # so that a resumed run draws as one that was not stopped
-            bar = tqdm(batches(dataset, args, True, args.seed + epoch), f"epoch {epoch + 1}/{args.epochs}", disable=None)
-            for images, truths in bar:
-                images = tuple(image.to(device) for image in images)
-                truths = tuple({name: value.to(device) for name, value in truth.items()} for truth in truths)
-                with torch.autocast(device.type, DTYPES[args.amp], enabled=args.amp != "off"):
-                    value = loss(images, truths)
-                if not value.isfinite():
-                    raise ArithmeticError(f"the loss is {value.item()} in epoch {epoch + 1}; lower --lr {args.lr}")
-                optimizer.zero_grad()
-                scaler.scale(value).backward()
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_([*trained, *new], 1.0)
-                scaler.step(optimizer)
-                scaler.update()
-                schedule.step()
-                bar.set_postfix(loss=f"{value.item():.3f}")
-            with replacing(file) as target:
-                torch.save(
-                    {name: part.state_dict() for name, part in parts.items()} | {"epoch": epoch + 1, "steps": steps}, target
-                )
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command with --resume goes on with epoch {epoch + 1}", file=sys.stderr)
-        raise SystemExit(130) from None
+    for epoch in range(begin, args.epochs):
+        model.train()
+        torch.manual_seed(args.seed + epoch)  # so that a resumed run draws as one that was not stopped
+        bar = tqdm(batches(dataset, args, True, args.seed + epoch), f"epoch {epoch + 1}/{args.epochs}", disable=None)
+        for images, truths in bar:
+            images = tuple(image.to(device) for image in images)
+            truths = tuple({name: value.to(device) for name, value in truth.items()} for truth in truths)
+            with torch.autocast(device.type, DTYPES[args.amp], enabled=args.amp != "off"):
+                value = loss(images, truths)
+            if not value.isfinite():
+                raise ArithmeticError(f"the loss is {value.item()} in epoch {epoch + 1}; lower --lr {args.lr}")
+            optimizer.zero_grad()
+            scaler.scale(value).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_([*trained, *new], 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            bar.set_postfix(loss=f"{value.item():.3f}")
+        with replacing(file) as target:
+            torch.save({name: part.state_dict() for name, part in parts.items()} | {"epoch": epoch + 1, "steps": steps}, target)
 
 
 def run(command: Callable[[argparse.Namespace], int], options: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Parse, and end with one line where the input is at fault."""
+    """Parse, and end with one line where the input is at fault, or Ctrl-C came."""
     args = options.parse_args(argv)
     try:
         return command(args)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        return 130
     except (ValueError, OSError, ArithmeticError) as error:
         options.exit(2, f"{options.prog}: {type(error).__name__}: {error}\n")

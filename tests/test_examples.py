@@ -201,10 +201,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, c
     monkeypatch.setattr(pyramid, "create_tnt", lambda name, **sizes: create_tnt(name, depth=1, **sizes, **TINY))
     assert segmentation.main([*argv, "--out", str(tmp_path / "whole")]) == 0
     monkeypatch.setattr("tqdm.tqdm.set_postfix", interrupt := Interrupt(after=4))
-    with pytest.raises(SystemExit) as end:
-        segmentation.main([*argv, "--out", str(tmp_path / "cut")])
-    assert end.value.code == 130
-    assert "--resume goes on with epoch 2" in capsys.readouterr().err
+    assert segmentation.main([*argv, "--out", str(tmp_path / "cut")]) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["epoch"] == 1
     interrupt.left = 100
     assert segmentation.main([*argv, "--out", str(tmp_path / "cut"), "--resume"]) == 0
     whole, cut = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut"))
@@ -246,11 +245,28 @@ def test_bad_options_end_in_one_line(options, message, tmp_path, capsys, monkeyp
     assert message in line
 
 
-def test_a_second_run_into_the_same_folder_is_refused(tmp_path, capsys):
-    (tmp_path / "last.pt").touch()
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"", "", "go on with --resume"),
+        (b"no checkpoint", "--resume", "last.pt"),
+        ({"steps": 7}, "--resume", "7 steps there, 60 here"),
+        ({"steps": 60, "model": {}}, "--resume", "run with other options"),
+    ],
+)
+def test_a_folder_with_another_run_is_left_as_it_is(content, options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pyramid, "create_tnt", lambda name, **sizes: create_tnt(name, depth=1, **sizes, **TINY))
+    file = tmp_path / "last.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    before = file.read_bytes()
     with pytest.raises(SystemExit):
-        segmentation.main([*SMALL.split(), "--out", str(tmp_path)])
-    assert "--resume" in capsys.readouterr().err
+        segmentation.main([*SMALL.split(), "--out", str(tmp_path), *options.split()])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert file.read_bytes() == before
 
 
 # ---- k-NN ----
