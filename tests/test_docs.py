@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,11 @@ PAGES = [
 # What a command is given besides what its page says; of an option given twice the last counts.
 CUT = {
     "train": "--epochs 1 --workers 0 --threads 1 --device cpu",
+    **dict.fromkeys(
+        ("train --preset", "train --config"),
+        "--epochs 1 --batch-size 2 --accumulate 1 --model-kwargs img_size=64 --workers 0 --threads 1 --device cpu",
+    ),
+    "train --freeze-blocks": "--freeze-blocks 1 --epochs 1 --workers 0 --threads 1 --device cpu",
     "train --resume": "--epochs 2 --workers 0 --threads 1 --device cpu",
     "ablate": "--grid positions=none --seeds 1 --epochs 1 --processes 1 --workers 0 --threads 1 --device cpu",
     "classify": "--device cpu",
@@ -76,6 +82,7 @@ CUT = {
     "examples/detection.py": "--epochs 1 --images 8 --channels 32 --size 64 96 --device cpu",
     "examples/segmentation.py": "--epochs 1 --images 8 --channels 32 --size 64 96 --device cpu",
     "examples/knn.py": "--k 1 --device cpu",
+    "examples/lora.py": "--epochs 1 --workers 0 --device cpu",
     "examples/server.py": "--device cpu",
 }
 
@@ -137,6 +144,7 @@ def picture(path: Path, seed: int, color: int) -> None:
 
 def photos(folder: Path) -> list[tuple[str, str]]:
     """What the pages name besides what their commands write; (file, label) of photos/."""
+    datasets = pytest.importorskip("datasets")
     named = []
     for color, label in enumerate(("cat", "dog")):
         for i in range(6):
@@ -150,6 +158,17 @@ def photos(folder: Path) -> list[tuple[str, str]]:
         picture(folder / "imagenet" / "train" / synset / "1.jpg", 65 + color, color)
         picture(folder / "ILSVRC" / "Data" / "CLS-LOC" / "val" / f"ILSVRC2012_val_0000000{color + 1}.JPEG", 70 + color, color)
     picture(folder / "photo.jpg", 80, 0)
+    (folder / "shards").mkdir()
+    (folder / "tables").mkdir()
+    for part, source in (("train", "photos"), ("val", "more")):
+        with tarfile.open(folder / "shards" / f"{part}-0000.tar", "w") as shard:
+            shard.add(folder / source, "")
+    pictures = [{"bytes": (folder / file).read_bytes(), "path": file} for file, _ in named]
+    table = datasets.Dataset.from_dict({"image": pictures, "label": [label for _, label in named]})
+    table.cast_column("image", datasets.Image()).to_parquet(str(folder / "tables" / "all.parquet"))
+    for page in PAGES:  # files that a page shows begin with their names
+        for name, text in re.findall(r"^```yaml\n# (\S+)\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.S):
+            (folder / name).write_text(text)
     with open(folder / "labels.csv", "w", newline="") as file:
         csv.writer(file).writerows([("file", "label"), *named])
     (folder / "LOC_val_solution.csv").write_text(
@@ -301,7 +320,10 @@ def cut(argv: list[str]) -> list[str]:
     resumed = getattr(args, "resume", False)
     if argv[0] in ("train", "ablate") and not resumed and args.out.exists():
         shutil.rmtree(args.out)
-    return [*argv, *CUT.get(f"{argv[0]} --resume" if resumed else argv[0], CUT.get(argv[0], "")).split()]
+    special = next(
+        (f"{argv[0]} {option}" for option in ("--resume", "--preset", "--config", "--freeze-blocks") if option in argv), argv[0]
+    )
+    return [*argv, *CUT.get(special, CUT.get(argv[0], "")).split()]
 
 
 @pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path", "ignore::DeprecationWarning:triton")

@@ -9,6 +9,7 @@ listed here once, with their places, and read from there. timm's reader of table
 import io
 import os
 import re
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -238,6 +239,8 @@ def find_rows(root: Path) -> Listing:
         import datasets
     except ImportError as error:
         raise ImportError(f"hfds: needs one more package ({error}): pip install datasets") from error
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     if not root.is_dir():
         raise DataError(f"no directory {str(root)!r}; expected what save_to_disk wrote, or a folder of parquet files")
     try:
