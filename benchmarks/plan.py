@@ -2,22 +2,25 @@
 
     python -m benchmarks.plan
 
+And the table of docs/scaling.md, which is what the command then says of the paper's recipe.
+
 The budget's simulated time is of the kernels as they are, compiled; where the budget holds one that was measured of the same
 kernels, that. Else the newest measured row: the reference is timm's TNT bit for bit, so timm's rows are its times.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.report import RESULTS, read
-from tnt_fast import plan
+from benchmarks.report import RESULTS, ROOT, put_into, read
+from tnt_fast import plan, recipe
 from tnt_fast.recipe import Config
 from tnt_fast.writing import write
 
 GPU, DEVICE, BATCH = "h200", "NVIDIA H200", 256
+PAGE = ROOT / "docs" / "scaling.md"
+ASKED = {"v100": 8, "h100": 8, "rtx4090": 1}  # GPUs, and how many, of the page's table
 PRODUCTS = ("mm", "addmm", "addmm_")
 Row = dict[str, Any]
 
@@ -74,9 +77,28 @@ def text() -> str:
     return json.dumps(found, indent=1) + "\n"
 
 
-def main(path: Path = plan.TIMES) -> int:
-    write(path, text().encode())
-    print(path)
+def line(found: dict[str, Any]) -> str:
+    """Of the page's table, from a plan."""
+    own = next(iter(found["ways"].values()))
+    low, nominal, high = own["hours"]
+    return (
+        f"| {found['count']} × {found['gpu']['title']} | {found['path']}, {found['dtype']} | "
+        f"{own['total'] / plan.GIB:.1f} of {found['gpu']['memory']:g} GiB | {own['accumulate']} × {own['batch']:,} | "
+        f"{own['largest_batch']:,} | {nominal:.0f} ({low:.0f} to {high:.0f}) | {found['sources']['time'].partition(',')[0]} |"
+    )
+
+
+def table() -> str:
+    config, _ = recipe.resolved({"data": "", "amp": "bfloat16", "compile": True}, "paper")
+    plans = [plan.plan(config, plan.GPUS[name], count, *plan.IMAGENET) for name, count in ASKED.items()]
+    head = ["| GPUs | path | memory | a GPU's batches a step | largest that fits | hours | time |", f"|{' --- |' * 7}"]
+    return "\n".join(head + [line(found) for found in plans])
+
+
+def main() -> int:
+    write(plan.TIMES, text().encode())
+    write(PAGE, put_into(PAGE.read_text("utf-8"), table()).encode())
+    print(plan.TIMES, PAGE)
     return 0
 
 

@@ -239,8 +239,8 @@ def test_time_goes_with_products_bandwidth_and_the_host():
 )
 def test_the_papers_recipe(gpu, count, taken, capsys):
     began = time.process_time()
-    asked = ["plan", "--preset", "paper", "--gpu", gpu, "--count", str(count), "--amp", "bfloat16", "--price", "2", "--json"]
-    assert main(asked) == 0
+    asked = ["plan", "--preset", "paper", "--gpu", gpu, "--count", str(count), "--amp", "bfloat16", "--compile", "--price", "2"]
+    assert main([*asked, "--json"]) == 0
     assert time.process_time() - began < 5
     found = json.loads(capsys.readouterr().out)
     text = "\n".join(plan.table(found))
@@ -265,6 +265,8 @@ def test_the_papers_recipe(gpu, count, taken, capsys):
             assert f"\n{part} " in text
     assert f"{own['hours'][1]:,.1f}" in text
     assert "assumed: " in text
+    generator = pytest.importorskip("benchmarks.plan")
+    assert f"\n{generator.line(found)}\n" in generator.PAGE.read_text("utf-8"), "run: python -m benchmarks.plan"
 
 
 def test_a_batch_that_does_not_fit_is_divided(capsys):

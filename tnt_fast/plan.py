@@ -532,6 +532,8 @@ def plan(config: Config, on: Gpu, ranks: int, images: int, classes: int, price: 
             raise ValueError(f"{name} {value} must be a whole number in [1, {most}]")
     if price is not None and not 0 <= price < 1e6:
         raise ValueError(f"--price {price:g} must be a number in [0, 1e6)")
+    config.check()
+    config = config.settled(images)
     whole = images_a_step(config, ranks)
     if whole % (ranks * _multiple(config)):
         each = ranks * _multiple(config)
@@ -583,13 +585,13 @@ def plan(config: Config, on: Gpu, ranks: int, images: int, classes: int, price: 
         "ways": found,
         "sources": SOURCES | {"time": first.get("source", "")},
         "notes": notes,
-        "assumed": [*ASSUMED, *_reading(first, whole, ranks, config)],
+        "assumed": [*ASSUMED, *_more(first, ranks, config)],
     }
 
 
 def images_a_step(config: Config, ranks: int) -> int:
     """Of all ranks together."""
-    return getattr(config, "global_batch", 0) or (config.batch_size or 256) * config.accumulate
+    return getattr(config, "global_batch", 0) or config.batch_size * config.accumulate
 
 
 def _why_not_fused(about: Shape, on: Gpu) -> list[str]:
@@ -606,11 +608,9 @@ def _counted(about: Shape, fused: bool, recompute: str) -> Kept:
 
 def _divided(share: int, most: int, multiple: int) -> tuple[int, int]:
     """A rank's images of a step as few equal batches as fit: (batch, how many of them); (0, 0): none do."""
-    for repeats in range(1, share + 1):
-        batch, left = divmod(share, repeats)
-        if not left and batch <= most and batch % multiple == 0:
-            return batch, repeats
-    return 0, 0
+    largest = min(share, most)
+    batches = range(largest - largest % multiple, 0, -multiple)
+    return next(((batch, share // batch) for batch in batches if share % batch == 0), (0, 0))
 
 
 def _hours(
@@ -627,14 +627,18 @@ def _hours(
     return found if price is None else found | {"cost": [price * ranks * each for each in hours]}
 
 
-def _reading(row: dict[str, Any], whole: int, ranks: int, config: Config) -> list[str]:
-    if "images_per_s" not in row:
-        return []
-    cores = math.ceil(row["images_per_s"] / READ / ranks)
-    return [
-        f"images are there in time: a core reads {READ:g} a second, each GPU needs {cores} (--workers {cores}; the recipe has "
-        f"{config.workers})"
-    ]
+def _more(row: dict[str, Any], ranks: int, config: Config) -> list[str]:
+    """What is assumed of this plan beside ``ASSUMED``."""
+    found = []
+    if config.compile:
+        found.append("compiled, autograd keeps at most what it keeps otherwise")
+    if "images_per_s" in row:
+        cores = math.ceil(row["images_per_s"] / READ / ranks)
+        found.append(
+            f"images are there in time: a core reads {READ:g} a second, each GPU needs {cores} (--workers {cores}; here "
+            f"{config.workers})"
+        )
+    return found
 
 
 def too_large(config: Config, model: nn.Module, classes: int, ranks: int, fused: bool, gib: float) -> str:
@@ -649,7 +653,7 @@ def too_large(config: Config, model: nn.Module, classes: int, ranks: int, fused:
             p.requires_grad_(q.requires_grad)
         own = ways(config, ranks, fused)[0]
         keeps = _counted(about, fused, own.recompute)
-    except (ValueError, RuntimeError, NotImplementedError):  # what cannot be planned may well run
+    except Exception:  # what cannot be planned may well run
         return ""
     needed = sum(memory(about, keeps, own, config.batch_size, ranks, gib).values()) / GIB
     if needed <= gib:

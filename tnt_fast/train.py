@@ -12,7 +12,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -361,8 +361,9 @@ class Run:
     def _warn_of_memory(self) -> None:
         """Where the batch does not fit the GPU, by the plan."""
         if (gib := plan.memory_here(self.device)) is not None:
+            config = replace(self.config, model=self.built.name, model_kwargs=self.built.sizes)
             fused = self.model.backend != "reference"
-            if line := plan.too_large(self.config, self.model, len(self.classes), 1, fused, gib):
+            if line := plan.too_large(config, self.model, len(self.classes), 1, fused, gib):
                 self.log(line)
 
     def _end_epoch(self, seconds: float, loss: float, accuracy: float) -> None:
