@@ -125,9 +125,9 @@ class _Asked(dict):
 
 
 def entries(operations: Iterable[str], dtypes: Iterable[str]) -> list[Entry]:
-    """Those that a named variant shows, each by the first one; then norm's constants, by TNT-S."""
+    """Those that a named variant shows, each by TNT-S or else by the first one; then norm's constants, by TNT-S."""
     found: dict[str, Entry] = {}
-    of_norm = []
+    of_norm, variants = [], sorted(static_cost.VARIANTS, key=lambda variant: variant != "s")
     for name in operations:
         module = sys.modules[type(shipped.OPERATIONS[name]).__module__]
         before = getattr(module, "CONFIGS", None)
@@ -135,7 +135,7 @@ def entries(operations: Iterable[str], dtypes: Iterable[str]) -> list[Entry]:
             of_norm.append(name)
             continue
         try:
-            for variant, dtype in itertools.product(static_cost.VARIANTS, dtypes):
+            for variant, dtype in itertools.product(variants, dtypes):
                 module.CONFIGS = {function: _Asked(table) for function, table in before.items()}
                 module._specialise.forget()
                 launched(name, variant, measure.DTYPES[dtype], 132, (9, 0))

@@ -44,13 +44,14 @@ from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
 from tnt_fast.kernels.tile import accumulators, dot, dot_onto, load
 
-# Chosen by static cost for sm_90. Swept on an H200 (benchmarks/results/2026-11-26-0640/tune.txt) the forward is as fast as any,
-# the weight's gradient is faster on two warps, 213 for 329 µs, but spills. In float32 the weight's products are no matrix
-# instructions; 32 rows on 4 warps: Hopper would take the asynchronous one with its left operand in registers.
+# Chosen for sm_90. Swept on an H200 (benchmarks/results/2026-11-26-0640/tune.txt) the forward is as fast as any; for the weight's
+# gradient 64 rows took 244 and 208 µs (TNT-S and B), 32 rows 329 and 264, and simulated as it is now (tune-h200.json) 202 for 293,
+# though TNT-S's spills 64 bytes. In float32 the weight's products are no matrix instructions; on 4 warps Hopper would take the
+# asynchronous one with its left operand in registers.
 CONFIGS = {  # of half precision, or not
     "_pixel_embed_fwd_kernel": {True: Config(32, warps=2, per_sm=8), False: Config(16, warps=4, per_sm=4)},
     "_pixel_embed_weight_bwd_kernel": {
-        True: Config(32, warps=4, per_sm=2, mma_arch="sm80"),
+        True: Config(64, warps=4, per_sm=2, mma_arch="sm80"),
         False: Config(16, warps=4, per_sm=4, mma_arch="sm80"),
     },
     "_pixel_embed_image_bwd_kernel": dict.fromkeys((True, False), Config(32, warps=2)),  # rows: cells of the image

@@ -580,6 +580,8 @@ class TestShipped:
         rows = launches(target=["sm_90"], dtype=["bf16", "fp16"], error=[None])
         # the inner backward holds every weight's sums in registers: 128 bytes of stack are allowed, TNT-B needs 520
         allowed = {"_inner_bwd b": 544, "_inner_bwd s": 128, "_inner_bwd ti": 128}
+        # pixel_embed's weight gradient keeps 192 sums a thread, and is faster so, spills and all (its launch table)
+        allowed |= {"_pixel_embed_weight_bwd s": 64, "_pixel_embed_weight_bwd s_legacy": 64}
 
         def most(row):
             return allowed.get(f"{row['function'][: row['function'].find('bwd') + 3]} {row['variant']}", 0)
