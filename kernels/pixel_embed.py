@@ -44,10 +44,10 @@ from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
 from tnt_fast.kernels.tile import accumulators, dot, dot_onto, load
 
-# Chosen for sm_90. Swept on an H200 (benchmarks/results/2026-11-26-0640/tune.txt) the forward is as fast as any; for the weight's
-# gradient 64 rows took 244 and 208 µs (TNT-S and B), 32 rows 329 and 264, and simulated as it is now (tune-h200.json) 202 for 293,
-# though TNT-S's spills 64 bytes. In float32 the weight's products are no matrix instructions; on 4 warps Hopper would take the
-# asynchronous one with its left operand in registers.
+# Chosen for sm_90. Swept on an H200 (benchmarks/results/2026-11-26-0640/tune.txt) the forward is as fast as any. The weight's
+# gradient took 244 and 208 µs on 64 rows (TNT-S and B), 329 and 264 on 32; as it is now, simulated (tune-h200.json), 202 for
+# 293, though TNT-S's spills 64 bytes. In float32 the weight's products are no matrix instructions; on 4 warps Hopper would take
+# the asynchronous one with its left operand in registers.
 CONFIGS = {  # of half precision, or not
     "_pixel_embed_fwd_kernel": {True: Config(32, warps=2, per_sm=8), False: Config(16, warps=4, per_sm=4)},
     "_pixel_embed_weight_bwd_kernel": {
