@@ -502,6 +502,18 @@ def test_trained_weights_go_on_at_another_size_and_with_other_classes(trained, f
     assert not [name for name in same if name.startswith(("blocks.1.", "norm.", "head."))]
 
 
+def test_a_preset_that_does_not_fit_the_data_is_refused_before_weights_are_looked_for(few, tmp_path, capsys):
+    argv = ["train", str(few), "--out", str(tmp_path / "run")]
+    assert main([*argv, "--preset", "finetune-384", "--initial", "nosuch.pt"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "tnt-fast: DataError: a step of 512 images (batch_size=32 × accumulate=16) is more than the 8 training"
+    )
+    assert said.endswith("--batch-size 0 --accumulate 1\n")
+    assert main([*argv, *MODEL, *PLAIN, "--preset", "paper", "--batch-size", "0", "--accumulate", "1", "--epochs", "1"]) == 0
+    assert "batches of 8: 1 steps an epoch" in capsys.readouterr().out
+
+
 def test_a_preset_that_fine_tunes_takes_weights_of_a_file(trained, few, tmp_path, capsys):
     tiny = ["--model", "tnt_ti_patch16_224", "--batch-size", "2", "--accumulate", "1", "--epochs", "1"]
     argv = ["train", str(few), "--out", str(tmp_path / "run"), "--preset", "finetune-384", "--initial", str(trained[0]), *tiny]

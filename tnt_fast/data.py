@@ -129,6 +129,8 @@ class DataSet:
         self._config, self._log, self._progress = config, log, progress
         self._digits = out / "data" if config.data == DIGITS else None
         self._found = None if self._digits else self._files(config.data)
+        if self._found:
+            config.check_step(len(self._found.parts["train"]))
         self.classes = self._found.classes if self._found else [str(digit) for digit in range(10)]
 
     def _files(self, data: str | Path) -> Files:

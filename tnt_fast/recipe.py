@@ -163,6 +163,18 @@ class Config:
         lr = self.lr or (max(1e-4 * step / 1024, 5e-5) if self.has_weights else max(1e-3 * step / 1024, 2.5e-4))
         return replace(self, batch_size=batch, lr=lr)
 
+    def check_step(self, images: int) -> None:
+        """Raise DataError where one step would take more than all of so many training images."""
+        from tnt_fast.images import DataError
+
+        step = self.batch_size * self.accumulate
+        if step > images:
+            times = f" × accumulate={self.accumulate}" if self.accumulate > 1 else ""
+            raise DataError(
+                f"a step of {step:,} images (batch_size={self.batch_size}{times}) is more than the {images:,} training images; "
+                "lower it, or let it follow the data: --batch-size 0 --accumulate 1"
+            )
+
     @property
     def has_weights(self) -> bool:
         """Whether the run starts from trained weights."""
