@@ -153,6 +153,7 @@ def _members(shard: Path, root: Path, bad: dict[str, str]) -> Iterator[_Member]:
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
                 for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # else it keeps a kilobyte of each
                     if member.isdir() or is_leftover(member.name):
                         continue
                     if not member.isfile() or member.issparse():
