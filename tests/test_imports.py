@@ -73,10 +73,15 @@ ALLOWED = {
         "tnt_fast/variants.py",
         "torch",
     ),
-    "tnt_fast/runs.py": ("tnt_fast/checkpoints.py tnt_fast/writing.py", "torch"),
+    "tnt_fast/runs.py": ("tnt_fast/checkpoints.py tnt_fast/distributed.py tnt_fast/writing.py", "torch"),
+    "tnt_fast/distributed.py": (
+        "tnt_fast/__init__.py tnt_fast/checkpoints.py tnt_fast/dispatch.py tnt_fast/recipe.py tnt_fast/terminal.py",
+        "torch",
+    ),
     "tnt_fast/train.py": (
-        "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/checkpoints.py tnt_fast/check.py tnt_fast/data.py "
-        "tnt_fast/metrics.py tnt_fast/plan.py tnt_fast/recipe.py tnt_fast/runs.py tnt_fast/terminal.py tnt_fast/visualize.py",
+        "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/distributed.py tnt_fast/checkpoints.py tnt_fast/check.py "
+        "tnt_fast/data.py tnt_fast/metrics.py tnt_fast/plan.py tnt_fast/recipe.py tnt_fast/runs.py tnt_fast/terminal.py "
+        "tnt_fast/visualize.py",
         "torch timm numpy tqdm",
     ),
     "tnt_fast/classify.py": (
@@ -101,8 +106,8 @@ ALLOWED = {
         "kernels/__init__.py "
         "tnt_fast/__init__.py tnt_fast/dispatch.py tnt_fast/flops.py tnt_fast/variants.py tnt_fast/terminal.py "
         "tnt_fast/bench.py tnt_fast/check.py tnt_fast/recipe.py tnt_fast/train.py tnt_fast/images.py tnt_fast/classify.py "
-        "tnt_fast/ablate.py tnt_fast/plan.py tnt_fast/validate.py tnt_fast/visualize.py tnt_fast/page.py tnt_fast/seeing.py "
-        "tnt_fast/export.py",
+        "tnt_fast/distributed.py tnt_fast/ablate.py tnt_fast/plan.py tnt_fast/validate.py tnt_fast/visualize.py "
+        "tnt_fast/page.py tnt_fast/seeing.py tnt_fast/export.py",
         "torch timm tqdm",
     ),
 }

@@ -128,7 +128,7 @@ def test_the_presets_are_the_published_recipes():
 
     paper = preset("paper")
     assert (paper.epochs, paper.opt, paper.lr, paper.sched, paper.min_lr) == (300, "adamw", 1e-3, "cosine", 0.01)
-    assert paper.batch_size * paper.accumulate == 1024
+    assert paper.global_batch == paper.divided(4).images_a_step(4) == 1024
     assert (paper.weight_decay, paper.warmup_epochs, paper.smoothing, paper.drop_path) == (0.05, 5, 0.1, 0.1)
     assert (paper.mixup, paper.cutmix, paper.auto_augment, paper.reprob) == (0.8, 1.0, "rand-m9-mstd0.5-inc1", 0.25)
     assert (paper.aug_repeats, paper.ema, paper.ema_warmup) == (3, 0.99996, False)
@@ -137,7 +137,7 @@ def test_the_presets_are_the_published_recipes():
     assert fine.has_weights
     assert fine.model_kwargs == {"img_size": 384}
     assert (fine.epochs, fine.lr, fine.min_lr, fine.weight_decay) == (30, 5e-6, 1.0, 1e-8)
-    assert fine.batch_size * fine.accumulate == 512
+    assert fine.global_batch == fine.divided(1).images_a_step(1) == 512
     from_file = preset("finetune-384", initial="x.pt", model_kwargs={"depth": 2})
     assert from_file == replace(fine, pretrained=False, initial="x.pt", model_kwargs={"img_size": 384, "depth": 2})
     assert preset("small") == recipe.Config("images", **DIGITS)

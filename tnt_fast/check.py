@@ -75,6 +75,15 @@ class Files:
         return found
 
 
+def described(fingerprint: dict[str, dict[str, list]]) -> dict[str, str]:
+    """A fingerprint with a phrase for each part and class."""
+    return {
+        f"{part} {label!r}": f"{count:,} images (names and sizes: {digest[:8]})"
+        for part, labels in fingerprint.items()
+        for label, (count, digest) in labels.items()
+    }
+
+
 def differences(then: dict[str, dict[str, list]], now: dict[str, dict[str, list]]) -> list[str]:
     """What differs between two fingerprints, a phrase for each part and class."""
     found = []

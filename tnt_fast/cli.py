@@ -14,13 +14,14 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_args, get_origin
 
 import tnt_fast
 from tnt_fast import recipe
-from tnt_fast.terminal import complain, guarded, say, say_json
+from tnt_fast.terminal import complain, guarded, one_line, say, say_json
 
 # errors that carry a message for the user; anything else is a defect
 FOR_USER = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError, MemoryError)
@@ -46,13 +47,10 @@ def main(argv: list[str] | None = None) -> int:
             say("interrupted", error=True)
             return 130
         except Exception as error:
-            for_user = isinstance(error, FOR_USER)
-            if args.traceback or not for_user:
-                for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
-                    say(line, error=True)
-            else:
-                complain(f"tnt-fast: {type(error).__name__}: {_explained(error, getattr(args, 'less_memory', ''))}")
-            return 2 if for_user else 3
+            lines, status = _told(args, error)
+            for line in lines:
+                say(line, error=True)
+            return status
         finally:
             try:
                 sys.stdout.flush()
@@ -60,7 +58,19 @@ def main(argv: list[str] | None = None) -> int:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _explained(error: Exception, less_memory: str) -> str:
+def _told(args: argparse.Namespace, error: BaseException, who: str = "") -> tuple[list[str], int]:
+    """What is said of an error, that of a rank (``who``) of several, and the exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        return ["interrupted"], 130
+    for_user = isinstance(error, FOR_USER)
+    if args.traceback or not for_user:
+        lines = "".join(traceback.format_exception(error)).rstrip().split("\n")
+    else:
+        lines = [one_line(f"tnt-fast: {who}{type(error).__name__}: {_explained(error, getattr(args, 'less_memory', ''))}")]
+    return lines, 2 if for_user else 3
+
+
+def _explained(error: BaseException, less_memory: str) -> str:
     """An error's text; where memory did not suffice, its first line and what takes less."""
     text = str(error)
     # PyTorch has a class of its own for a GPU's memory, and none for the CPU's
@@ -215,12 +225,19 @@ def _key_values(items: list[str]) -> dict[str, Any]:
 
 def _train(args: argparse.Namespace) -> int:
     try:
-        from tnt_fast import train
+        from tnt_fast import distributed, train  # noqa: F401  which _train_on takes
     except ImportError as error:
         raise ImportError(f'training needs more packages ({error}): pip install "tnt_fast[train]"') from error
 
+    with distributed.joined(partial(_told, args)) as ranks:
+        return _train_on(ranks, args)
+
+
+def _train_on(ranks: Any, args: argparse.Namespace) -> int:
+    from tnt_fast import distributed, train
+
     config, asked = recipe.resolved(_given(args), args.preset, args.config)
-    run = train.Run(config, args.out, resume=args.resume, given=asked)
+    run = train.Run(config, args.out, resume=args.resume or distributed.is_restarted(), given=asked, ranks=ranks)
     say(f"{run.config.model}: {sum(p.numel() for p in run.model.parameters()):,} parameters, {len(run.classes)} classes")
     say(f"images: {len(run.train_set)} to train on, {len(run.val_set)} held out; device {run.device}")
     say(f"weights: {run.built.said}")

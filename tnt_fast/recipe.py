@@ -30,14 +30,16 @@ MAY_CHANGE = (
     "allow_changed_data",
     "grad_checkpointing",
     "device",
+    "fsdp",
     "workers",
 )  # settings that a resumed run takes anew
-AUTOMATIC = ("batch_size", "lr")  # settings whose 0 `settled` replaces
+AUTOMATIC = ("batch_size", "global_batch", "lr")  # settings whose 0 `settled` replaces
 MAY_EXTEND = (
     "epochs",
     "patience",
     "batch_size",
     "accumulate",
+    "global_batch",
     "amp",
     "threads",
     "compile",
@@ -90,6 +92,13 @@ class Config:
         "optimization", "images at a time; 0: 256, or less where an epoch would have fewer than 10 steps", 0, "[0, 1000000]"
     )
     accumulate: int = _field("optimization", "batches a step, whose gradients are averaged", 1, "[1, 1000000]")
+    global_batch: int = _field(
+        "optimization",
+        "images a step, of all ranks together, from which --accumulate follows: the same steps, whatever the number of ranks; "
+        "0: batch size × accumulate × ranks",
+        0,
+        "[0, 1000000000]",
+    )
     opt: str = _field("optimization", "a timm optimizer", "adamw")
     weight_decay: float = _field("optimization", "not applied to biases, norms and positions", 0.05, "[0, 10]")
     clip_grad: float = _field("optimization", "largest gradient norm; 0: off", 0.0, "[0, 1e30]")
@@ -129,7 +138,8 @@ class Config:
     seed: int = _field("machine", "of weights, order, augmentation, dropout", 0, f"[0, {2**32 - 1}]")
     amp: str = _field("machine", "off, bfloat16 or float16 (with loss scaling)", "off")
     device: str = _field("machine", "such as cpu, cuda:0; default: a GPU if there is one", "")
-    workers: int = _field("machine", "processes that read images; 0: none", 2, "[0, 512]")
+    fsdp: bool = _field("machine", "divide weights, gradients and moments among the ranks of torchrun, too (FSDP2)", False)
+    workers: int = _field("machine", "processes that read images, for each rank; 0: none", 2, "[0, 512]")
     threads: int = _field("machine", "CPU threads of PyTorch; 0: its default. Tiny models are fastest with 1", 0, "[0, 1024]")
     compile: bool = _field("machine", "through torch.compile", False)
     tensorboard: bool = _field("machine", "write the history for TensorBoard, too", False)
@@ -141,7 +151,7 @@ class Config:
             _check_value(setting, getattr(self, setting.name))
         for setting in fields(self):
             _check_meaning(setting.name, getattr(self, setting.name))
-        if self.mixup > 0 or self.cutmix > 0:
+        if self._multiple > 1:
             text = f"batch_size={self.batch_size} must be even for mixup and cutmix (set both to 0 to turn them off)"
             _require(self.batch_size % 2 == 0, text)
         _require(not (self.pretrained and self.initial), "pretrained and initial both name weights to start from; give one")
@@ -150,18 +160,53 @@ class Config:
         _require(channels == 3, f"model_kwargs says in_chans={channels!r}; images are read with 3 channels: leave it out")
         _require(pool != "", "model_kwargs says global_pool='', which gives no logits; accepted: 'token', 'avg'")
 
-    def settled(self, images: int) -> "Config":
-        """With batch size and learning rate for so many training images where they are 0.
+    def settled(self, images: int, ranks: int = 1) -> "Config":
+        """With batch sizes and learning rate for so many training images where they are 0; ``divided`` among the ranks.
 
-        The learning rate is DeiT's (https://arxiv.org/abs/2012.12877): 1e-3 · batch / 1024. From trained weights it
+        The learning rate is DeiT's (https://arxiv.org/abs/2012.12877): 1e-3 · images a step / 1024. From trained weights it
         is a tenth of that, as DeiT's fine-tuning on iNaturalist (https://github.com/facebookresearch/deit/issues/105). Neither
         falls below what AdamW bears at a small batch: that of batch 256, and 5e-5, the default of Hugging Face's Trainer.
         """
-        few = min(8, max(2, images // 2 * 2))
-        batch = self.batch_size or next((b for b in (256, 128, 64, 32, 16) if 10 * b <= images), few)
-        step = batch * self.accumulate
+        config = self
+        if not self.batch_size and not self.global_batch:
+            few = min(8, max(2, images // ranks // 2 * 2))
+            batch = next((b for b in (256, 128, 64, 32, 16) if 10 * b * ranks <= images), few)
+            config = replace(self, batch_size=batch)
+        config = config.divided(ranks)
+        step = config.images_a_step(ranks)
         lr = self.lr or (max(1e-4 * step / 1024, 5e-5) if self.has_weights else max(1e-3 * step / 1024, 2.5e-4))
-        return replace(self, batch_size=batch, lr=lr)
+        return replace(config, lr=lr)
+
+    def images_a_step(self, ranks: int) -> int:
+        return self.batch_size * self.accumulate * ranks
+
+    def divided(self, ranks: int) -> "Config":
+        """With ``accumulate`` such that a step of all ranks has ``global_batch`` images, and with those of several ranks noted.
+
+        Raises:
+            ValueError: the ranks' batches do not make such a step; the message has the nearest that they do.
+        """
+        whole, batch = self.global_batch, self.batch_size
+        if not whole:
+            return self if ranks == 1 or not batch else replace(self, global_batch=self.images_a_step(ranks))
+        even = self._multiple
+        unit = (batch or even) * ranks
+        if whole % unit:
+            of = " × ".join([f"batch_size={batch}" if batch else f"{even} images", *([f"{ranks} ranks"] if ranks > 1 else [])])
+            near = ", ".join(str(n * unit) for n in (whole // unit, whole // unit + 1) if n)
+            raise ValueError(f"global_batch={whole} must be a multiple of {unit} ({of}); nearest: {near}")
+        batch = batch or _largest(whole // ranks, 256, even)
+        accumulate = whole // (batch * ranks)
+        _require(
+            self.accumulate in (1, accumulate),
+            f"accumulate={self.accumulate} does not fit global_batch={whole}, which makes it {accumulate}; leave one out",
+        )
+        return replace(self, batch_size=batch, accumulate=accumulate)
+
+    @property
+    def _multiple(self) -> int:
+        """Of what a batch must be a multiple: timm mixes an image with another."""
+        return 2 if self.mixup > 0 or self.cutmix > 0 else 1
 
     def check_step(self, images: int) -> None:
         """Raise DataError where one step would take more than all of so many training images."""
@@ -191,7 +236,7 @@ class Config:
 
     def remarks(self, images: int) -> list[str]:
         """What a user should know of settled settings on so many training images, a line each."""
-        steps, left = divmod(images, self.batch_size * self.accumulate)
+        steps, left = divmod(images, self.global_batch or self.batch_size * self.accumulate)
         dropped = f", {left} of {images} images left out of each (others each time)" if left else ""
         times = f", {self.accumulate} a step" if self.accumulate > 1 else ""
         lines = [f"batches of {self.batch_size}{times}: {steps} steps an epoch{dropped}; learning rate up to {self.lr:.3g}"]
@@ -202,6 +247,11 @@ class Config:
         if self.freeze_blocks and not self.has_weights:
             lines.append("what is frozen keeps its random weights; --pretrained or --initial gives it trained ones")
         return lines
+
+
+def _largest(images: int, most: int, multiple: int) -> int:
+    """The largest batch that divides so many images evenly; 0: there is none."""
+    return next((b for b in range(min(images, most) // multiple * multiple, 0, -multiple) if images % b == 0), 0)
 
 
 def _require(ok: bool, message: str) -> None:
@@ -287,22 +337,32 @@ def _check_policy(name: str) -> None:
         ) from error
 
 
-def continued(begun: Config, asked: Config, given: Collection[str]) -> tuple[Config, list[str]]:
+def continued(begun: Config, asked: Config, given: Collection[str], ranks: int = 1) -> tuple[Config, list[str]]:
     """The settings to go on with in a run that was begun with ``begun``, and in words what of them changed.
 
     Args:
         given: names of those settings in ``asked`` that were asked for, not left as they are by default.
+        ranks: on how many the run goes on; a step keeps its number of images.
 
     Raises:
-        ValueError: one was asked for that a run cannot change.
+        ValueError: one was asked for that a run cannot change, or the ranks cannot divide a step.
     """
     taken = [name for name in given if name not in MAY_CHANGE and (getattr(asked, name) or name not in AUTOMATIC)]
     differ = [name for name in taken if getattr(asked, name) != getattr(begun, name)]
     if fixed := [name for name in differ if name not in MAY_EXTEND]:
         was = ", ".join(f"{name}={getattr(begun, name)!r} (now {getattr(asked, name)!r})" for name in fixed)
         raise ValueError(f"the run was begun with {was}; leave that out to continue it (it may change {', '.join(MAY_EXTEND)})")
-    anew = {name: getattr(asked, name) for name in (*MAY_CHANGE, *differ)}
-    return replace(begun, **anew), [f"{name}={getattr(asked, name)!r} (was {getattr(begun, name)!r})" for name in differ]
+    config = replace(begun, **{name: getattr(asked, name) for name in (*MAY_CHANGE, *differ)})
+    changed = [f"{name}={getattr(asked, name)!r} (was {getattr(begun, name)!r})" for name in differ]
+    if ranks == 1 and not config.global_batch:
+        return config, changed
+    if not config.global_batch and not {"batch_size", "accumulate"} & {*taken}:
+        config = replace(config, global_batch=begun.images_a_step(1))
+    if config.global_batch and "accumulate" not in taken:
+        config = replace(config, accumulate=1)
+    if config.global_batch and "batch_size" not in taken:
+        config = replace(config, batch_size=_largest(config.global_batch // ranks, begun.batch_size, config._multiple))
+    return config.divided(ranks), changed
 
 
 # ---- settings in files ----

@@ -2,6 +2,7 @@
 
 =============  ==========================================================================================
 last.pt        the whole state of the run: to continue it, or to classify with
+last-…         a folder: weights and moments as several ranks save them together; last.pt then has the rest, and its name
 best.pt        the weights of the epoch with the best held-out accuracy; ``epoch`` and ``accuracy`` say which
 recipe.yaml    the settings, which --config reads
 history.json   a row for each epoch; history.csv is the same as a table
@@ -15,6 +16,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import time
@@ -26,7 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tnt_fast import distributed
 from tnt_fast.checkpoints import FORMAT, CheckpointError, read_checkpoint, save_checkpoint
+from tnt_fast.distributed import ALONE, Ranks
 from tnt_fast.writing import table, write
 
 try:
@@ -34,7 +38,7 @@ try:
 except ImportError:  # Windows, where two runs in one folder are not kept apart
     fcntl = None  # type: ignore[assignment]
 
-LAST, BEST, RECIPE, PICTURE = "last.pt", "best.pt", "recipe.yaml", "training.png"
+LAST, BEST, RECIPE, PICTURE, SHARDS = "last.pt", "best.pt", "recipe.yaml", "training.png", "last-"
 NAMES = (LAST, BEST, RECIPE, "history.json", "history.csv", PICTURE)
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds", "changed")
 
@@ -53,7 +57,8 @@ class Folder:
     def __init__(self, path: str | os.PathLike, log: Callable[[str], None]):
         self.path, self.log = Path(path), log
         self.last, self.best, self._lock = self.path / LAST, self.path / BEST, self.path / ".lock"
-        self._known: tuple[int, ...] | None = None  # the last.pt that this process has read or written
+        self._known: tuple[int, ...] | None = None  # the last.pt that this process has read or written,
+        self._shards: str | None = None  # and the folder that it names
 
     # ---- one owner at a time ----
 
@@ -85,6 +90,7 @@ class Folder:
             for pattern in (f".tmp-*-{name}" for name in NAMES):  # a process was killed as it saved
                 for left in self.path.glob(pattern):
                     left.unlink()
+            self._remove_other_shards()
             yield
         finally:
             with contextlib.suppress(OSError):
@@ -159,8 +165,28 @@ class Folder:
     def save_last(self, checkpoint: Mapping[str, Any]) -> None:
         """Raises OSError; what was there before is whole then."""
         seals = {name: structure(value) for name, value in checkpoint.items()}
-        self._write(LAST, lambda path: save_checkpoint({**checkpoint, "seals": seals}, path))
-        self._known = self._stamp()
+        try:
+            self._write(LAST, lambda path: save_checkpoint({**checkpoint, "seals": seals}, path))
+            self._known, self._shards = self._stamp(), checkpoint.get("shards", {}).get("folder")
+        finally:
+            self._remove_other_shards()
+
+    def save_together(self, checkpoint: Mapping[str, Any], tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+        """As ``save_last``, by several ranks: ``tensors`` go to a new folder. What last.pt names is there, and whole."""
+        name = ranks.share(f"{SHARDS}{secrets.token_hex(6)}")
+        try:
+            shards = {"folder": name, "files": distributed.save(self.path / name, tensors, ranks)}
+        except (OSError, RuntimeError) as error:
+            if ranks.first:
+                self._remove_other_shards()
+            raise _failed(f"save {str(self.path / name)!r}", error, " What was there before is whole.") from error
+        if ranks.first:
+            self.save_last({**checkpoint, "shards": shards})
+
+    def _remove_other_shards(self) -> None:
+        for left in self.path.glob(f"{SHARDS}{'[0-9a-f]' * 12}"):
+            if left.name != self._shards and left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
 
     def save_best(self, checkpoint: Mapping[str, Any]) -> None:
         """``checkpoint`` says of which ``epoch`` it is and how good (``accuracy``). Raises OSError, as ``save_last``."""
@@ -217,7 +243,28 @@ class Folder:
             raise CheckpointError(
                 f"{str(self.last)!r} is not finite in {name} and cannot be continued; {self.way_on(self.best)}"
             )
+        self._shards = saved.get("shards", {}).get("folder")
         return saved
+
+    def check_shards(self, shards: Mapping[str, Any], ranks: Ranks = ALONE) -> Path:
+        """The folder that ``save_together`` wrote, its files held against what last.pt says of them.
+
+        Raises:
+            CheckpointError: it is gone or damaged.
+        """
+        folder = self.path / shards["folder"]
+        try:
+            found = distributed.digests(folder, sorted(shards["files"]), ranks)
+        except OSError as error:
+            raise CheckpointError(
+                f"{str(folder)!r}, which {str(self.last)!r} names, cannot be read ({error.strerror}: {error.filename!r}); "
+                f"put it back, or {self.way_on(self.last)}"
+            ) from error
+        if damaged := [name for name, about in shards["files"].items() if found[name] != list(about)]:
+            raise CheckpointError(
+                f"{str(folder / damaged[0])!r} is damaged and cannot be continued with; {self.way_on(self.last)}"
+            )
+        return folder
 
     def read_best(self) -> dict[str, Any]:
         """What ``save_best`` wrote.

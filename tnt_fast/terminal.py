@@ -43,7 +43,7 @@ def say(text: object = "", *, error: bool = False) -> None:
 
 def complain(text: object) -> None:
     """An error or a warning as one line on stderr; the lines of a longer message are joined."""
-    say(_joined(text), error=True)
+    say(one_line(text), error=True)
 
 
 def say_json(value: Any) -> None:
@@ -51,7 +51,8 @@ def say_json(value: Any) -> None:
     print(json.dumps(value, indent=1, allow_nan=False).replace("\x7f", "\\u007f"))  # the one control character that it leaves
 
 
-def _joined(text: object) -> str:
+def one_line(text: object) -> str:
+    """The lines of a longer message joined."""
     return re.sub(r"\s*\n\s*", " ", str(text).strip())
 
 
@@ -61,11 +62,11 @@ def guarded() -> Iterator[None]:
     formatwarning, record_factory = warnings.formatwarning, logging.getLogRecordFactory()
 
     def as_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
-        return printable(f"tnt-fast: {category.__name__}: {_joined(message)}", LIMIT) + "\n"
+        return printable(f"tnt-fast: {category.__name__}: {one_line(message)}", LIMIT) + "\n"
 
     def as_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = record_factory(*args, **kwargs)
-        record.msg, record.args = printable(_joined(record.getMessage()), LIMIT), None
+        record.msg, record.args = printable(one_line(record.getMessage()), LIMIT), None
         return record
 
     stdout = sys.stdout if isinstance(sys.stdout, io.TextIOWrapper) else None

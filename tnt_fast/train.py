@@ -11,7 +11,7 @@ import random
 import signal
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -25,11 +25,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import tnt_fast
-from tnt_fast import metrics, plan
-from tnt_fast.check import differences
+from tnt_fast import distributed, metrics, plan
+from tnt_fast.check import described, differences
 from tnt_fast.checkpoints import FORMAT, CheckpointError, load_checkpoint
 from tnt_fast.data import DataError, DataSet, Order, batches, readers_named
-from tnt_fast.dispatch import find_device, settle
+from tnt_fast.dispatch import settle
+from tnt_fast.distributed import ALONE, Ranks, Share, is_launched, like, own, versions, whole
 from tnt_fast.recipe import (
     DIGITS,
     Config,
@@ -41,7 +42,7 @@ from tnt_fast.recipe import (
     differing,
     written,
 )
-from tnt_fast.runs import PICTURE, Folder, first_not_finite, structure
+from tnt_fast.runs import LAST, PICTURE, Folder, first_not_finite, structure
 from tnt_fast.terminal import say
 
 
@@ -81,9 +82,11 @@ class Run:
         given: settings in ``config`` to change in a run that is continued (``recipe.MAY_EXTEND``); others may be named, if
             they are as they were. ``data``, ``device`` and ``workers`` are always taken from ``config``.
         log: called with a line of text. progress: show a bar for the steps of an epoch (default: on a terminal).
+        ranks: the processes that train together (``distributed.joined``); each makes its own run of the same arguments. The
+            first alone logs and writes.
 
     Raises:
-        ValueError, DataError, CheckpointError, RunError, ImportError: before anything was written.
+        ValueError, DataError, CheckpointError, RunError, RankError, ImportError: before anything was written.
         FileExistsError: ``out`` holds a run and ``resume`` is False.
     """
 
@@ -96,49 +99,69 @@ class Run:
         given: Collection[str] = (),
         log: Callable[[str], None] = say,
         progress: bool | None = None,
+        ranks: Ranks = ALONE,
     ):
-        self.out, self.log, self.progress = Path(out), log, progress
+        if not ranks.first:
+            log, progress = _unheard, False
+        self.out, self.log, self.progress, self.ranks = Path(out), log, progress, ranks
         self.folder = Folder(out, log)
         self.last = self.folder.last
         if os.path.lexists(self.last) and not resume:
             raise FileExistsError(f"{str(self.last)!r} holds a run; continue it with --resume, or choose another --out")
-        self.folder.check_free()
+        if ranks.first:
+            self.folder.check_free()
         self.changed: list[str] = []  # settings, since the last epoch that the history has
         saved = self.folder.read_last()
         if saved:
             config = self._continued(saved, config, given)
         config.check()
-        self.config = config
+        self.config = config = config.divided(ranks.size)
+        ranks.check_sharding(config)
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.device = find_device(config.device)
+        self.device = ranks.device(config.device)
+        settings = {
+            name: value for name, value in asdict(config).items() if name not in ("data", "device", "workers", "threads")
+        }
+        ranks.compare({**versions(), **settings, LAST: saved and (saved["epoch"], saved["step"])})
 
-        data = DataSet(config, self.out, log, progress)  # before the model is built
+        with ranks.in_turn():
+            data = DataSet(config, self.out, log, progress)  # before the model is built
         random.seed(config.seed)
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
         # what a saved run began with is in its checkpoint, or gone
-        self.built = build_model(config, data.classes, saved)
+        with ranks.in_turn():
+            self.built = build_model(config, data.classes, saved)
         self.model = self.built.model.to(self.device)
         size = self.model.pixel_embed.img_size
         self.why_not_fused = settle(self.model)  # "fused" fails here, before anything is written
         self.data_config = resolve_data_config({"crop_pct": config.crop_pct or None}, model=self.model)
         self.data_config |= {k: v for k, v in self.built.data_config.items() if k in ("mean", "std", "interpolation")}
         self.data_config["input_size"] = (self.model.in_chans, *size)
-        with self.folder.locked() if config.data == DIGITS else contextlib.nullcontext():  # they are written there
+        writes = config.data == DIGITS and ranks.first  # they are written there
+        with ranks.in_turn(), self.folder.locked() if writes else contextlib.nullcontext():
             self.train_set, self.val_set = data.images(self.data_config)
         self.classes, self.fingerprint = data.classes, data.fingerprint
-        config = self.config = config.settled(len(self.train_set))
-        self.steps = len(self.train_set) // (config.batch_size * config.accumulate)
+        ranks.compare(described(data.fingerprint))
+        config = self.config = config.settled(len(self.train_set), ranks.size)
+        self.steps = len(self.train_set) // self._images_a_step()
         if self.steps == 0:
             times = f" × accumulate={config.accumulate}" if config.accumulate > 1 else ""
+            times += f" × {ranks.size} ranks" if ranks.several else ""
             raise DataError(
                 f"batch_size={config.batch_size}{times} is more than the {len(self.train_set)} training images; lower it"
             )
 
+        self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=config.ema_warmup) if config.ema else None
+        if saved and self.ema:
+            with self._fitting():
+                load_checkpoint(cast(Any, self.ema.module), {"state_dict": saved["state_dict_ema"]})
+        if config.fsdp:
+            for model in (self.model, *([self.ema.module] if self.ema else [])):
+                ranks.shard(model)
         self.optimizer = build_optimizer(config, self.model)
         self.scheduler = build_schedule(config, self.optimizer, self.steps)
-        self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=config.ema_warmup) if config.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "float16")
         counts = np.bincount(self.train_set.targets, minlength=len(self.classes))
         self.mixup, criterion = build_loss(config, counts.tolist())
@@ -146,20 +169,27 @@ class Run:
         metrics.check_packages(config)
         if config.compile:
             self.model.compile()  # in place: parameters keep their names
+        self._training = ranks.parallel(self.model)
         # where the run stands: the next step is `step` of `epoch`
         self.epoch, self.step, self.loss_sum = 0, 0, 0.0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None  # the row of the history that best.pt is of
         if saved:
-            try:
+            with self._fitting():
                 self._restore(saved)
-            except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-                if isinstance(error, CheckpointError):
-                    raise
-                raise CheckpointError(  # of another version of us, timm or torch
-                    f"{str(self.last)!r} does not fit the run that it describes ({' '.join(str(error).split())[:300]}) and "
-                    f"cannot be continued; {self.folder.way_on(self.last)}"
-                ) from error
+
+    @contextlib.contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """Where what was saved is put into what was built."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(  # of another version of us, timm or torch
+                f"{str(self.last)!r} does not fit the run that it describes ({' '.join(str(error).split())[:300]}) and "
+                f"cannot be continued; {self.folder.way_on(self.last)}"
+            ) from error
 
     def _continued(self, saved: dict[str, Any], config: Config, given: Collection[str]) -> Config:
         """The settings to continue with."""
@@ -174,7 +204,7 @@ class Run:
                 f"{self.folder.way_on(self.last)}"
             ) from error
         try:
-            config, changed = continued(begun, config, given)
+            config, changed = continued(begun, config, given, self.ranks.size)
         except ValueError as error:
             raise ValueError(f"{str(self.last)!r} cannot be continued: {error}, or {self.folder.way_on(self.last)}") from error
         if config.epochs < done:
@@ -196,11 +226,9 @@ class Run:
             if not self.config.allow_changed_data:
                 raise CheckpointError(f"{text}; restore them, start anew in another --out, or go on with --allow-changed-data")
             self.log(f"{text}; going on from the start of epoch {saved['epoch'] + 1}")
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self._load_optimizer(saved)
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
-        if self.ema:
-            load_checkpoint(cast(Any, self.ema.module), {"state_dict": saved["state_dict_ema"]})
         self.epoch, self.step, self.loss_sum = saved["epoch"], saved["step"], saved["loss_sum"]
         if changed:  # another order
             self.step, self.loss_sum = 0, 0.0
@@ -208,11 +236,13 @@ class Run:
         elif self.step and saved["images_a_step"] != self._images_a_step():  # from the last image that was seen, or before
             self.step = self.step * saved["images_a_step"] // self._images_a_step()
             self.loss_sum *= self.step / saved["step"]
+        if saved.get("ranks", 1) != self.ranks.size:
+            self.changed.append(f"ranks={self.ranks.size} (was {saved.get('ranks', 1)})")
         self.history = [{**row, "val_accuracy": float(row["val_accuracy"])} for row in saved["history"]]
         _set_random_state(saved["random"])
 
     def _images_a_step(self) -> int:
-        return self.config.batch_size * self.config.accumulate
+        return self.config.images_a_step(self.ranks.size)
 
     def _weights(self) -> dict[str, Any]:
         """What ``classify`` and ``load_checkpoint`` need."""
@@ -220,8 +250,8 @@ class Run:
             "format": FORMAT,
             "model": self.built.name,
             "model_kwargs": self.built.sizes,
-            "state_dict": self.model.state_dict(),
-            **({"state_dict_ema": self.ema.module.state_dict()} if self.ema else {}),
+            "state_dict": whole(self.model.state_dict()),
+            **({"state_dict_ema": whole(self.ema.module.state_dict())} if self.ema else {}),
             "classes": self.classes,
             "data_config": self.data_config,
             "grid_size": self.model.pixel_embed.grid_size,
@@ -229,50 +259,106 @@ class Run:
         }
 
     def _save(self) -> None:
-        self.folder.save_last(
-            {
-                **self._weights(),
-                "config": asdict(self.config),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "epoch": self.epoch,
-                "step": self.step,
-                "fingerprint": self.fingerprint,
-                "images_a_step": self._images_a_step(),
-                "loss_sum": self.loss_sum,
-                "history": self.history,
-                "changed": self.changed,
-                "random": _random_state(),
-            }
-        )
-        self.folder.save_recipe(written(self.config))
+        checkpoint = {
+            **self._weights(),
+            "config": asdict(self.config),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "fingerprint": self.fingerprint,
+            "images_a_step": self._images_a_step(),
+            "ranks": self.ranks.size,
+            "loss_sum": self.loss_sum,
+            "history": self.history,
+            "changed": self.changed,
+            "random": _random_state(),
+        }
+        if not self.ranks.several:
+            self.folder.save_last(checkpoint)
+            self._save_recipe()
+            return
+        state = checkpoint["optimizer"]["state"]  # a timm optimizer may have numbers in it, too
+        plain = {i: {k: v for k, v in values.items() if not isinstance(v, Tensor)} for i, values in state.items()}
+        checkpoint["optimizer"] = {**checkpoint["optimizer"], "state": plain}
+        moments = {
+            f"optimizer/{name}/{key}": value
+            for i, name in enumerate(self._names())
+            for key, value in state.get(i, {}).items()
+            if isinstance(value, Tensor)
+        }
+        self.folder.save_together(checkpoint, {**self._all_weights(), **moments}, self.ranks)
+        if self.ranks.first:
+            self._save_recipe()
+
+    def _save_recipe(self) -> None:
+        settings = replace(self.config, accumulate=1) if self.config.global_batch else self.config  # from which it follows
+        self.folder.save_recipe(written(settings))
+
+    def _all_weights(self) -> dict[str, Tensor]:
+        """Sharded where they are."""
+        models = {"model": self.model, **({"averaged": self.ema.module} if self.ema else {})}
+        return {f"{which}/{name}": value for which, model in models.items() for name, value in model.state_dict().items()}
+
+    def _names(self) -> list[str]:
+        """Of the parameters, in the optimizer's order."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _load_optimizer(self, saved: Mapping[str, Any]) -> None:
+        """Its state, and with it the weights, where several ranks saved them."""
+        parameters = dict(self.model.named_parameters())
+        names, optimizer = self._names(), saved["optimizer"]
+        state = {i: dict(values) for i, values in optimizer["state"].items()}
+        if shards := saved.get("shards"):
+            folder, tensors = self.folder.check_shards(shards, self.ranks), self._all_weights()
+            for path, (size, dtype) in distributed.sizes(folder).items():
+                kind, _, rest = path.partition("/")
+                name, _, key = rest.rpartition("/")
+                if kind == "optimizer":
+                    parameter = parameters[name].detach()
+                    moment = size == parameter.shape  # else a number, such as that of the steps
+                    value = torch.zeros_like(parameter, dtype=dtype) if moment else torch.zeros(size, dtype=dtype)
+                    state.setdefault(names.index(name), {})[key] = tensors[path] = value
+            distributed.load(folder, tensors)
+        for i, values in state.items():
+            parameter = parameters[names[i]]
+            state[i] = {key: like(value, parameter) if isinstance(value, Tensor) else value for key, value in values.items()}
+        self.optimizer.load_state_dict({**optimizer, "state": state})
 
     def _save_best(self, row: dict[str, Any]) -> None:
-        self.folder.save_best({**self._weights(), "epoch": row["epoch"], "accuracy": row["val_accuracy"]})
+        weights = self._weights()
+        if self.ranks.first:
+            self.folder.save_best({**weights, "epoch": row["epoch"], "accuracy": row["val_accuracy"]})
         self.best = row
 
     def _find_best(self) -> None:
         """Hold best.pt against the history; make it again where it is damaged and can be."""
-        if not self.history:
+        self.best, problem = self.ranks.share(self._read_best() if self.ranks.first else (None, ""))
+        if not problem:
             return
-        try:
-            found = self.folder.read_best()
-            rows = [row for row in self.history if (row["epoch"], row["val_accuracy"]) == (found["epoch"], found["accuracy"])]
-            same = found["classes"] == self.classes and structure(found["state_dict"]) == structure(self.model.state_dict())
-            if rows and same:
-                self.best = rows[0]
-                return
-            if same and found["epoch"] == self.epoch + 1:  # killed between its two files: this epoch is repeated
-                return
-            problem = f"{str(self.folder.best)!r} is of another run"
-        except (CheckpointError, OSError, KeyError) as error:
-            problem = str(error)
         best = max(self.history, key=lambda row: row["val_accuracy"])
         if (best["epoch"], 0) == (self.epoch, self.step):
             self._save_best(best)
             self.log(f"{problem} It is made again from {str(self.last)!r}, which is of the same epoch.")
         else:
             self.log(f"{problem} The weights of epoch {best['epoch']} are lost; it will be the best epoch from here on.")
+
+    def _read_best(self) -> tuple[dict[str, Any] | None, str]:
+        """The row of the history that best.pt is of; or what is wrong with it."""
+        if not self.history:
+            return None, ""
+        try:
+            found = self.folder.read_best()
+            rows = [row for row in self.history if (row["epoch"], row["val_accuracy"]) == (found["epoch"], found["accuracy"])]
+            same = found["classes"] == self.classes and structure(found["state_dict"]) == structure(self.model.state_dict())
+            if rows and same:
+                return rows[0], ""
+            if same and found["epoch"] == self.epoch + 1:  # killed between its two files: this epoch is repeated
+                return None, ""
+            return None, f"{str(self.folder.best)!r} is of another run"
+        except (CheckpointError, OSError, KeyError) as error:
+            return None, str(error)
 
     def _autocast(self) -> torch.autocast:
         amp = self.config.amp
@@ -287,7 +373,8 @@ class Run:
         state = {"weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
         if self.ema:
             state["averaged weights"] = self.ema.module.state_dict()
-        if name := first_not_finite(state):
+        names = self.ranks.gather(first_not_finite(own(state)))
+        if name := next(filter(None, names), None):
             self._diverged(f"{name} is not finite", self.step)
 
     @torch.no_grad()
@@ -296,7 +383,7 @@ class Run:
         self.model.eval()  # which draws nothing
         with self._autocast():
             outputs = self.model(image.to(self.device))
-        if not outputs.isfinite().all():
+        if not all(self.ranks.gather(bool(outputs.isfinite().all()))):
             self._diverged("an output is not finite", self.step)
 
     def _diverged(self, what: str, step: int) -> NoReturn:
@@ -325,17 +412,16 @@ class Run:
             failed; the old file is whole.
             FloatingPointError: a loss, or weights, that are not finite; they are not saved.
         """
-        with (
-            caught_signals() as caught,
-            self.folder.locked(),
-            metrics.recorded(self.config, self.out, self.epoch, self.log) as record,
-        ):
+        recorded: Any = contextlib.nullcontext(lambda row: None)
+        if self.ranks.first:
+            recorded = metrics.recorded(self.config, self.out, self.epoch, self.log)
+        with caught_signals(self.ranks.first) as caught, self._owned(), recorded as record:
             self._find_best()
             for line in self.changed:
                 self.log(f"continuing with {line}")
-            if self.history:
+            if self.ranks.first and self.history:
                 self.folder.save_history(self.history)  # which a killed process may have left behind
-            if not self.done():
+            if self.ranks.first and not self.done():
                 self.folder.check_room(*self._sizes())
                 self._warn_of_memory()
             drawn, cost = time.perf_counter(), 1.0
@@ -346,8 +432,8 @@ class Run:
                     held_out = self.evaluate()
                 self._end_epoch(time.perf_counter() - started, *held_out)
                 record(self.history[-1])
-                if caught and not self.done():
-                    raise Interrupted(caught[0], self.last)
+                if not self.done() and (stop := self._agreed(caught)):
+                    raise Interrupted(stop, self.last)
                 now = time.perf_counter()
                 if now - drawn > 50 * cost:  # at most a fiftieth of the time
                     self._draw()
@@ -363,7 +449,7 @@ class Run:
         if (gib := plan.memory_here(self.device)) is not None:
             config = replace(self.config, model=self.built.name, model_kwargs=self.built.sizes)
             fused = self.model.backend != "reference"
-            if line := plan.too_large(config, self.model, len(self.classes), 1, fused, gib):
+            if line := plan.too_large(config, self.model, len(self.classes), self.ranks.size, fused, gib):
                 self.log(line)
 
     def _end_epoch(self, seconds: float, loss: float, accuracy: float) -> None:
@@ -384,7 +470,8 @@ class Run:
         if not self.best or accuracy > self.best["val_accuracy"]:  # before last.pt: a run killed in between repeats the epoch
             self._save_best(row)
         self._save()
-        self.folder.save_history(self.history)
+        if self.ranks.first:
+            self.folder.save_history(self.history)
         self.log(
             f"epoch {row['epoch']:3d}/{self.config.epochs}  loss {row['train_loss']:.4f}  "
             f"held out: loss {loss:.4f}, accuracy {accuracy:.2%}  ({seconds:.1f} s{self._time_left()})"
@@ -404,6 +491,8 @@ class Run:
     def _draw(self) -> str:
         from tnt_fast import visualize
 
+        if not self.ranks.first:
+            return ""
         try:
             title = f"{self.config.model} on {self.config.data}"
             return f"picture: {visualize.training_curve(self.history, self.out / PICTURE, title)}"
@@ -411,18 +500,19 @@ class Run:
             return f"no picture: {error}"
 
     def _train_epoch(self, caught: list[int]) -> None:
-        config = self.config
+        config, ranks = self.config, self.ranks
         order = Order(len(self.train_set), config.batch_size, config.seed, config.aug_repeats)
         self.train_set.epoch = order.epoch = self.epoch
-        order.start = self.step * config.accumulate
-        loader = self._loader(self.train_set, sampler=order, drop_last=True)
+        order.start = self.step * config.accumulate * ranks.size
+        share = Share(order, ranks, config.accumulate) if ranks.several else order
+        loader = self._loader(self.train_set, sampler=share, drop_last=True)
         self.model.train()
         steps = zip(*[batches(loader)] * config.accumulate, strict=False)  # the last, smaller one is dropped
         bar = _bar(steps, self.steps, self.step, f"epoch {self.epoch + 1}/{config.epochs}", self.progress)
         for parts in bar:
             self.scheduler.step_update(self.epoch * self.steps + self.step)
             self.optimizer.zero_grad(set_to_none=True)
-            value = self._gradients(parts)
+            value, stop = self._agreed_loss(self._gradients(parts), caught)
             self._check_finite("loss", value)
             if config.clip_grad:
                 self.scaler.unscale_(self.optimizer)
@@ -434,38 +524,69 @@ class Run:
             if self.ema:
                 self.ema.update(self.model, self.epoch * self.steps + self.step)
             bar.set_postfix(loss=f"{value:.3f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}")
-            if caught:
+            if stop:
                 self._check_weights()
                 self._check_outputs(parts[-1][0])
                 self._save()
-                raise Interrupted(caught[0], self.last)
+                raise Interrupted(self._agreed(caught), self.last)
 
-    def _gradients(self, parts: Sequence[list[Tensor]]) -> float:
-        """Gradients of the mean loss over batches of one size, which is returned: the one wait for the device in a step."""
+    def _gradients(self, parts: Sequence[list[Tensor]]) -> Tensor:
+        """Gradients of the mean loss over batches of one size, of all ranks; returns this rank's part of that mean."""
         total = torch.zeros((), device=self.device)
-        for image, target in parts:
+        for i, (image, target) in enumerate(parts):
             image, target = image.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
+            if self.config.global_batch:
+                self._seed(i)
             if self.mixup:
                 image, target = self.mixup(image, target)
-            with self._autocast():
-                loss = self.criterion(self.model(image), target) / len(parts)
-            self.scaler.scale(loss).backward()
+            with self.ranks.adding_up(self._training, last=i == len(parts) - 1):
+                with self._autocast():
+                    loss = self.criterion(self._training(image), target) / len(parts)
+                self.scaler.scale(loss).backward()
             total += loss.detach()
-        return total.item()
+        return total / self.ranks.size if self.ranks.several else total
+
+    def _seed(self, i: int) -> None:
+        """What is drawn for the ith batch of this rank follows from its place in the step, whichever rank it is on."""
+        place = i * self.ranks.size + self.ranks.rank
+        numpy, torchs = np.random.SeedSequence([self.config.seed, self.epoch, self.step, place]).generate_state(2).tolist()
+        np.random.seed(numpy)
+        torch.manual_seed(torchs)
+
+    def _agreed_loss(self, loss: Tensor, caught: list[int]) -> tuple[float, bool]:
+        """The mean loss of all ranks, the one wait for the device in a step, and whether one of them is to stop."""
+        if not self.ranks.several:
+            return loss.item(), bool(caught)
+        value, stop = self.ranks.add(torch.stack([loss, torch.full_like(loss, bool(caught))])).tolist()
+        return value, stop > 0
+
+    def _agreed(self, caught: list[int]) -> int:
+        """The signal that stops all ranks; 0: none."""
+        return next((signums[0] for signums in self.ranks.gather(caught) if signums), 0)
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
         """Cross-entropy (nats) and top-1 accuracy on the held-out images, of the averaged weights where there are any."""
         model = self.ema.module if self.ema else self.model
         model.eval()
-        loss, right = 0.0, 0
-        for image, target in batches(self._loader(self.val_set, shuffle=False)):
+        loss, right, count = 0.0, 0, len(self.val_set)
+        mine = batches(self._loader(self.val_set, sampler=range(self.ranks.rank, count, self.ranks.size)))
+        if self.config.fsdp:  # whose forwards all ranks make together
+            mine = self._as_many(mine, -(-count // (self.config.batch_size * self.ranks.size)))
+        for image, target in mine:
             image, target = image.to(self.device), target.to(self.device)
             with self._autocast():
                 logits = model(image)
             loss += nn.functional.cross_entropy(logits.float(), target, reduction="sum").item()
             right += int((logits.argmax(1) == target).sum())
-        return loss / len(self.val_set), right / len(self.val_set)
+        loss, right = self.ranks.add(torch.tensor([loss, right], dtype=torch.float64)).tolist()
+        return loss / count, right / count
+
+    def _as_many(self, own: Iterator[list[Tensor]], count: int) -> Iterator[list[Tensor]]:
+        """So many batches: behind those of this rank an image that cross-entropy leaves out."""
+        nothing = [torch.zeros(1, *self.data_config["input_size"]), torch.tensor([-100])]
+        for _ in range(count):
+            yield next(own, nothing)
 
     def _loader(self, dataset: Dataset, **kwargs: Any) -> DataLoader:
         generator = torch.Generator().manual_seed(self.config.seed)  # else a loader draws from the run's own generator
@@ -474,19 +595,29 @@ class Run:
             pin_memory=self.device.type == "cuda", worker_init_fn=_leave_signals_to_the_run, **kwargs,
         )  # fmt: skip
 
+    def _owned(self) -> contextlib.AbstractContextManager:
+        """The folder, held by the first rank for all."""
+        return self.folder.locked() if self.ranks.first else contextlib.nullcontext()
+
+
+def _unheard(line: str) -> None:
+    """The log of all ranks but the first."""
+
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """For a process that reads images: a terminal sends its signals to all, but the run ends its processes itself."""
+    """For a process that reads images: a terminal or torchrun sends its signals to all, but the run ends its readers itself."""
+    if is_launched():
+        os.setpgid(0, 0)
     for s in set(_SIGNALS) - {signal.SIGTERM}:
         signal.signal(s, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
+def caught_signals(say: bool = True) -> Iterator[list[int]]:
     """A list that SIGINT, SIGTERM and SIGHUP are added to; a second one acts at once. Only in the main thread.
 
     SIGHUP stays ignored under nohup.
@@ -504,6 +635,8 @@ def caught_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(signum)
         with contextlib.suppress(OSError):  # the terminal is gone
+            if not say:
+                return
             os.write(2, b"\nstopping after this step (again: at once)\n")  # print is not safe in a handler
 
     try:
