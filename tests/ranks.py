@@ -134,28 +134,25 @@ def cannot_commit(n: int) -> None:
     """From the nth loss on: what all ranks wrote is there, and then there is no room for last.pt."""
     from tnt_fast import runs
 
+    save = runs.save_checkpoint
+
     def full(checkpoint: Any, path: Path) -> None:
-        raise OSError(28, "No space left on device", str(path))
+        if path.name == "last.pt":
+            raise OSError(28, "No space left on device", str(path))
+        save(checkpoint, path)
 
     _at_loss(n, lambda: setattr(runs, "save_checkpoint", full))
 
 
-def loses(paths: list[str]) -> None:
-    """Images break once the data were looked at."""
-    from tnt_fast.train import Run
+def fails(n: int) -> None:
+    def fail() -> None:
+        raise ValueError("of this rank alone")
 
-    train = Run.train
-
-    def wrapped(run: Run) -> Any:
-        for path in paths:
-            Path(path).write_bytes(b"no image")
-        return train(run)
-
-    Run.train = wrapped  # type: ignore[method-assign]
+    _at_loss(n, fail)
 
 
 ACTS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (gets, is_killed_once, diverges, has_another_torch, has_a_full_disk, cannot_commit, loses)
+    f.__name__: f for f in (gets, is_killed_once, diverges, has_another_torch, has_a_full_disk, cannot_commit, fails)
 }
 
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
@@ -388,9 +388,10 @@ class _Watch(threading.Thread):
         super().__init__(daemon=True, name="watch")
         self.all_there = False  # before, silence means nothing
         self._store, self._ranks, self._stderr = store, ranks, sys.stderr
-        self._ended, self._printing = threading.Event(), threading.Lock()
-        self._beats, self._printed = 0, False
+        self._ended, self._telling = threading.Event(), threading.Lock()
+        self._beats = 0
         self._heard = {rank: ("", 0) for rank in (range(1, ranks.size) if ranks.first else (0,))}  # last beat, looks since
+        self._told: dict[str, Any] | None = None  # the failure that ends all, once it is printed
         store.set(f"who/{ranks.rank}", f"process {os.getpid()} on {socket.gethostname()}")
         self._beat()
         self.start()
@@ -404,17 +405,54 @@ class _Watch(threading.Thread):
 
     def failed(self, error: BaseException, lines: list[str], status: int) -> int:
         """The exit status, once the first of all failures is printed. From there the process has ``GRACE`` seconds to end."""
-        try:
-            if _LOST.search(str(error)):  # another rank is gone; one of those that look will know which
-                self._waited((SILENT + 4) * BEAT, self._cause)
-            elif not self._ranks.first:
-                time.sleep(BEAT / 2)  # where all have the same error, it is the first one's
-            cause = self._claimed(lines, status)
-            self._tell(cause)
-            return cause["status"]
-        except RuntimeError:  # the store is gone
-            self._print(lines)
-            return status
+        if _LOST.search(str(error)):  # another rank is gone; one of those that look will know which
+            self._waited((SILENT + 4) * BEAT, self._cause)
+        elif not self._ranks.first:
+            time.sleep(BEAT / 2)  # where all have the same error, it is the first one's
+        return self._tell({"lines": lines, "status": status})["status"]
+
+    def run(self) -> None:
+        cause = None
+        while not cause and not self._ended.wait(BEAT):
+            try:
+                self._beat()
+                cause = self._cause() or (self._silent() if self.all_there else None)
+            except RuntimeError as error:
+                text = f"rank {self._ranks.rank} lost the place where the ranks meet: {str(error).splitlines()[0]}"
+                cause = {"lines": [f"tnt-fast: RankError: {text}"], "status": 1}
+        if cause and not self._ended.is_set():
+            status = self._tell(cause)["status"]
+            if not self._ended.wait(GRACE):  # blocked in a collective, say
+                for child in multiprocessing.active_children():
+                    child.kill()
+                os._exit(status)
+
+    def _tell(self, cause: dict[str, Any]) -> dict[str, Any]:
+        """See that the first failure of any rank is printed, by the first rank; if that does not, by another. Returns it."""
+        with self._telling:
+            if self._told:
+                return self._told
+            me = str(self._ranks.rank)
+            try:
+                cause = json.loads(self._store.compare_set("failed", "", json.dumps(cause)))
+                mine = self._ranks.first or not self._waited(3 * BEAT, lambda: self._store.check(["told"]))
+                mine = mine and self._store.compare_set("told", "", me).decode() == me
+            except RuntimeError:  # the store is gone, and whoever had it
+                mine = True
+            if mine:
+                with contextlib.redirect_stderr(self._stderr):
+                    for line in cause["lines"]:
+                        say(line, error=True)
+            self._told = cause
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"left/{me}", "1")
+                if self._ranks.first:  # where this process has the store, the others still ask there
+                    self._waited(2 * BEAT, lambda: self._store.check([f"left/{rank}" for rank in range(self._ranks.size)]))
+            return cause
+
+    def _cause(self) -> dict[str, Any] | None:
+        """The first failure of any rank."""
+        return self._told or (json.loads(self._store.get("failed")) if self._store.check(["failed"]) else None)
 
     def _waited(self, seconds: float, whether: Callable[[], Any]) -> bool:
         deadline = time.monotonic() + seconds
@@ -422,50 +460,9 @@ class _Watch(threading.Thread):
             time.sleep(BEAT / 10)
         return bool(found)
 
-    def _cause(self) -> dict[str, Any] | None:
-        """The first failure of any rank."""
-        return json.loads(self._store.get("failed")) if self._store.check(["failed"]) else None
-
-    def _claimed(self, lines: Sequence[str], status: int) -> dict[str, Any]:
-        """The first failure, which is this one if there was none."""
-        return json.loads(self._store.compare_set("failed", "", json.dumps({"lines": list(lines), "status": status})))
-
-    def _tell(self, cause: Mapping[str, Any]) -> None:
-        """The first rank prints it; if it does not, another."""
-        if self._ranks.first or not self._waited(3 * BEAT, lambda: self._store.check(["told"])):
-            me = str(self._ranks.rank)
-            if self._store.compare_set("told", "", me).decode() == me:
-                self._print(cause["lines"])
-
-    def _print(self, lines: Sequence[str]) -> None:
-        with self._printing, contextlib.redirect_stderr(self._stderr):
-            if not self._printed:
-                self._printed = True
-                for line in lines:
-                    say(line, error=True)
-
     def _beat(self) -> None:
         self._beats += 1
         self._store.set(f"beat/{self._ranks.rank}", str(self._beats))
-
-    def run(self) -> None:
-        status = 1
-        try:
-            while not self._ended.wait(BEAT):
-                self._beat()
-                cause = self._cause() or (self._silent() if self.all_there else None)
-                if cause:
-                    status = cause["status"]
-                    self._tell(cause)
-                    break
-        except RuntimeError as error:
-            if not self._ended.is_set():
-                text = f"rank {self._ranks.rank} lost the launcher, at which the ranks meet: {str(error).splitlines()[0]}"
-                self._print([f"tnt-fast: RankError: {text}"])
-        if not self._ended.wait(GRACE):  # blocked in a collective, say
-            for child in multiprocessing.active_children():
-                child.kill()
-            os._exit(status)
 
     def _silent(self) -> dict[str, Any] | None:
         """A failure that this rank found: another gives no sign of life."""
@@ -475,5 +472,5 @@ class _Watch(threading.Thread):
             if looks >= SILENT:
                 who = self._store.get(f"who/{rank}").decode()
                 text = f"rank {rank} ({who}) is gone: killed, perhaps for want of memory; continue with --resume"
-                return self._claimed([f"tnt-fast: RankError: {text}"], 1)
+                return {"lines": [f"tnt-fast: RankError: {text}"], "status": 1}
         return None
