@@ -63,15 +63,12 @@ CONFIGS = {
     "_inner_bwd_mlp_kernel": {
         (16, True): Config(32, warps=2, per_sm=5, chunk=16),
         (32, True): Config(32, warps=2, per_sm=4, chunk=32),
-        (64, True): Config(64, warps=4, per_sm=2, chunk=32, mma_arch="sm80"),
+        (64, True): Config(128, warps=8, per_sm=1, chunk=32, mma_arch="sm80"),
         (16, False): Config(16, warps=2, per_sm=4, chunk=16),
         (32, False): Config(16, warps=4, per_sm=2, chunk=16, mma_arch="sm80"),
-        (64, False): Config(16, warps=4, per_sm=1, chunk=16, mma_arch="sm80"),
     },
 }
-CONFIGS["_inner_bwd_attention_kernel"] = CONFIGS["_inner_bwd_mlp_kernel"] | {
-    (64, True): Config(64, warps=4, per_sm=2, chunk=32, stages=2, mma_arch="sm80"),
-}
+CONFIGS["_inner_bwd_attention_kernel"] = dict(CONFIGS["_inner_bwd_mlp_kernel"])
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -95,6 +92,7 @@ class Sizes(operation.Sizes):
     RESIDENT: bool = derived(lambda Z: Z.BACKWARD or Z.MLP_FITS)
     # GELU in pairs of float16; where the weights do not stay, fc2 would be gone through twice a tile
     PAIRS: bool = derived(lambda Z: Z.FAST and tl.bfloat16 == Z.DTYPE and Z.MLP_FITS)
+    WIDE: bool = derived(lambda Z: Z.BACKWARD and Z.C_PAD >= 64)
     TRIM: bool = derived(lambda Z: not Z.BACKWARD and Z.C_PAD >= 64 and 4 * (Z.C + 1) <= 3 * Z.C_PAD)
     D: int = derived(lambda Z: Z.C // Z.H)
     ROWS: int = derived(lambda Z: Z.G * Z.T)
@@ -405,6 +403,35 @@ def _norm_gradient(dh, h, rstd, Z: tl.constexpr):
     return (dh - h.to(tl.float32) * along[:, None]) * rstd[:, None]
 
 
+@triton.jit
+def _sums(COUNT: tl.constexpr, COLUMNS: tl.constexpr, Z: tl.constexpr):
+    """A tuple of COUNT sums [C_PAD, COLUMNS] of a weight's gradient, with WIDE transposed."""
+    if Z.WIDE:
+        return accumulators(COUNT, COLUMNS, Z.C_PAD)
+    else:
+        return accumulators(COUNT, Z.C_PAD, COLUMNS)
+
+
+@triton.jit
+def _add_sum(total, a, b, n_patches, Z: tl.constexpr):
+    """total + aᵀ·b, of one of ``_sums``.
+
+    Triton gives the warps of products that depend on one another rows of their own: of a sum, which has fewer than a tile,
+    several warps would do the same. In a loop of one turn it depends on none.
+    """
+    if Z.WIDE:
+        for _ in range(tl.minimum(n_patches, 1)):
+            total = dot_onto(total, tl.trans(b), a, Z)
+        return total
+    else:
+        return dot_onto(total, tl.trans(a), b, Z)
+
+
+@triton.jit
+def _upright(total, Z: tl.constexpr):
+    return tl.trans(total) if Z.WIDE else total
+
+
 # ---- the kernels ----
 
 
@@ -451,7 +478,7 @@ def _inner_bwd_mlp_kernel(x_ptr, dy_ptr, dx_ptr, w, attn_scale_ptr, mlp_scale_pt
     M: tl.constexpr = Z.M
     CHUNK: tl.constexpr = Z.CHUNK
     ch = tl.arange(0, Z.C_PAD)
-    heads = _kept_heads(w, Z)
+    heads = () if Z.WIDE else _kept_heads(w, Z)
     proj_bias = load(w.proj_bias, ch, ch < Z.C)
     w1, w2 = (), ()
     for start in tl.static_range(0, M, CHUNK):
@@ -461,9 +488,9 @@ def _inner_bwd_mlp_kernel(x_ptr, dy_ptr, dx_ptr, w, attn_scale_ptr, mlp_scale_pt
         w1 = w1 + _folded(w.fc1_weight, w.fc1_bias, w.norm2_weight, w.norm2_bias, hid, used, unit1[None, :], Z)
         fc2 = load(w.fc2_weight, ch[:, None] * Z.M + hid[None, :], (ch < Z.C)[:, None] & used[None, :])
         w2 = w2 + ((fc2 * unit2[None, :]).to(Z.DTYPE),)  # [C_PAD, CHUNK]
-    g1 = accumulators(len(w1), Z.C_PAD, Z.CHUNK)
-    g2 = accumulators(len(w1), Z.C_PAD, Z.CHUNK)
-    gb = tl.full((Z.C_PAD, 16), 0.0, tl.float32)
+    g1 = _sums(len(w1), Z.CHUNK, Z)
+    g2 = _sums(len(w1), Z.CHUNK, Z)
+    gb = _sums(1, 16, Z)[0]
     matrices = _matrices(Z)
     patch, token, offset = _layout(Z)
     for tile in range(tl.program_id(0), tl.cdiv(n_patches, Z.G), tl.num_programs(0)):
@@ -471,11 +498,12 @@ def _inner_bwd_mlp_kernel(x_ptr, dy_ptr, dx_ptr, w, attn_scale_ptr, mlp_scale_pt
         mine = tile * Z.G + patch
         tokens = tl.load(x_ptr + first + offset, mask=mask, other=0.0)  # [ROWS, C_PAD]
         dy = tl.load(dy_ptr + first + offset, mask=mask, other=0.0)
-        x, h, _ = _norm(tokens, alive, eps, matrices, Z)
-        x = _attention(x, (h,), heads, proj_bias, w, matrices, attn_scale_ptr, mine, n_patches, Z)
+        x, h, rstd = _norm(tokens, alive, eps, matrices, Z)
+        if not Z.WIDE:  # else x is behind the attention already
+            x = _attention(x, (h,), heads, proj_bias, w, matrices, attn_scale_ptr, mine, n_patches, Z)
+            h, rstd = _standardise(_centre(x, Z), alive, eps, 1, Z)
         dz = _scaled(dy, mlp_scale_ptr, mine, n_patches)
 
-        h, rstd = _standardise(_centre(x, Z), alive, eps, 1, Z)
         dh = tl.full((Z.ROWS, Z.C_PAD), 0.0, tl.float32)
         new1, new2 = (), ()
         for i in tl.static_range(len(w1)):
@@ -484,13 +512,16 @@ def _inner_bwd_mlp_kernel(x_ptr, dy_ptr, dx_ptr, w, attn_scale_ptr, mlp_scale_pt
             hidden, dhidden = gelu_gradient(hidden, dhidden, Z.FAST, Z.PAIRS, Z.DTYPE)
             dh = dot(dhidden, tl.trans(w1[i]), Z, dh)
             if sums_ptr is not None:
-                new1 = new1 + (dot_onto(g1[i], tl.trans(h), dhidden, Z),)
-                new2 = new2 + (dot_onto(g2[i], tl.trans(dz), hidden, Z),)
+                new1 = new1 + (_add_sum(g1[i], h, dhidden, n_patches, Z),)
+                new2 = new2 + (_add_sum(g2[i], dz, hidden, n_patches, Z),)
         if sums_ptr is not None:
             g1, g2 = new1, new2
-            gb = dot_onto(gb, tl.trans(dz), tl.full((Z.ROWS, 16), 1.0, Z.DTYPE), Z)
+            gb = _add_sum(gb, dz, tl.full((Z.ROWS, 16), 1.0, Z.DTYPE), n_patches, Z)
         dx = _norm_gradient(dh, h, rstd, Z)
-        dx -= tl.dot(dy, matrices[1]) if Z.BY_PRODUCT else -dy
+        if Z.WIDE:  # dy is loaded again, past L1, for the registers; another way, or it were kept after all
+            dx += tl.load(dy_ptr + first + offset, mask=mask, other=0.0, cache_modifier=".cg")
+        else:
+            dx -= tl.dot(dy, matrices[1]) if Z.BY_PRODUCT else -dy
         tl.store(dx_ptr + first + offset, dx.to(Z.DTYPE), mask=mask)
 
     if sums_ptr is not None:
@@ -498,9 +529,9 @@ def _inner_bwd_mlp_kernel(x_ptr, dy_ptr, dx_ptr, w, attn_scale_ptr, mlp_scale_pt
         for i in tl.static_range(len(w1)):
             hid = i * Z.CHUNK + tl.arange(0, Z.CHUNK)
             unit1, unit2 = _units(hid, hid < Z.M, w, 0, Z)
-            tl.store(sums + ch[:, None] * Z.HIDDEN + hid[None, :], g1[i] * unit1[None, :])
-            tl.store(sums + Z.C_PAD * Z.HIDDEN + ch[:, None] * Z.HIDDEN + hid[None, :], g2[i] * unit2[None, :])
-        gb = tl.sum(tl.where((tl.arange(0, 16) == 0)[None, :], gb, 0.0), 1)  # its columns are alike
+            tl.store(sums + ch[:, None] * Z.HIDDEN + hid[None, :], _upright(g1[i], Z) * unit1[None, :])
+            tl.store(sums + Z.C_PAD * Z.HIDDEN + ch[:, None] * Z.HIDDEN + hid[None, :], _upright(g2[i], Z) * unit2[None, :])
+        gb = tl.sum(tl.where((tl.arange(0, 16) == 0)[None, :], _upright(gb, Z), 0.0), 1)  # its columns are alike
         tl.store(sums + 2 * Z.HIDDEN * Z.C_PAD + ch, gb)
 
 
@@ -513,8 +544,8 @@ def _inner_bwd_attention_kernel(x_ptr, dx_ptr, w, attn_scale_ptr, sums_ptr, n_pa
     ch = tl.arange(0, Z.C_PAD)
     heads = _kept_heads(w, Z)
     N: tl.constexpr = len(heads)
-    g = accumulators(4 * N, Z.C_PAD, Z.W)  # of queries, keys, values and projections, N each
-    gb = tl.full((Z.C_PAD, 16), 0.0, tl.float32)
+    g = _sums(4 * N, Z.W, Z)  # of queries, keys, values and projections, N each
+    gb = _sums(1, 16, Z)[0]
     matrices = _matrices(Z)
     own = matrices[3]
     patch, token, offset = _layout(Z)
@@ -557,13 +588,13 @@ def _inner_bwd_attention_kernel(x_ptr, dx_ptr, w, attn_scale_ptr, sums_ptr, n_pa
             dh = dot(dv, tl.trans(wv[0]), Z, dh)
             if sums_ptr is not None:
                 o = tl.reshape(o.to(Z.DTYPE), (Z.ROWS, Z.W))
-                newq = newq + (dot_onto(g[i], tl.trans(h), dq, Z),)
-                newk = newk + (dot_onto(g[N + i], tl.trans(h), dk, Z),)
-                newv = newv + (dot_onto(g[2 * N + i], tl.trans(h), dv, Z),)
-                newp = newp + (dot_onto(g[3 * N + i], tl.trans(dz), o, Z),)
+                newq = newq + (_add_sum(g[i], h, dq, n_patches, Z),)
+                newk = newk + (_add_sum(g[N + i], h, dk, n_patches, Z),)
+                newv = newv + (_add_sum(g[2 * N + i], h, dv, n_patches, Z),)
+                newp = newp + (_add_sum(g[3 * N + i], dz, o, n_patches, Z),)
         if sums_ptr is not None:
             g = newq + newk + newv + newp
-            gb = dot_onto(gb, tl.trans(dz), tl.full((Z.ROWS, 16), 1.0, Z.DTYPE), Z)
+            gb = _add_sum(gb, dz, tl.full((Z.ROWS, 16), 1.0, Z.DTYPE), n_patches, Z)
         dx = _norm_gradient(dh, h, rstd * 0.6931471805599453, Z)
         dx += tl.dot(dy, matrices[0]) if Z.BY_PRODUCT else dy
         tl.store(dx_ptr + first + offset, dx.to(Z.DTYPE), mask=mask)
@@ -573,8 +604,8 @@ def _inner_bwd_attention_kernel(x_ptr, dx_ptr, w, attn_scale_ptr, sums_ptr, n_pa
         for i in tl.static_range(N):
             at = ch[:, None] * Z.LANES + (i * Z.W + tl.arange(0, Z.W))[None, :]
             for of in tl.static_range(4):
-                tl.store(sums + of * Z.C_PAD * Z.LANES + at, g[of * N + i])
-        gb = tl.sum(tl.where((tl.arange(0, 16) == 0)[None, :], gb, 0.0), 1)  # its columns are alike
+                tl.store(sums + of * Z.C_PAD * Z.LANES + at, _upright(g[of * N + i], Z))
+        gb = tl.sum(tl.where((tl.arange(0, 16) == 0)[None, :], _upright(gb, Z), 0.0), 1)  # its columns are alike
         tl.store(sums + 4 * Z.C_PAD * Z.LANES + ch, gb)
 
 
@@ -678,14 +709,16 @@ class Inner(Operation):
 
     def gradients_unsupported(self, sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
         """Where the sums of the weights' gradients do not fit on the chip."""
-        C, M = sizes["C"], sizes["M"]
+        S, C, M = sizes["S"], sizes["C"], sizes["M"]
         reasons = beyond({"C": 31 if dtype == torch.float32 else 63}, sizes, f" in {dtype}; the backward takes")
         reasons += beyond({"S": 16, "M": 256}, sizes, "; the backward takes")
         large = C > 31 or (dtype == torch.float32 and C > 15 and M > 128)
-        if large and not torch.compiler.is_compiling():  # which cannot trace the question
-            shared = operation.runner.shared_memory(device)
-            most = 160 if C > 31 else 115  # KiB, of any heads and hidden channels; TNT-B has 112
-            if shared is not None and shared < 112 << 10:  # sm_86, sm_89 and sm_120
+        if large and not reasons and not torch.compiler.is_compiling():  # which cannot trace the question
+            shared, most = operation.runner.shared_memory(device), 115  # KiB, of any heads in float32
+            if C > 31:  # TNT-B has 96; sm_86, sm_89 and sm_120 have 99
+                Z = _specialise(_inner_bwd_mlp_kernel, dtype, S, C, sizes["H"], M).constants["Z"]
+                most = max(Z.HIDDEN // 4 + 56, Z.LANES // 2 + (64 if Z.D_PAD == 16 else 80))
+            if shared is not None and shared < most << 10:
                 reasons.append(f"C={C} channels in {dtype} need up to {most} KiB of shared memory; this GPU has {shared >> 10}")
         return reasons
 
@@ -716,14 +749,18 @@ class Inner(Operation):
         """By PyTorch for the sizes of ``gradients_unsupported``, and where the gradient of a scale is asked for."""
         (_, S, C), H = a.pixel.shape, a.num_heads
         M, weights = a.weights.fc1_weight.shape[0], needed != {"pixel"}
-        reasons = self.gradients_unsupported(dict(S=S, C=C, M=M), a.pixel.dtype, a.pixel.device)
+        reasons = self.gradients_unsupported(dict(S=S, C=C, H=H, M=M), a.pixel.dtype, a.pixel.device)
         if reasons or needed & {"attn_scale", "mlp_scale"}:
             return self.recomputed(gradient, a, needed)
         a = self._read(a)
         spec = _specialise(_inner_weights_kernel, a.pixel.dtype, S, C, H, M)
         Z = spec.constants["Z"]
-        dx, gradient = self.empty(a), gradient.to(a.pixel.dtype).contiguous()
-        of_mlp = self._launch(_inner_bwd_mlp_kernel, a, gradient, dx, sums=weights * (2 * Z.HIDDEN + 1) * Z.C_PAD)
+        dx, gradient, x = self.empty(a), gradient.to(a.pixel.dtype).contiguous(), a
+        if Z.WIDE:  # the attention's weights have no room beside the MLP's: its result by a forward of no hidden channels
+            of_attention = a.weights._replace(fc1_weight=a.weights.fc1_weight[:0], fc2_bias=None)
+            self._launch(_inner_fwd_kernel, SimpleNamespace(**vars(a) | dict(weights=of_attention, mlp_scale=None)), dx)
+            x = SimpleNamespace(**vars(a) | dict(pixel=dx))
+        of_mlp = self._launch(_inner_bwd_mlp_kernel, x, gradient, dx, sums=weights * (2 * Z.HIDDEN + 1) * Z.C_PAD)
         of_attention = self._launch(_inner_bwd_attention_kernel, a, dx, sums=weights * (4 * Z.LANES + 1) * Z.C_PAD)
         found = {"pixel": dx}
         if weights:

@@ -70,6 +70,14 @@ def test_inner_with_drop_path(which, path, dtype):
     check(path, "inner", tensors, dict(num_heads=4, **{name: scales[name] for name in which}), dtype)
 
 
+@paths("", "bfloat16 float16")
+def test_inner_of_many_channels_with_drop_path_and_no_biases(path, dtype):
+    """The gradients of 32 channels and more come in one launch more, which has the attention's result alone."""
+    scales = dict(attn_scale=torch.tensor([0, 2, 1, 0, 1.25]), mlp_scale=torch.tensor([2, 0, 1, 0, 1.25]))
+    absent = dict.fromkeys(("norm1_bias", "proj_bias", "norm2_bias", "fc1_bias", "fc2_bias"))
+    check(path, "inner", inner_tensors(5, 16, 40, 96) | absent, dict(num_heads=4, **scales), dtype)
+
+
 @paths()
 def test_dropped_branches_leave_the_input_and_its_gradient_as_they_are(path, dtype):
     given = {k: None if v is None else v.to(path.device, dtype) for k, v in inner_tensors(3, 16, 24, 96).items()}

@@ -54,6 +54,22 @@ def test_the_backward_of_inner(C, H, M, dtype):
     launch("inner", inner_tensors(3, 16, C, M), dict(num_heads=H), dtype, "sm_89")
 
 
+@pytest.mark.parametrize(
+    ("C", "H", "M", "most"), [(40, 4, 160, 96), (40, 4, 192, 104), (40, 2, 64, 112), (63, 3, 128, 128)], ids=str
+)
+def test_the_backward_of_inner_with_many_channels(C, H, M, most, monkeypatch):
+    """TNT-B's gradients fit into 99 KiB; of what does not, the reason names as much as a launch takes, and PyTorch computes."""
+    by_pytorch, inner = [], kernels.OPERATIONS["inner"]
+    monkeypatch.setattr(inner, "recomputed", lambda *given, right=inner.recomputed: by_pytorch.append(1) or right(*given))
+    launch("inner", inner_tensors(3, 16, C, M), dict(num_heads=H), torch.bfloat16, "sm_89")
+    assert len(by_pytorch) == (most > 99)
+    with running(Fits("sm_89")):
+        reasons = inner.gradients_unsupported(dict(S=16, C=C, H=H, M=M), torch.bfloat16, torch.device("cpu"))
+    assert reasons == (
+        [f"C={C} channels in torch.bfloat16 need up to {most} KiB of shared memory; this GPU has 99"] if by_pytorch else []
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("legacy", [False, True], ids=["norms", "legacy"])
 @pytest.mark.parametrize(("S", "C", "E"), [(16, 128, 1024), (16, 128, 512), (4, 65, 256)], ids=str)

@@ -578,9 +578,9 @@ class TestShipped:
     @measured_compiler
     def test_half_precision_does_not_spill_on_sm_90(self, launches):
         rows = launches(target=["sm_90"], dtype=["bf16", "fp16"], error=[None])
-        # the inner backward holds every weight's sums in registers: 128 bytes of stack are allowed, TNT-B needs 520
-        allowed = {"_inner_bwd b": 544, "_inner_bwd s": 128, "_inner_bwd ti": 128}
+        # the inner backward holds every weight's sums in registers
         # pixel_embed's weight gradient keeps 192 sums a thread, and is faster so, spills and all (its launch table)
+        allowed = {"_inner_bwd b": 128, "_inner_bwd s": 128, "_inner_bwd ti": 128}
         allowed |= {"_pixel_embed_weight_bwd s": 64, "_pixel_embed_weight_bwd s_legacy": 64}
 
         def most(row):

@@ -564,7 +564,7 @@ class _Statement:
         vector = [m for m in modifiers if re.fullmatch(r"v[24]", m)]
         if (
             space not in ("shared", "global")
-            or set(modifiers) - set(vector)
+            or set(modifiers) - {*vector, "cg"}  # past L1: the same values
             or not re.fullmatch(r"[bsuf](16|32|64)", self.ins.type)
         ):
             raise Unknown("this access")
