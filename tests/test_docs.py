@@ -70,7 +70,7 @@ CUT = {
     "train": "--epochs 1 --workers 0 --threads 1 --device cpu",
     **dict.fromkeys(
         ("train --preset", "train --config"),
-        "--epochs 1 --batch-size 2 --accumulate 1 --model-kwargs img_size=64 --workers 0 --threads 1 --device cpu",
+        "--epochs 1 --batch-size 2 --global-batch 2 --model-kwargs img_size=64 --workers 0 --threads 1 --device cpu",
     ),
     "train --freeze-blocks": "--freeze-blocks 1 --epochs 1 --workers 0 --threads 1 --device cpu",
     "train --resume": "--epochs 2 --workers 0 --threads 1 --device cpu",

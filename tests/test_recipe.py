@@ -128,7 +128,10 @@ def test_the_presets_are_the_published_recipes():
 
     paper = preset("paper")
     assert (paper.epochs, paper.opt, paper.lr, paper.sched, paper.min_lr) == (300, "adamw", 1e-3, "cosine", 0.01)
-    assert paper.global_batch == paper.divided(4).images_a_step(4) == 1024
+    assert paper.global_batch == 1024
+    for ranks, batch in ((1, 256), (2, 256), (8, 128), (16, 64)):
+        settled = paper.settled(1_281_167, ranks)
+        assert (settled.batch_size, settled.images_a_step(ranks), settled.lr) == (batch, 1024, 1e-3)
     assert (paper.weight_decay, paper.warmup_epochs, paper.smoothing, paper.drop_path) == (0.05, 5, 0.1, 0.1)
     assert (paper.mixup, paper.cutmix, paper.auto_augment, paper.reprob) == (0.8, 1.0, "rand-m9-mstd0.5-inc1", 0.25)
     assert (paper.aug_repeats, paper.ema, paper.ema_warmup) == (3, 0.99996, False)
@@ -506,16 +509,14 @@ def test_a_preset_that_does_not_fit_the_data_is_refused_before_weights_are_looke
     argv = ["train", str(few), "--out", str(tmp_path / "run")]
     assert main([*argv, "--preset", "finetune-384", "--initial", "nosuch.pt"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(
-        "tnt-fast: DataError: a step of 512 images (batch_size=32 × accumulate=16) is more than the 8 training"
-    )
-    assert said.endswith("--batch-size 0 --accumulate 1\n")
-    assert main([*argv, *MODEL, *PLAIN, "--preset", "paper", "--batch-size", "0", "--accumulate", "1", "--epochs", "1"]) == 0
+    assert said.startswith("tnt-fast: DataError: a step of 512 images (global_batch=512) is more than the 8 training images")
+    assert said.endswith("--global-batch 0\n")
+    assert main([*argv, *MODEL, *PLAIN, "--preset", "paper", "--global-batch", "0", "--epochs", "1"]) == 0
     assert "batches of 8: 1 steps an epoch" in capsys.readouterr().out
 
 
 def test_a_preset_that_fine_tunes_takes_weights_of_a_file(trained, few, tmp_path, capsys):
-    tiny = ["--model", "tnt_ti_patch16_224", "--batch-size", "2", "--accumulate", "1", "--epochs", "1"]
+    tiny = ["--model", "tnt_ti_patch16_224", "--global-batch", "4", "--batch-size", "2", "--epochs", "1"]
     argv = ["train", str(few), "--out", str(tmp_path / "run"), "--preset", "finetune-384", "--initial", str(trained[0]), *tiny]
     assert main([*argv, "--model-kwargs", "img_size=64", *PLAIN]) == 0
     said = capsys.readouterr().out

@@ -212,12 +212,13 @@ class Config:
         """Raise DataError where one step would take more than all of so many training images."""
         from tnt_fast.images import DataError
 
-        step = self.batch_size * self.accumulate
+        step = self.global_batch or self.batch_size * self.accumulate
         if step > images:
             times = f" × accumulate={self.accumulate}" if self.accumulate > 1 else ""
+            what = f"global_batch={step}" if self.global_batch else f"batch_size={self.batch_size}{times}"
             raise DataError(
-                f"a step of {step:,} images (batch_size={self.batch_size}{times}) is more than the {images:,} training images; "
-                "lower it, or let it follow the data: --batch-size 0 --accumulate 1"
+                f"a step of {step:,} images ({what}) is more than the {images:,} training images; lower it, or let it follow "
+                "the data: --batch-size 0 --accumulate 1 --global-batch 0"
             )
 
     @property
