@@ -165,7 +165,8 @@ def _of_outer(prefix: str, block: Any, like: Tensor) -> tuple[dict[str, Any], li
     if any([x is not None and x.shape != width for x in read]):
         return {}, [f"{prefix}outer: a LayerNorm or a bias has not the {width[0]} values of the patches"]
     weights = [x for x in record if x is not None and not _is_sharded(x)]
-    taken = (_computed(like), torch.float32) if torch.is_autocast_enabled(like.device.type) else (like.dtype,)
+    autocast = like.device.type != "meta" and torch.is_autocast_enabled(like.device.type)
+    taken = (_computed(like), torch.float32) if autocast else (like.dtype,)
     if any([x.dtype not in taken or not _is_plain(x) for x in weights]):
         return {}, [f"{prefix}outer: its weights are not all plain parameters of {taken[0]}"]
     return given, []
@@ -194,7 +195,7 @@ def why_not_fused_on(model: Any, image: Tensor, gpu: str, capability: tuple[int,
     """``why_not_fused`` on a GPU that need not be here, of such a name and compute capability.
 
     Args:
-        model, image: of fake tensors on a CUDA device.
+        model, image: of the meta device, in one dtype.
     """
     return kernels.too_old(gpu, capability) + _model_reasons(model, image)
 

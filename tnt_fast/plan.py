@@ -8,15 +8,17 @@ peak of products, all else by bandwidth and by the bytes that autograd keeps. Ev
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from tnt_fast import dispatch, flops, recipe
 from tnt_fast.check import find
@@ -162,54 +164,48 @@ class _Keeper:
         self.sizes.append(0)
 
 
-@contextmanager
-def _autocast(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """As ``torch.autocast``, which does not go on where there is no such device: here are only tensors without values."""
-    if dtype == torch.float32:
-        yield
-        return
-    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, True)
-    torch.set_autocast_dtype(device, dtype)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled(device, before[0])
-        torch.set_autocast_dtype(device, before[1])
+class _Autocast(TorchFunctionMode):
+    """CUDA's autocast as far as a TNT meets it, for the meta device: products in half precision, norms in float32."""
+
+    HALF = (F.linear, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, F.scaled_dot_product_attention)
+    SINGLE = (F.layer_norm, torch.softmax, Tensor.softmax)
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.casts: dict[Tensor, Tensor] = {}  # of weights, once
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.HALF or func in self.SINGLE:
+            to = self.dtype if func in self.HALF else torch.float32
+            args, kwargs = tree_map_only(Tensor, lambda x: self._cast(x, to), (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _cast(self, x: Tensor, to: torch.dtype) -> Tensor:
+        if x.dtype == to or not isinstance(x, nn.Parameter):
+            return x.to(to)
+        if x not in self.casts:
+            self.casts[x] = x.to(to)
+        return self.casts[x]
 
 
-def _place(model: nn.Module, device: str) -> None:
-    """Parameters and buffers anew on a device, in place; within FakeTensorMode."""
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                made = torch.empty(p.shape, dtype=p.dtype, device=device)
-                module._parameters[name] = nn.Parameter(made, requires_grad=p.requires_grad)
-        for name, x in module._buffers.items():
-            if x is not None:
-                module._buffers[name] = torch.empty(x.shape, dtype=x.dtype, device=device)
-
-
-def kept(model: TNT, dtype: torch.dtype, fused: bool = False, device: str = "cuda") -> Kept:
-    """What autograd keeps of a training step's forward, under autocast to ``dtype`` where that is not float32.
+def kept(model: TNT, dtype: torch.dtype, fused: bool = False) -> Kept:
+    """What autograd keeps of a training step's forward on a GPU, under autocast to ``dtype`` where that is not float32.
 
     Nothing is computed: of the reference autograd's own hooks tell it, of the fused operations what they keep is known.
 
     Args:
-        model: of the meta device; it is moved to fake tensors, and its ``train()``, ``requires_grad`` and ``recompute`` count.
+        model: of the meta device; its ``train()``, ``requires_grad`` and ``recompute`` count.
     """
     found = []
-    with FakeTensorMode(), _autocast(device, dtype):
-        _place(model, device)
-        for images in (1, 2):
-            keeper = _Keeper([*model.parameters()])
-            with torch.autograd.graph.saved_tensors_hooks(keeper.keep, lambda x: x):
-                image = torch.empty(images, model.in_chans, *model.pixel_embed.img_size, device=device)
-                inputs = (_fused if fused else _reference)(model, image, keeper, dtype)
-            found.append([*keeper.sizes, *inputs])
+    for images in (1, 2):
+        keeper = _Keeper([*model.parameters()])
+        autocast = nullcontext() if dtype == torch.float32 else _Autocast(dtype)
+        with autocast, torch.autograd.graph.saved_tensors_hooks(keeper.keep, lambda x: x):
+            image = torch.empty(images, model.in_chans, *model.pixel_embed.img_size, device="meta")
+            inputs = (_fused if fused else _reference)(model, image, keeper, dtype)
+        found.append([*keeper.sizes, *inputs])
     one, two = found
     parts = [Part(2 * a - b, b - a) for a, b in zip(one, two, strict=True)]
     depth = len(model.blocks)
@@ -595,10 +591,8 @@ def images_a_step(config: Config, ranks: int) -> int:
 
 
 def _why_not_fused(about: Shape, on: Gpu) -> list[str]:
-    with FakeTensorMode(), _autocast("cuda", about.dtype):
-        _place(about.model, "cuda")
-        image = torch.empty(1, about.model.in_chans, *about.model.pixel_embed.img_size, device="cuda")
-        return dispatch.why_not_fused_on(about.model, image, on.title, on.capability)
+    image = torch.empty(1, about.model.in_chans, *about.model.pixel_embed.img_size, device="meta")
+    return dispatch.why_not_fused_on(about.model, image, on.title, on.capability)
 
 
 def _counted(about: Shape, fused: bool, recompute: str) -> Kept:
