@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tnt_fast import TNT, kernels, plan, recipe
 from tnt_fast.cli import main
+from tnt_fast.distributed import Ranks
 from tnt_fast.recipe import Config
 from tnt_fast.variants import create_tnt
 
@@ -145,12 +146,13 @@ def test_weights_gradients_and_moments_are_exact(opt):
 
 
 def test_gradients_are_the_buckets_of_ddp(tmp_path):
-    """``gradient_as_bucket_view``, as a run has it: what is reduced among the ranks lies nowhere a second time."""
+    """As a run has it: what is reduced among the ranks lies nowhere a second time."""
     settings = config()
     model = recipe.build_model(replace(settings, backend="reference"), 7).model
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        parallel = Ranks(size=2).parallel(model)
+        assert isinstance(parallel, nn.parallel.DistributedDataParallel)
         parallel(torch.randn(2, 3, 32, 32)).sum().backward()
         storages = {p.grad.untyped_storage()._cdata: p.grad.untyped_storage().nbytes() for p in model.parameters()}
     finally:
@@ -310,7 +312,7 @@ def test_a_data_set_is_counted(tmp_path, capsys):
         (["--gpu", "h100", "--memory", "-1"], "--memory -1 must be"),
         (["--tflops", "100"], "--memory, --bandwidth missing"),
         (["--gpu", "h100", "--count", "0"], "--count 0 must be"),
-        (["--gpu", "h100", "--count", "7", "--batch-size", "128"], "do not go evenly on 7 GPUs; take a multiple of 14"),
+        (["--gpu", "h100", "--count", "7", "--global-batch", "128"], "must be a multiple of 14 (2 images × 7 ranks)"),
         (["--gpu", "h100", "--images", "100", "--batch-size", "128"], "more than the 100 to train on"),
         (["--gpu", "h100", "--price", "nan"], "--price nan must be"),
         (["--gpu", "v100", "--backend", "fused", *SMALL], "cannot run on V100"),

@@ -505,7 +505,7 @@ def _exchange(shape: Shape, way: Way, ranks: int, on: Gpu) -> float:
 
 def ways(config: Config, ranks: int, fused: bool) -> list[Way]:
     """The recipe's own way first, then those that differ from it in one thing, for less memory."""
-    own = Way("", getattr(config, "fsdp", False), config.grad_checkpointing, config.model_kwargs.get("recompute", "none"))
+    own = Way("", config.fsdp, config.grad_checkpointing, config.model_kwargs.get("recompute", "none"))
     found = [own._replace(title="FSDP" if own.fsdp else "DDP" if ranks > 1 else "as it is")]
     if ranks > 1:
         found.append(own._replace(title="DDP" if own.fsdp else "FSDP", fsdp=not own.fsdp))
@@ -529,11 +529,10 @@ def plan(config: Config, on: Gpu, ranks: int, images: int, classes: int, price: 
     if price is not None and not 0 <= price < 1e6:
         raise ValueError(f"--price {price:g} must be a number in [0, 1e6)")
     config.check()
-    config = config.settled(images)
-    whole = images_a_step(config, ranks)
-    if whole % (ranks * _multiple(config)):
-        each = ranks * _multiple(config)
-        raise ValueError(f"{whole} images a step do not go evenly on {ranks} GPUs; take a multiple of {each}")
+    if config.global_batch:  # which the plan divides itself
+        config = replace(config, batch_size=0, accumulate=1)
+    config = config.settled(images, ranks)
+    whole = config.global_batch or config.images_a_step(ranks)
     if whole > images:
         raise ValueError(f"{whole} images a step are more than the {images} to train on; lower the batch")
     about = shape(config, classes)
@@ -583,11 +582,6 @@ def plan(config: Config, on: Gpu, ranks: int, images: int, classes: int, price: 
         "notes": notes,
         "assumed": [*ASSUMED, *_more(first, ranks, config)],
     }
-
-
-def images_a_step(config: Config, ranks: int) -> int:
-    """Of all ranks together."""
-    return getattr(config, "global_batch", 0) or config.batch_size * config.accumulate
 
 
 def _why_not_fused(about: Shape, on: Gpu) -> list[str]:
@@ -692,7 +686,8 @@ def table(found: dict[str, Any]) -> list[str]:
         lines.append(line(part, shares, found["sources"][part]))
     lines.append(line("sum", [f"{row['total'] / GIB:.2f}" for row in columns.values()], f"of {g['memory']:g}"))
     batches = [f"{row['accumulate']} × {row['batch']}" if row["batch"] else "none fits" for row in columns.values()]
-    lines.append(line("batches a step", batches, "a GPU's"))
+    advice = f"--batch-size {own['batch']}" if own["batch"] else ""
+    lines.append(line("batches a step", batches, advice))
     lines.append(line("largest batch", [f"{row['largest_batch']:,}" for row in columns.values()], "that fits a GPU"))
     lines.append("")
 
