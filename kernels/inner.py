@@ -728,8 +728,11 @@ class Inner(Operation):
 
     def _read(self, a: SimpleNamespace) -> SimpleNamespace:
         """The arguments as the kernels read them."""
-        scales = {name: x.float().contiguous() for name, x in vars(a).items() if name.endswith("_scale") and x is not None}
-        return SimpleNamespace(**vars(a) | scales | dict(pixel=a.pixel.contiguous(), weights=contiguous(a.weights)))
+        scales = [None if x is None else x.float().contiguous() for x in (a.attn_scale, a.mlp_scale)]
+        return SimpleNamespace(
+            pixel=a.pixel.contiguous(), weights=contiguous(a.weights), num_heads=a.num_heads, eps=a.eps, attn_scale=scales[0],
+            mlp_scale=scales[1],
+        )  # fmt: skip
 
     def _launch(self, kernel: Any, a: SimpleNamespace, *tensors: Tensor, sums: int = 0) -> Tensor | None:
         """One kernel over all patches, of what ``_read`` gives; ``sums``: how many a program keeps, whose totals come back."""

@@ -17,17 +17,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from tnt_fast import reference
 from tnt_fast.arguments import Arguments
 from tnt_fast.reference import by_name
 
+PLAIN = {Tensor, Parameter, type(None)}  # no subclass, which may do something else when it is called
 LIBRARY = torch.library.Library("tnt_fast", "FRAGMENT")
 # the types of operations' arguments, as PyTorch calls them
 SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", tuple[int, int]: "SymInt[]", int: "SymInt", float: "float", bool: "bool",
           str: "str"}  # fmt: skip
 MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a tile more, in 32 bits
+MOST_LAUNCHERS = 4096  # that are remembered
 MOST_PROGRAMS = 2**20  # of a grid that stays, counted in 32 bits, too; a GPU holds some thousands
 
 
@@ -40,11 +43,27 @@ def _properties(device: torch.device) -> Any:
     return torch.cuda.get_device_properties(device)
 
 
+def _seen(arguments: Sequence[Any]) -> list[Any]:
+    """What Triton compiles another kernel for: which tensors there are, their dtypes and alignment; numbers."""
+    found: list[Any] = []
+    for x in arguments:
+        if (kind := type(x)) is Tensor or kind is Parameter or isinstance(x, Tensor):
+            found += (x.dtype, x.data_ptr() & 15)
+        elif isinstance(x, tuple):
+            found += _seen(x)
+        else:
+            found.append(x)
+    return found
+
+
 class Gpu:
     """What runs the kernels: Triton's launcher, on a GPU. All that depends on the machine is asked of ``runner``."""
 
     on_cpu = False  # takes CPU tensors, slowly, to test the kernels: only where backend="fused" asks for it
     nvidia = torch.version.hip is None  # compiled for NVIDIA: the fast forms of tile.py, TF32, Config.mma_arch
+
+    def __init__(self) -> None:
+        self._launchers: dict[tuple[Any, ...], tuple[Launch, Any]] = {}
 
     def capability(self, device: torch.device | None = None) -> tuple[int, int] | None:
         """Compute capability of a device, or of the current one; None where it has none."""
@@ -61,9 +80,25 @@ class Gpu:
         return getattr(_properties(device), "shared_memory_per_block_optin", 1 << 17)
 
     def launch(self, spec: "Launch", grid: int, arguments: Sequence[Any], options: dict) -> None:
-        """Launch on the current stream of the device of the first argument, a tensor."""
-        with torch.cuda.device_of(arguments[0]):
-            spec.kernel[(grid,)](*arguments, **spec.constants, **options)
+        """Launch on the current stream of the device of the first argument, a tensor.
+
+        Triton's own launcher finds the compiled kernel by looking at each argument anew: here that is once for all that it
+        would look at, and more: whole numbers instead of what divides them.
+        """
+        device = arguments[0].device
+        if arguments[0].is_cuda and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.launch(spec, grid, arguments, options)
+        key = (id(spec), grid, device, options.get("arch"), *_seen(arguments))
+        known = self._launchers.get(key)
+        if known is not None:
+            known[1](*arguments, *spec.constants.values())
+            return None
+        compiled = spec.kernel[(grid,)](*arguments, **spec.constants, **options)
+        if len(self._launchers) >= MOST_LAUNCHERS:
+            self._launchers.clear()
+        self._launchers[key] = spec, compiled[grid, 1, 1]  # with spec, so that no other gets its id
+        return None
 
 
 class Interpreter(Gpu):
@@ -146,7 +181,10 @@ def precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32 or not runner.nvidia:
         return "ieee"
     matmul = torch.backends.cuda.matmul  # asked for allow_tf32 where fp32_precision was set, newer versions raise
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    try:
+        allowed = matmul.fp32_precision == "tf32"
+    except AttributeError:  # of older ones
+        allowed = matmul.allow_tf32
     return "tf32" if allowed else "ieee"
 
 
@@ -157,13 +195,18 @@ def programs(device: torch.device, tiles: int, per_sm: int) -> int:
 
 def remembered(specialise: Callable[..., Launch]) -> Callable[..., Launch]:
     """A function's launches, made once for the same arguments and the same way to compute products."""
-    known = cache(lambda how, *arguments: specialise(*arguments))
+    known: dict[tuple[Any, ...], Launch] = {}
 
     @wraps(specialise)
-    def specialised(*arguments: Any) -> Launch:
-        return known((runner.nvidia, precision(torch.float32)), *arguments)
+    def specialised(first: Any, *others: Any) -> Launch:
+        tf32 = (torch.float32 is first or torch.float32 in others) and precision(torch.float32)
+        key = (id(first), runner.nvidia, tf32, *others)  # a kernel, whose own hash is slow, or a dtype
+        found = known.get(key)
+        if found is None:
+            known[key] = found = specialise(first, *others)
+        return found
 
-    specialised.forget = known.cache_clear
+    specialised.forget = known.clear
     return specialised
 
 
@@ -226,6 +269,7 @@ class Operation(Arguments):
     def __init__(self) -> None:
         super().__init__()
         self._accepted: set[tuple[Any, ...]] = set()
+        self._weights = next(name for name in self.defaults if name not in self.activations)
         self._register()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -245,22 +289,39 @@ class Operation(Arguments):
         return self._operation(*self.prepare(given).values())
 
     def trusted(self, **given: Any) -> Tensor:
-        """As a call with weights and numbers that ``dispatch.choose`` has accepted: only the activations are looked at."""
-        given = by_name(self.defaults | given)
+        """As a call with weights and numbers that ``dispatch.choose`` has accepted: only the activations are looked at.
+
+        Where nobody looks on or records gradients, past PyTorch's dispatcher, which takes longer than a launch.
+        """
+        given = self.defaults | given
         if torch.compiler.is_compiling():
-            self.check(given := self.prepare(given))  # what is traced is guarded by Dynamo
-        else:
-            device = given[self.activations[0]].device.type
-            if torch.is_autocast_enabled(device):
-                dtype = torch.get_autocast_dtype(device)
-                given |= {name: given[name].to(dtype) for name in self.activations if given[name] is not None}
-            like = next(given[argument.name] for argument in self.arguments if not argument.activation)
-            looked = (*[given[name] for name in self.activations], like)
-            seen = [None if x is None else (x.shape, x.dtype, x.device, type(x)) for x in looked]
-            if (seen := tuple(seen)) not in self._accepted and device != "meta":  # where only shapes are asked for
-                self.check(given := self.prepare(given))
-                self._accepted.add(seen)
-        return self._operation(*given.values(), True)
+            given = self.prepare(by_name(given))
+            self.check(given)  # what is traced is guarded by Dynamo
+            return self._operation(*given.values(), True)
+        first = given[self.activations[0]]
+        device = "cuda" if first.is_cuda else first.device.type  # which is a new string each time
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            given |= {name: given[name].to(dtype) for name in self.activations if given[name] is not None}
+        weights = given[self._weights]
+        like = weights if isinstance(weights, Tensor) else weights[0]
+        looked = (*[given[name] for name in self.activations], like)
+        seen = tuple([None if x is None else (x.shape, x.dtype, x.device, type(x)) for x in looked])
+        if seen not in self._accepted and device != "meta":  # where only shapes are asked for
+            self.check(self.prepare(by_name(given)))
+            self._accepted.add(seen)
+        if not _watched() and device != "meta" and {*map(type, looked)} <= PLAIN:
+            a = SimpleNamespace(**given, kept=None)
+            if "eps" in given:
+                a.eps = float(a.eps)  # as the dispatcher does
+            return self._computed(a)
+        return self._operation(*by_name(given).values(), True)
+
+    def _computed(self, a: SimpleNamespace) -> Tensor:
+        out = self.empty(a)
+        if out.numel():
+            self.forward(a, out)
+        return out
 
     def elsewhere(self, device: torch.device) -> list[str]:
         if device.type == "cuda" or runner.on_cpu:
@@ -289,11 +350,9 @@ class Operation(Arguments):
         def run(flat: Sequence[Any], kept: dict[str, Tensor] | None) -> tuple[Tensor, SimpleNamespace]:
             if len(flat) == len(names) or not flat[-1]:  # PyTorch passes no argument that is its default
                 self.check(dict(zip(names, flat, strict=False)))
-            out = self.empty(a := self.packed(flat))
+            a = self.packed(flat)
             a.kept = kept
-            if out.numel():
-                self.forward(a, out)
-            return out, a
+            return self._computed(a), a
 
         def forward_recorded(*flat: Any) -> list[Tensor]:
             out, a = run(flat, {})
@@ -425,8 +484,22 @@ def _new(found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
     return result
 
 
+def _watched() -> bool:
+    """Whether autograd records, or somebody looks at what is called: a mode, a trace, a transform, a profiler."""
+    return bool(
+        torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )
+
+
 def contiguous(x: Any) -> Any:
     """A tensor, those of a tuple, or None, as kernels read them."""
-    if isinstance(x, tuple):
-        return type(x)(*[each if each is None else each.contiguous() for each in x])
-    return None if x is None else x.contiguous()
+    if not isinstance(x, tuple):
+        return None if x is None else x.contiguous()
+    if all([each is None or each.is_contiguous() for each in x]):
+        return x
+    return type(x)(*[each if each is None else each.contiguous() for each in x])

@@ -287,10 +287,10 @@ def _matrix(a: SimpleNamespace, name: str) -> Tensor:
         return a.kept[name]
     if name != "qkv_weight":
         return _to(getattr(a.weights, name).contiguous(), a.patch.dtype)
-    w, E = contiguous(a.weights), a.patch.shape[2]
-    if a.kept is None and w.qk_weight.dtype == a.patch.dtype:
-        return joined(w.qk_weight, w.v_weight)  # perhaps a view of them, which cannot be kept
-    return torch.cat((w.qk_weight, w.v_weight), out=torch.empty(3 * E, E, dtype=a.patch.dtype, device=a.patch.device))
+    qk, v, E = a.weights.qk_weight.contiguous(), a.weights.v_weight.contiguous(), a.patch.shape[2]
+    if a.kept is None and qk.dtype == a.patch.dtype:
+        return joined(qk, v)  # perhaps a view of them, which cannot be kept
+    return torch.cat((qk, v), out=torch.empty(3 * E, E, dtype=a.patch.dtype, device=a.patch.device))
 
 
 def joined(first: Tensor, second: Tensor) -> Tensor:

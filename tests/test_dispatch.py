@@ -3,11 +3,13 @@ every weight; the real kernels take their place without a change in the model.""
 
 import contextlib
 import copy
+import gc
 import os
 import re
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,15 @@ REAL = dict(kernels.OPERATIONS)
 
 def tiny(**kwargs) -> TNT:
     return perturb(TNT(**{**TINY, **kwargs})).eval()
+
+
+def remembered(model: TNT, image: torch.Tensor) -> TNT:
+    """The model, fused, as it is when a few forwards have found it unchanged."""
+    model.backend = "fused"
+    for _ in range(3):
+        found = dispatch.choose(model, image)
+    assert isinstance(found, dispatch.Chosen)
+    return model
 
 
 @pytest.fixture
@@ -154,7 +165,7 @@ SPOILED = {
 @pytest.mark.parametrize("what", SPOILED)
 def test_what_is_done_to_a_submodule_is_a_reason(stand_ins, what):
     model, image = tiny(), torch.randn(1, 3, 32, 32)
-    assert why_not_fused(model, image) == []
+    assert why_not_fused(remembered(model, image), image) == []
     spoil, message = SPOILED[what]
     spoil(model)
     reasons = why_not_fused(model, image)
@@ -217,6 +228,8 @@ def test_each_attribute_of_the_outer_submodules_changed_is_the_references_answer
             value = getattr(module, name)
             for other in changed(name, value):
                 before = stand_ins["outer"]
+                with torch.no_grad():
+                    remembered(model, image)
                 try:
                     setattr(module, name, other)
                     expected, found = answer("reference"), answer("fused")
@@ -256,6 +269,8 @@ OUTER = {
 @pytest.mark.parametrize("what", OUTER)
 def test_what_is_done_to_an_outer_submodule_is_done(stand_ins, what, gradients):
     model, image = tiny(), torch.randn(2, 3, 32, 32)
+    with torch.set_grad_enabled(gradients):
+        remembered(model, image)
     OUTER[what](model.blocks[0])
     assert why_not_fused(model) == []
     found = []
@@ -342,6 +357,7 @@ def test_each_attribute_of_each_submodule_changed_is_the_references_answer_or_a_
         for name in attributes(module, lambda: answer("reference")):
             value = getattr(module, name)
             for other in changed(name, value):
+                remembered(model, image)
                 try:
                     setattr(module, name, other)
                     expected, reasons, found = answer("reference"), why_not_fused(model, image), answer("fused")
@@ -360,6 +376,117 @@ def test_each_attribute_of_each_submodule_changed_is_the_references_answer_or_a_
                     counts["answer"] += 1
     assert counts["reason"] > 50, counts
     assert counts["answer"] > 30, counts
+
+
+def _doubled(block, given):
+    block.mlp_in.fc1.weight = nn.Parameter(2 * block.mlp_in.fc1.weight)
+
+
+CHANGES = {
+    "a parameter replaced": lambda b: setattr(b.attn_in.qk, "weight", nn.Parameter(torch.randn(24, 12))),
+    "a module replaced": lambda b: setattr(b.mlp_in, "fc1", nn.Linear(12, 48)),
+    "a dictionary of parameters replaced": lambda b: setattr(
+        b.proj, "_parameters", {"weight": nn.Parameter(torch.randn(24, 192)), "bias": None}
+    ),
+    "weights moved": lambda b: setattr(b.mlp.fc1.weight, "data", 2 * b.mlp.fc1.weight.data),
+    "weights loaded": lambda b: b.load_state_dict(tiny().blocks[0].state_dict()),
+    "an update past the version": lambda b: b.attn_out.v.weight.data.mul_(2),
+    "a hook on the block": lambda b: b.register_forward_pre_hook(_doubled),
+    "a replaced inner": lambda b: setattr(b, "inner", lambda pixel, fused: 2 * pixel.sin()),
+    "heads": lambda b: setattr(b.attn_in, "num_heads", 3),
+    "both norms' eps": lambda b: [setattr(norm, "eps", 1e-2) for norm in (b.norm_in, b.norm_mlp_in)],
+}
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "gradients"])
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_between_forwards_is_in_the_next(stand_ins, what, gradients):
+    torch.manual_seed(0)
+    model, image, found = tiny(), torch.randn(2, 3, 32, 32, dtype=torch.float64), []
+    block, first = model.double().blocks[1], None
+    with torch.set_grad_enabled(gradients):
+        before = remembered(model, image)(image)
+        CHANGES[what](block)
+        model.double()
+        for backend in ("reference", "fused", "fused", "fused"):
+            model.backend = backend
+            if what == "a hook on the block":  # which doubles it in each forward
+                first = block.mlp_in.fc1.weight if first is None else first
+                block.mlp_in.fc1.weight = first
+            found.append(model(image))
+    assert relative_error(found[0], before) > 1e-7
+    assert all(relative_error(x, found[0]) <= 1e-12 for x in found[1:])
+
+
+def test_one_weight_of_another_shape_dtype_or_device_is_a_reason_between_forwards(stand_ins):
+    for name in ("inner", "fold") if REAL else ():
+        kernels.OPERATIONS[name].wrong_values = REAL[name].wrong_values
+    changes = {
+        "the parameters have mixed dtypes": lambda x: setattr(x, "data", x.data.half()),
+        "fc1_weight is on 'meta'": lambda x: torch.utils.swap_tensors(x, nn.Parameter(x.to("meta"))),
+        r"fc1_bias has shape \(48,\); expected \(40,\)": lambda x: setattr(x, "data", x.data[:40]),  # the same memory
+    }
+    for message, change in changes.items():
+        model, image = tiny(), torch.randn(1, 3, 32, 32)
+        with torch.no_grad():
+            change(remembered(model, image).blocks[1].mlp_in.fc1.weight)
+            with pytest.raises(RuntimeError, match=message if REAL or "mixed" in message else ""):
+                model(image)
+
+
+def test_what_was_found_belongs_to_one_model_and_keeps_nothing_alive(stand_ins, tmp_path, monkeypatch):
+    image = torch.randn(1, 3, 32, 32)
+    model = remembered(tiny(), image)
+    torch.save(model, tmp_path / "model.pt")
+    replica = copy.copy(model)  # as DataParallel makes them
+    others = (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False), replica)
+    looks = []
+    real = dispatch._model_reasons
+    monkeypatch.setattr(dispatch, "_model_reasons", lambda *given: looks.append(1) or real(*given))
+    for number, other in enumerate(others):
+        dispatch.choose(other, image)
+        assert len(looks) == 1 + number  # looked through
+    assert isinstance(dispatch.choose(model, image), dispatch.Chosen)  # and this one not again
+    assert torch.jit.script(model) is not None
+    gone = weakref.ref(model)
+    model.loop = lambda owner=model: owner
+    remembered(model, image)
+    del model, other, others, replica
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_look_costs_no_second_one_and_each_size_and_mode_its_own(stand_ins, monkeypatch):
+    looks = []
+    real = dispatch._model_reasons
+    monkeypatch.setattr(dispatch, "_model_reasons", lambda *given: looks.append(1) or real(*given))
+    model = tiny(backend="fused")
+    for batch in (1, 2):
+        for context in (torch.no_grad(), torch.enable_grad(), torch.autocast("cpu", torch.bfloat16)):
+            with context:
+                for _ in range(4):
+                    model(torch.randn(batch, 3, 32, 32))
+    assert len(looks) == 6 + 1  # the first forward is not remembered
+    model.train()
+    for _ in range(3):
+        model(torch.randn(1, 3, 32, 32))
+    assert len(looks) == 6 + 1 + 1
+    model.norm.register_forward_hook(lambda *given: None)  # where there are hooks, each time
+    for _ in range(3):
+        model(torch.randn(1, 3, 32, 32))
+    assert len(looks) == 6 + 1 + 1 + 3
+
+
+def test_a_block_compiled_by_itself_takes_what_its_modules_hold(stand_ins):
+    model, image = tiny(backend="fused", depth=1), torch.randn(2, 3, 32, 32)
+    torch._dynamo.reset()
+    model.blocks[0].compile(backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for scale in (1.0, 1.0, 1.0, 2.0):
+            model.blocks[0].attn_in.proj.weight = nn.Parameter(scale * model.blocks[0].attn_in.proj.weight)
+            found = model(image)
+        model.backend = "reference"
+        assert relative_error(model(image), found) <= 1e-5
 
 
 @pytest.mark.parametrize("child", ["norm", "head", "head_drop", "pos_drop", "blocks.0", "pixel_embed"])

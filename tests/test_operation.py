@@ -1,12 +1,16 @@
 """What all operations share on the host: what they read, named errors, dtypes, autocast, and what is not differentiated."""
 
+import contextlib
 import copy
 import re
 import warnings
+from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import TINY, perturb
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
@@ -15,6 +19,8 @@ from helpers import HERE, call
 
 from tnt_fast import TNT, dispatch, kernels, reference, why_not_fused
 from tnt_fast.arguments import beyond
+from tnt_fast.kernels import operation
+from tnt_fast.kernels.operation import Config, Gpu, Launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATIONS = pytest.mark.parametrize("operation", kernels.OPERATIONS)
@@ -250,3 +256,91 @@ def test_a_compiled_model_tells_once_that_it_falls_back(monkeypatch):
         warnings.simplefilter("error")
         assert torch.equal(compiled(image), expected)
     check(HERE, "inner", inner_tensors(2, 4, 6, 24), dict(num_heads=2), torch.float32)  # and the kernels are still there
+
+
+# ---- the short ways, where nobody looks on ----
+
+
+@OPERATIONS
+def test_past_the_dispatcher_the_bits_are_the_same(operation, monkeypatch):
+    function, (tensors, others) = kernels.OPERATIONS[operation], given(operation)
+    arguments, calls = reference.in_records({**tensors, **others}), []
+    real = function._operation
+    monkeypatch.setattr(function, "_operation", lambda *flat: calls.append(1) or real(*flat))
+
+    class Seen(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, called, types, args=(), kwargs=None):
+            return called(*args, **(kwargs or {}))
+
+    def run(*contexts):
+        before = len(calls)
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            return function.trusted(**arguments), len(calls) - before
+
+    for context in (contextlib.nullcontext, lambda: torch.autocast(DEVICE, torch.float16)):
+        expected, through = run(context(), torch.enable_grad())
+        assert through == 1
+        for inference in (torch.no_grad(), torch.inference_mode()):
+            found, through = run(context(), inference)
+            assert (through, found.dtype) == (0, expected.dtype)
+            assert torch.equal(found, expected)
+        counter = FlopCounterMode(display=False)
+        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        for mode in (counter, profile, Seen()):
+            found, through = run(context(), torch.no_grad(), mode)
+            assert through == 1
+            assert torch.equal(found, expected)
+        assert counter.get_total_flops() == 2 * function.multiply_adds(_shapes(function, arguments))
+        assert f"tnt_fast::{operation}" in {event.name for event in profile.events()}
+    weight = next(iter(x for x in tensors.values() if x is not None and x.ndim == 1)).requires_grad_()
+    assert run(torch.enable_grad())[0].requires_grad == weight.requires_grad
+
+
+def _shapes(function, arguments: dict) -> SimpleNamespace:
+    """As a formula of FLOPs gets them."""
+    flat = reference.by_name(function.defaults | arguments).values()
+    return function.packed([x.shape if isinstance(x, torch.Tensor) else x for x in flat])
+
+
+def test_a_launch_is_looked_up_by_all_that_triton_compiles_for():
+    runner, looked, launched = Gpu(), [], []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def run(*arguments, Z, num_warps, arch=None):
+                looked.append((grid, arguments))
+                return self.Compiled()
+
+            return run
+
+        class Compiled:
+            def __getitem__(self, grid):
+                return lambda *arguments: launched.append((grid, arguments))
+
+    Weights = namedtuple("Weights", "a b")
+    spec, memory, w = Launch(Kernel(), {"Z": 7}, Config(16, warps=1), 1), torch.zeros(64), torch.zeros(16)
+    one = Weights(w, None)
+
+    def launch(x, n=5, eps=1e-5, weights=one, grid=2, spec=spec, **options):
+        before = len(looked), len(launched)
+        runner.launch(spec, grid, (x, weights, n, eps), {"num_warps": 1, **options})
+        new, known = len(looked) - before[0], len(launched) - before[1]
+        assert new + known == 1
+        if known:
+            assert launched[-1] == ((grid, 1, 1), (x, weights, n, eps, 7))
+        return bool(known)
+
+    changes = [
+        {}, {"x": memory[1:]}, {"n": 6}, {"n": 1}, {"eps": 0.0}, {"weights": Weights(None, w)}, {"weights": Weights(w, w)},
+        {"weights": Weights(w.half(), None)}, {"weights": Weights(w[1:], None)}, {"x": memory.double()}, {"grid": 3},
+        {"arch": "sm80"}, {"spec": spec._replace(constants={"Z": 8})},
+    ]  # fmt: skip
+    assert [launch(**{"x": memory, **change}) for change in changes] == [False] * len(changes)
+    assert [launch(**{"x": memory, **change}) for change in changes[:-1]] == [True] * (len(changes) - 1)
+    assert launch(torch.ones(64)[4:])  # other memory, as well aligned
+    for n in range(operation.MOST_LAUNCHERS):
+        launch(memory, n=n + 100)
+    assert len(runner._launchers) <= operation.MOST_LAUNCHERS
+    assert not launch(memory)  # forgotten

@@ -9,6 +9,8 @@ Drop-path is none: its factors are drawn outside the kernels, the same numbers o
 """
 
 import warnings
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from tnt_fast.reference import RECOMPUTE, by_name
 
 BACKENDS = ("auto", "fused", "reference")
 OPERATIONS = ("pixel_embed", "inner", "fold", "outer")
+MOST_LOOKS = 64  # of one model: sizes of images, modes
 REQUIRED = ("pixel_embed", "inner", "fold")  # an operation outside of these runs through its modules where it has no kernel
 
 _warned: set[str] = set()
@@ -61,8 +64,99 @@ def kernel(operation: str) -> Any:
     return kernels.OPERATIONS.get(operation)
 
 
-def choose(model: Any, image: Tensor, warn: bool = True) -> bool:
-    """True: this forward takes the fused path. False: the reference; "auto" then warns, once per set of reasons.
+class Chosen:
+    """That a forward takes the fused path, and what its blocks hand over as long as their model is what it was."""
+
+    def __init__(self) -> None:
+        self._handed: dict[Any, dict[str, Any]] = {}
+
+    def arguments(self, block: Any, patch: Tensor | None = None) -> dict[str, Any]:
+        """As ``Block.fused_arguments``; with ``patch`` also those of outer, None where its submodules run."""
+        found = self._handed.get(block)
+        if found is None:
+            self._handed[block] = found = block.fused_arguments()
+        if patch is not None and found.get("like") != (like := (patch.dtype, patch.device)):
+            found |= {"outer": outer_arguments(block, patch), "like": like}
+        return found
+
+
+class Look:
+    """A model as it was when it took the fused path: a forward that finds it so again need not look through it.
+
+    It belongs to that one model: its copies, and what is loaded, begin anew.
+    """
+
+    _hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    _read = attrgetter("shape", "dtype", "device")
+
+    def __init__(self, met: bool = False) -> None:
+        self.met = met  # before: the first forward may be the only one, as of DataParallel's copies
+        self.chosen: dict[tuple, Chosen] = {}  # by what the choice depends on besides the model
+        self._own: list[dict[str, Any]] = []
+
+    def __repr__(self) -> str:
+        return "Look()"
+
+    def __deepcopy__(self, memo: Any) -> "Look":
+        return Look()
+
+    def __reduce__(self) -> tuple:
+        return Look, ()
+
+    def belongs_to(self, model: nn.Module) -> bool:
+        return not self._own or vars(model) is self._own[0]
+
+    def take(self, model: nn.Module) -> bool:
+        """Remember each module's attributes, children and parameters; False where there are hooks, which may change them."""
+        self._modules = [*model.modules()]
+        own = [*map(vars, self._modules)]
+        if any(chain.from_iterable(map(self._hooks, own))):
+            return False
+        self._types = [*map(type, self._modules)]
+        self._holding = [(kind, [x for x in own if x[kind]]) for kind in ("_modules", "_parameters")]
+        self._children, self._parameters = self._held()
+        self._tensors = [x for x in self._parameters if x is not None]
+        self._like = [*map(self._read, self._tensors)]
+        self._were = [*map(dict, own)]
+        self._own = own
+        return True
+
+    def _held(self) -> list[list[Any]]:
+        held = (map(itemgetter(kind), holding) for kind, holding in self._holding)  # anew: a dictionary may be another
+        return [[*chain.from_iterable(map(dict.values, each))] for each in held]
+
+    def still(self, model: nn.Module) -> bool:
+        """Whether each attribute, child and parameter of each module is what it was, and none has hooks."""
+        if not self._own or not self.belongs_to(model):
+            return False
+        children, parameters = self._held()
+        try:
+            return (
+                [*map(type, self._modules)] == self._types
+                and _same(children, self._children)
+                and _same(parameters, self._parameters)
+                and [*map(self._read, self._tensors)] == self._like
+                and not any(chain.from_iterable(map(self._hooks, self._own)))
+                and self._own == self._were
+            )
+        except Exception:  # of values that do not say whether they are equal, as tensors do not
+            return False
+
+
+def _same(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
+def _about(image: Tensor) -> tuple:
+    """What the choice depends on besides the model and the machine."""
+    kind = image.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    around = (autocast, torch.is_grad_enabled(), bool(_global_hook_reasons()), tuple(kernels.OPERATIONS.values()))
+    return (image.shape, image.dtype, image.device, type(image), *around)
+
+
+def choose(model: Any, image: Tensor, warn: bool = True) -> Any:
+    """True, or ``Chosen``: this forward takes the fused path. False: the reference; "auto" then warns, once per set of reasons.
 
     Raises:
         ValueError: ``model.backend`` is unknown.
@@ -73,6 +167,11 @@ def choose(model: Any, image: Tensor, warn: bool = True) -> bool:
     if backend == "reference":
         return False
     reasons = _machine_reasons(image, backend)
+    look = about = None
+    if not reasons and not torch.compiler.is_compiling():
+        look, about = vars(model).get("_look"), _about(image)
+        if look is not None and (found := look.chosen.get(about)) is not None and look.still(model):
+            return found
     if backend == "fused" or not reasons:  # the model is only looked through where it can matter
         reasons = reasons + _model_reasons(model, image)
     kept = [] if reasons or not torch.is_grad_enabled() else _recompute_reasons(model, image)
@@ -80,7 +179,18 @@ def choose(model: Any, image: Tensor, warn: bool = True) -> bool:
         if warn and torch.is_grad_enabled():
             _warn("computes gradients with PyTorch: ", _gradient_reasons(model, image))
             _warn("keeps what it was to compute again, take model.set_grad_checkpointing(): ", kept)
-        return True
+        if about is None or look is None or kept:
+            return True
+        if not look.belongs_to(model):
+            model._look = look = Look()
+        if not look.met:
+            look.met = True
+            return True
+        if not look.still(model) or len(look.chosen) >= MOST_LOOKS:
+            model._look = look = Look(met=True)
+            if not look.take(model):
+                return True
+        return look.chosen.setdefault(about, Chosen())
     reasons = reasons + kept
     if backend == "fused":
         raise RuntimeError(

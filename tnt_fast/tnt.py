@@ -181,31 +181,36 @@ class Block(nn.Module):
         if self.has_inner:
             pixel = self.inner(pixel, fused)
             if fused and not torch.jit.is_scripting():
-                return pixel, self._fused_rest(pixel, patch)
+                return pixel, self._fused_rest(pixel, patch, fused)
             patch = self.fold(pixel, patch, fused)
         return pixel, self.outer(patch, fused)
 
     @torch.jit.unused
-    def _fused_rest(self, pixel: Tensor, patch: Tensor) -> Tensor:
+    def _fused_rest(self, pixel: Tensor, patch: Tensor, fused: bool) -> Tensor:
         """fold and outer, as one operation where that can be."""
         replaced = type(self) is not Block or "fold" in self.__dict__ or "outer" in self.__dict__
-        given = None if replaced else dispatch.outer_arguments(self, patch)
+        known = self._handed(fused, patch)
+        given = None if replaced else known["outer"] if known else dispatch.outer_arguments(self, patch)
         if given is None:
             return self.outer(self.fold(pixel, patch, True), True)
-        folded = _fold_arguments(self)
-        read = (pixel, patch, *folded.values(), *given["weights"])
-        recorded = torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in read])
-        if folded.pop("eps") == given["eps"] and not recorded:
-            given |= dict(fold_weights=reference.FoldWeights(*folded.values()), pixel=pixel)
+        folded = known["fold"] if known else _fold_arguments(self)
+        *weights, eps = folded.values()
+        if eps == given["eps"] and not (torch.is_grad_enabled() and _any_recorded(pixel, patch, *weights, *given["weights"])):
+            given = given | dict(fold_weights=reference.FoldWeights(*weights), pixel=pixel)
         else:
             patch = self.fold(pixel, patch, True)
         return self._fused_transformer("outer", given, patch=patch)
 
+    @torch.jit.unused
+    def _handed(self, fused: Any, patch: Tensor | None = None) -> dict[str, Any]:
+        """What the fused operations are given besides activations, where that is known not to have changed."""
+        known = isinstance(fused, dispatch.Chosen) and type(self) is Block and not torch.compiler.is_compiling()
+        return fused.arguments(self, patch) if known else {}
+
     def inner(self, pixel: Tensor, fused: bool = False) -> Tensor:
         """``reference.inner`` over the pixels ``(B·N, S, C)`` of every patch."""
         if fused and not torch.jit.is_scripting():
-            weights = transformer_arguments(self.norm_in, self.attn_in, self.norm_mlp_in, self.mlp_in)
-            return self._fused_transformer("inner", weights, pixel=pixel)
+            return self._fused_inner(pixel, fused)
         pixel = pixel + self.drop_path(self.attn_in(self.norm_in(pixel)))
         return pixel + self.drop_path(self.mlp_in(self.norm_mlp_in(pixel)))
 
@@ -233,6 +238,13 @@ class Block(nn.Module):
         if self.has_se:
             x = x + self.se_layer(x)
         return patch + self.drop_path(x)
+
+    @torch.jit.unused
+    def _fused_inner(self, pixel: Tensor, fused: bool) -> Tensor:
+        given = self._handed(fused).get("inner")
+        if given is None:
+            given = transformer_arguments(self.norm_in, self.attn_in, self.norm_mlp_in, self.mlp_in)
+        return self._fused_transformer("inner", given, pixel=pixel)
 
     @torch.jit.unused
     def _attn_out(self, x: Tensor) -> Tensor:
@@ -263,6 +275,10 @@ def transformer_arguments(norm1: Any, attn: Any, norm2: Any, mlp: Any) -> dict[s
     layers = (norm1, a["qk"], a["v"], a["proj"], norm2, m["fc1"], m["fc2"])
     weights = reference.TransformerWeights(*[x for layer in layers for x in _weight_and_bias(layer)])
     return dict(weights=weights, num_heads=attn.num_heads, eps=norm1.eps)
+
+
+def _any_recorded(*given: Tensor | None) -> bool:
+    return any([x is not None and x.requires_grad for x in given])
 
 
 def _weight_and_bias(layer: Any) -> tuple[Any, Any]:
@@ -549,6 +565,7 @@ class TNT(nn.Module):
         self.num_prefix_tokens = 1
         self.grad_checkpointing = False
         self.backend = backend
+        self._look = dispatch.Look()
         self.dynamic_img_size = dynamic_img_size
 
         self.pixel_embed = PixelEmbed(
