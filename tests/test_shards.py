@@ -241,6 +241,16 @@ def test_every_bad_member_and_shard_is_named_and_the_rest_can_be_trained_on(tmp_
     assert main(arguments(data, tmp_path / "run", "--val-fraction", "0.5", "--skip-bad", "--epochs", "1")) == 0
 
 
+def test_a_member_that_claims_more_than_an_image_may_have_is_not_read_into_memory(tmp_path, monkeypatch):
+    path = tar(tmp_path / "a.tar", {"ant/0.png": content(0), "bee/1.png": content(1)})
+    monkeypatch.setattr("tnt_fast.images.MAX_BYTES", 100)
+    monkeypatch.setattr("tnt_fast.shards.MAX_BYTES", 100)
+    files = check.find(f"wds:{path}")
+    assert {len(picture.open().getvalue()) for picture in files.pictures} == {101}
+    check.examine(files)
+    assert list(files.bad.values()) == ["0.0 GiB; accepted: 0 GiB at most"] * 2
+
+
 def test_a_picture_in_no_folder_and_a_foreign_file_in_a_tar_of_folders_are_named(tmp_path):
     path = tar(tmp_path / "a.tar", {"ant/0.png": content(0), "bee/1.png": content(1), "2.png": content(2), "bee/notes": b"x"})
     assert check.find(f"wds:{path}").bad == {

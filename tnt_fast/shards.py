@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from tnt_fast.images import EXTENSIONS, NO_IMAGE, DataError, is_image_name, is_leftover
+from tnt_fast.images import EXTENSIONS, MAX_BYTES, NO_IMAGE, DataError, is_image_name, is_leftover
 
 T = TypeVar("T")
 
@@ -45,7 +45,9 @@ class Picture:
 
     def open(self) -> "str | Named":
         """What ``open_image`` takes. Raises OSError."""
-        return self.path if self.source is None else Named(self.source.read(self.place, self.size), self.path)
+        if self.source is None:
+            return self.path
+        return Named(self.source.read(self.place, min(self.size, MAX_BYTES + 1)), self.path)
 
 
 class Named(io.BytesIO):
