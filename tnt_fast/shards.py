@@ -2,8 +2,8 @@
 
 All are read at random: a run's order follows from its seed, and it can be continued, and divided among ranks, at any step.
 timm's reader of shards streams them, and its reader of tars by classes keeps one open file for all who read; so members are
-listed here once, with their places, and read from there. timm's reader of tables opens what ``load_dataset`` knows, not what
-``save_to_disk`` wrote; so both kinds are opened here, and their rows read as it reads them.
+listed here once, with their places, and read from there. timm's reader of tables opens what ``load_dataset`` does, which has
+another function for what ``save_to_disk`` wrote; so both kinds are opened here, and their rows read as it reads them.
 """
 
 import io
