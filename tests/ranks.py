@@ -1,5 +1,6 @@
 """Runs on several ranks without the seconds that each would take to import PyTorch: they are forked from one that has."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -151,8 +152,12 @@ def fails(n: int) -> None:
     _at_loss(n, fail)
 
 
+def calls(module: str, function: str) -> None:
+    getattr(importlib.import_module(module), function)()
+
+
 ACTS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (gets, is_killed_once, diverges, has_another_torch, has_a_full_disk, cannot_commit, fails)
+    f.__name__: f for f in (calls, gets, is_killed_once, diverges, has_another_torch, has_a_full_disk, cannot_commit, fails)
 }
 
 

@@ -11,10 +11,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from multiprocessing import set_forkserver_preload
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 
 import tnt_fast
@@ -177,8 +180,7 @@ def photos(folder: Path) -> list[tuple[str, str]]:
     return named
 
 
-@pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory):
+def stand_in(patch: pytest.MonkeyPatch) -> None:
     """Small models in place of the named ones, random weights in place of hosted ones, fewer digits; what takes long of a page
     of ``visualize`` is left to tests/test_page.py: pictures beside it, and t-SNE, for which PCA stands in."""
     import timm.models._builder
@@ -207,13 +209,23 @@ def stand_ins(tmp_path_factory):
             digits[name] = digits[name][:100]
         return digits
 
+    patch.setattr(variants, "_create", small)
+    patch.setattr(variants, "_from_hub", hosted)
+    patch.setattr(datasets, "load_digits", few_digits)
+    patch.setattr(timm.models._builder, "load_pretrained", from_folders)
+    patch.setattr(page, "_write_pictures", lambda *args: [])
+    patch.setattr(manifold, "TSNE", lambda **kwargs: PCA(2))
+
+
+def stand_in_for_good() -> None:
+    """In the process of a rank."""
+    stand_in(pytest.MonkeyPatch())
+
+
+@pytest.fixture(scope="module")
+def stand_ins():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(variants, "_create", small)
-        patch.setattr(variants, "_from_hub", hosted)
-        patch.setattr(datasets, "load_digits", few_digits)
-        patch.setattr(timm.models._builder, "load_pretrained", from_folders)
-        patch.setattr(page, "_write_pictures", lambda *args: [])
-        patch.setattr(manifold, "TSNE", lambda **kwargs: PCA(2))
+        stand_in(patch)
         yield
 
 
@@ -270,7 +282,8 @@ class Shell:
 
             launch = get_args_parser().parse_args(argv[1:])
             assert launch.module, f"torchrun without -m: {argv}"
-            argv = ["python", "-m", launch.training_script, *launch.training_script_args]
+            assert launch.training_script in ("tnt_fast", "tnt_fast.cli"), argv
+            return self.together(cut(launch.training_script_args))
         if argv[:2] == ["python", "-m"] and argv[2] in ("tnt_fast", "tnt_fast.cli"):
             argv = ["tnt-fast", *argv[3:]]
         if argv[0] == "tnt-fast":
@@ -283,6 +296,18 @@ class Shell:
         if argv[0] == "curl":
             return self.ask(argv[1:])
         raise AssertionError(f"no way to run this line of {self.page} is known: {argv}")
+
+    def together(self, argv: list[str]) -> int:
+        """As torchrun would, on two ranks, whatever the page says."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)  # where what the ranks are forked from finds the package
+            set_forkserver_preload(ranks.PRELOADED)
+            ensure_running()
+        act = ("calls", __name__, "stand_in_for_good")
+        ended = ranks.launch(Path("printed"), argv, acts={0: act, 1: act})
+        for text in (*ended.out, *ended.err):
+            print(text)
+        return next((code or 1 for code in ended.codes if code != 0), 0)
 
     def checked(self, argv: list[str], why: str) -> None:
         """As far as can be seen without running it."""
@@ -342,6 +367,19 @@ def test_what_a_page_says_runs(page, world, tmp_path, monkeypatch, one_thread):
                 if page in OWN_SIZES:
                     patch.setattr(sys.modules[__name__], "SMALL", {})
                 exec(compile(text, page, "exec"), names)
+
+
+@pytest.mark.slow
+def test_a_line_of_torchrun_runs_on_two_ranks(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(world, tmp_path / "world"))
+    line = "torchrun --standalone --nproc-per-node 8 -m tnt_fast train photos/ --val-fraction 0.2 --fsdp --out runs/eight"
+    with pytest.MonkeyPatch.context() as of_line:
+        shell = Shell("a page", of_line)
+        shell(line)
+        shell("tnt-fast classify new/ --checkpoint runs/eight/best.pt")
+        assert torch.load("runs/eight/last.pt", weights_only=True)["ranks"] == 2
+        with pytest.raises(AssertionError, match="status 2"):
+            shell(line.replace("--nproc-per-node", "--nproc-per-nodes"))
 
 
 def test_every_exception_is_met_on_a_page():
