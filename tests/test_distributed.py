@@ -1,7 +1,10 @@
 """Several ranks make the steps of one; they stop together, whatever ends one of them, and go on on another number of ranks."""
 
+import functools
 import json
 import os
+import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -18,9 +21,11 @@ import torch
 from helpers import write_images
 from ranks import Ended, launch
 
-from tnt_fast import runs
-from tnt_fast.checkpoints import read_checkpoint
+from tnt_fast import cli, distributed, recipe, runs, train
+from tnt_fast.checkpoints import CheckpointError, read_checkpoint
 from tnt_fast.cli import main
+from tnt_fast.data import Order
+from tnt_fast.distributed import Ranks, Share
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,25 +96,37 @@ def test_two_ranks_make_the_steps_of_one_without_accumulation_and_read_in_proces
 # ---- stopped, and continued on another number of ranks ----
 
 
-@pytest.fixture(scope="module", params=["one", "ddp", "fsdp"])
-def stopped(request, data, tmp_path_factory) -> Path:
-    """A run that one of its ranks stopped, on a signal in the second step of the second epoch."""
-    folder = tmp_path_factory.mktemp("stopped")
-    more, size = (["--fsdp"] if request.param == "fsdp" else []), (1 if request.param == "one" else 2)
-    losses = 12 // 2 // size  # a step
-    acts = {size - 1: ["gets", int(signal.SIGTERM), 4 * losses + 1]}
-    ended = launch(folder, arguments(data, folder / "run", *more), size, acts)
-    assert ended.codes == [128 + signal.SIGTERM] * size, ended.err
-    saved = read_checkpoint(folder / "run" / "last.pt")
-    assert (saved["epoch"], saved["step"]) == (1, 2)
-    assert ended.err[0].count("--resume") == 1
-    assert [ended.err[rank] for rank in range(1, size)] == [""] * (size - 1)
-    return folder / "run"
+@pytest.fixture(scope="module")
+def stopped_by(data, tmp_path_factory):
+    """A run of one rank, of two, or of two with FSDP, that a signal to one of them stopped in the second epoch."""
+
+    @functools.cache
+    def stop(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        more, size = (["--fsdp"] if kind == "fsdp" else []), (1 if kind == "one" else 2)
+        losses = 12 // 2 // size  # a step
+        acts = {size - 1: ["gets", int(signal.SIGTERM), 4 * losses + 1]}
+        ended = launch(folder, arguments(data, folder / "run", *more), size, acts)
+        assert ended.codes == [128 + signal.SIGTERM] * size, ended.err
+        saved = read_checkpoint(folder / "run" / "last.pt")
+        assert (saved["epoch"], saved["step"]) == (1, 2)
+        assert ended.err[0].count("--resume") == 1
+        assert [ended.err[rank] for rank in range(1, size)] == [""] * (size - 1)
+        return folder / "run"
+
+    return stop
 
 
+@pytest.fixture
+def stopped(stopped_by, tmp_path) -> Path:
+    """A copy of that of two ranks."""
+    return Path(shutil.copytree(stopped_by("ddp"), tmp_path / "run"))
+
+
+@pytest.mark.parametrize("before", ["one", "ddp", "fsdp"])
 @pytest.mark.parametrize(("size", "more"), [(1, []), (3, []), (3, ["--fsdp"])], ids=["one", "three", "three-fsdp"])
-def test_a_stopped_run_ends_the_same_on_another_number_of_ranks(data, whole, stopped, tmp_path, size, more):
-    shutil.copytree(stopped, tmp_path / "run")
+def test_a_stopped_run_ends_the_same_on_another_number_of_ranks(data, whole, stopped_by, tmp_path, before, size, more):
+    shutil.copytree(stopped_by(before), tmp_path / "run")
     ended = launch(tmp_path, resumed(data, tmp_path / "run", *more), size)
     assert ended.codes == [0] * size, ended.err
     assert "continuing at epoch 2, step 3" in ended.out[0]
@@ -190,14 +207,13 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_last_one(data, whole, tmp_path, 
 
 
 def test_a_second_run_into_a_folder_is_refused(data, stopped, tmp_path):
-    run = Path(shutil.copytree(stopped, tmp_path / "run"))
-    folder = runs.Folder(run, print)
+    folder = runs.Folder(stopped, print)
     folder.read_last()
     with folder.locked():
-        before = contents(run)
-        ended = launch(tmp_path, resumed(data, run))
-        assert_one_line(ended, f"RunError: {str(run)!r} is in use by 'process {os.getpid()} on ")
-        assert contents(run) == before
+        before = contents(stopped)
+        ended = launch(tmp_path, resumed(data, stopped))
+        assert_one_line(ended, f"RunError: {str(stopped)!r} is in use by 'process {os.getpid()} on ")
+        assert contents(stopped) == before
 
 
 # ---- a rank is killed ----
@@ -251,3 +267,157 @@ def test_torchrun_starts_the_ranks_again_and_they_go_on(data, whole, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "continuing at epoch 2, step 1" in ended.stdout
     assert_same_run(whole, tmp_path / "run")
+
+
+# ---- what can be said without ranks ----
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "named"),
+    [
+        (["--fsdp"], 1, "fsdp divides a model among ranks, and there is one; start with torchrun"),
+        (["--fsdp", "--amp", "float16"], 2, "accepted with it: off, bfloat16"),
+        (["--fsdp", "--compile"], 2, "compile and fsdp"),
+        (["--global-batch", "13"], 1, "global_batch=13 must be a multiple of 2 (batch_size=2); nearest: 12, 14"),
+        (["--global-batch", "4"], 3, "global_batch=4 must be a multiple of 6 (batch_size=2 × 3 ranks); nearest: 6"),
+        (["--global-batch", "13", "--batch-size", "0"], 3, "must be a multiple of 6 (2 images × 3 ranks); nearest: 12, 18"),
+        (["--accumulate", "5"], 2, "accumulate=5 does not fit global_batch=12, which makes it 3"),
+        (["--device", "cpu:0"], 2, "device='cpu:0' is not here"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_with_the_ranks_are_refused_before_the_data_are_read(tmp_path, options, size, named):
+    args = cli._parsed(arguments(tmp_path / "nosuch", tmp_path / "run", *options))
+    config = recipe.resolved(cli._given(args))[0]
+    with pytest.raises(ValueError, match=re.escape(named)):
+        train.Run(config, tmp_path / "run", ranks=Ranks(0, size), log=print)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_that_does_not_know_divided_weights_is_refused(data, tmp_path):
+    ended = launch(tmp_path, arguments(data, tmp_path / "run", "--fsdp", "--opt", "lamb"))
+    assert_one_line(ended, "opt='lamb' does not know divided weights; accepted with fsdp: adamw")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "expected"),
+    [
+        ({"global_batch": 1024}, 1, (256, 4, 1024)),
+        ({"global_batch": 1024}, 8, (128, 1, 1024)),
+        ({"global_batch": 1024, "batch_size": 32}, 8, (32, 4, 1024)),
+        ({"global_batch": 30, "mixup": 0.0, "cutmix": 0.0}, 2, (15, 1, 30)),
+        ({"batch_size": 32, "accumulate": 2}, 4, (32, 2, 256)),
+        ({"batch_size": 32, "accumulate": 2}, 1, (32, 2, 0)),
+        ({}, 4, (128, 1, 512)),  # the images are enough for ten steps
+    ],
+    ids=str,
+)
+def test_a_step_is_divided_among_the_ranks_and_the_learning_rate_follows_it(settings, ranks, expected):
+    config = recipe.Config("data", **settings).settled(5120, ranks)
+    assert (config.batch_size, config.accumulate, config.global_batch) == expected
+    assert config.lr == pytest.approx(max(1e-3 * config.images_a_step(ranks) / 1024, 2.5e-4))
+    assert config.settled(5120, ranks) == config
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "accumulate", "ranks"), [(40, 2, 3, 2), (41, 3, 1, 4), (12, 2, 1, 3), (100, 4, 2, 1)]
+)
+def test_the_ranks_share_the_images_of_a_step_whatever_their_number(size, batch, accumulate, ranks):
+    def read(rank: int, ranks: int, accumulate: int, start: int = 0) -> list[int]:
+        order = Order(size, batch, seed=3)
+        order.epoch, order.start = 1, start * accumulate * ranks
+        share = Share(order, Ranks(rank, ranks), accumulate)
+        images = list(share)
+        assert len(images) == len(share)
+        return images
+
+    step = batch * accumulate * ranks
+    whole = read(0, 1, accumulate * ranks)
+    assert len(whole) == size // step * step
+    parts = [read(rank, ranks, accumulate) for rank in range(ranks)]
+    assert {len(part) for part in parts} == {len(whole) // ranks}
+    for i in range(size // step):
+        own = slice(i * step // ranks, (i + 1) * step // ranks)
+        assert sorted(image for part in parts for image in part[own]) == sorted(whole[i * step : (i + 1) * step])
+    assert [image for k in range(len(whole) // batch) for image in parts[k % ranks][k // ranks * batch :][:batch]] == whole
+    if size // step > 1:
+        assert read(ranks - 1, ranks, accumulate, start=1) == parts[-1][step // ranks :]
+
+
+# ---- what several ranks saved ----
+
+
+def cut(folder: Path) -> None:
+    file = next(folder.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(folder: Path) -> None:
+    file = next(folder.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (cut, ".distcp' is damaged"),
+        (flip, ".distcp' is damaged"),
+        (lambda folder: (folder / ".metadata").unlink(), "cannot be read (No such file"),
+        (lambda folder: next(folder.glob("*.distcp")).unlink(), "cannot be read (No such file"),
+        (shutil.rmtree, "cannot be read (No such file"),
+    ],
+    ids=["cut", "a bit", "no list", "a file less", "gone"],
+)
+def test_a_damaged_folder_is_refused_in_one_line_with_the_way_on(data, stopped, capsys, spoil, named):
+    spoil(next(path for path in stopped.iterdir() if path.is_dir()))
+    before = contents(stopped)
+    capsys.readouterr()
+    assert main(resumed(data, stopped)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert named in said
+    assert f"--initial {str(stopped / 'last.pt')!r} --out NEW" in said
+    assert contents(stopped) == before
+
+
+def test_the_list_of_a_folder_executes_nothing(stopped, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    source = next(path for path in stopped.iterdir() if path.is_dir())
+    assert "model/head.weight" in distributed.sizes(source)
+    for content in (pickle.dumps(Evil()), pickle.dumps({"state_dict_metadata": {}}), b"no pickle", b""):
+        (tmp_path / ".metadata").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"\.metadata' cannot be read: "):
+            distributed.sizes(tmp_path)
+    assert not (tmp_path / "executed").exists()
+    # nor what a folder holds beside tensors, which PyTorch reads as pickles
+    from torch.distributed import checkpoint
+
+    with pytest.warns(UserWarning, match="single process"):
+        checkpoint.save({"model/head.weight": Evil()}, checkpoint_id=tmp_path / "other")
+    with pytest.raises(CheckpointError, match="it holds BytesStorageMetadata"):
+        distributed.load(tmp_path / "other", {"model/head.weight": torch.zeros(1)})
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_several_ranks_saved_is_classified_with(stopped, data, capsys):
+    capsys.readouterr()
+    image = next((data / "val").rglob("*.png"))
+    assert main(["classify", str(image), "--checkpoint", str(stopped / "last.pt"), "--device", "cpu"]) == 0
+    assert str(image) in capsys.readouterr().out
+
+
+def test_throughput_and_memory_of_each_rank_are_in_the_history_and_the_log(data, tmp_path):
+    ended = launch(tmp_path, arguments(data, tmp_path / "run", "--epochs", 1))
+    assert ended.codes == [0, 0]
+    row = json.loads((tmp_path / "run" / "history.json").read_text())[0]
+    assert row["images_per_second"] > 36 / row["seconds"]
+    assert len(row["memory_mib"]) == 2
+    assert min(row["memory_mib"]) > 50
+    line = next(line for line in ended.out[0].splitlines() if line.startswith("epoch   1/1"))
+    assert line.endswith(f"{row['images_per_second']:,.0f} img/s, {row['memory_mib'][0]:,} | {row['memory_mib'][1]:,} MiB")

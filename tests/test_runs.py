@@ -488,7 +488,7 @@ def test_the_history_is_there_after_every_epoch_and_the_best_epoch_is_named(data
         at_step(patch, 4, lambda: seen.extend((tmp_path / f"history.{kind}").read_text() for kind in ("json", "csv")))
         assert main(arguments(data, tmp_path)) == 0
     assert [row["epoch"] for row in json.loads(seen[0])] == [1]
-    assert seen[1].splitlines()[0] == "epoch,train_loss,val_loss,val_accuracy,lr,seconds,changed"
+    assert seen[1].splitlines()[0] == "epoch,train_loss,val_loss,val_accuracy,lr,seconds,images_per_second,memory_mib,changed"
     history, best = json.loads((tmp_path / "history.json").read_text()), read_checkpoint(tmp_path / "best.pt")
     top = max(row["val_accuracy"] for row in history)
     assert best["accuracy"] == top
@@ -537,9 +537,12 @@ def test_tensorboard_gets_every_epoch_or_is_refused_with_what_to_install(data, t
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     assert main(arguments(data, tmp_path / "run", "--tensorboard")) == 0
     history = json.loads((tmp_path / "run" / "history.json").read_text())
-    names = ("train_loss", "val_loss", "val_accuracy", "lr", "seconds")
+    names = ("train_loss", "val_loss", "val_accuracy", "lr", "seconds", "images_per_second")
     assert written[0] == (str(tmp_path / "run" / "tensorboard"), 1)
-    assert written[1:] == [(name, row[name], row["epoch"]) for row in history for name in names]
+    assert [x for x in written[1:] if x[0] != "memory_mib"] == [
+        (name, row[name], row["epoch"]) for row in history for name in names
+    ]
+    assert ("memory_mib", *history[0]["memory_mib"], 1) in written
 
 
 # ---- the loop ----

@@ -58,7 +58,7 @@ def flat(value, name="") -> dict:
 def differing(first: Path, second: Path) -> list[str]:
     """What differs, bit for bit, between two checkpoints; times and where data are loaded are left aside."""
     a, b = flat(read_checkpoint(first)), flat(read_checkpoint(second))
-    aside = ("/seconds", "config/workers", "/seals/history", "/seals/config")
+    aside = ("/seconds", "/images_per_second", "/memory_mib/0", "config/workers", "/seals/history", "/seals/config")
     names = [name for name in sorted(a.keys() | b.keys()) if not name.endswith(aside)]
     assert any(name.startswith("/state_dict/") for name in names)
 
@@ -602,7 +602,10 @@ def test_a_run_writes_its_picture_history_and_checkpoints(data, tmp_path, capsys
         assert min(image.size) > 300
     history = json.loads((out / "history.json").read_text())
     assert [row["epoch"] for row in history] == [1, 2]
-    assert list(history[0]) == ["epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds"]
+    names = ["epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds", "images_per_second", "memory_mib"]
+    assert list(history[0]) == names
+    assert history[0]["images_per_second"] > 12 / history[0]["seconds"]
+    assert history[0]["memory_mib"][0] > 100  # what Python and PyTorch take
     saved, best = read_checkpoint(out / "last.pt"), read_checkpoint(out / "best.pt")
     assert saved["classes"] == best["classes"] == ["cat", "dog"]
     assert saved["history"] == history

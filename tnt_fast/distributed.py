@@ -38,7 +38,8 @@ from tnt_fast.recipe import Config
 from tnt_fast.terminal import say
 
 BEAT = 1.0  # seconds between two signs of life
-SILENT = 10  # beats without one, after which a rank is taken for dead
+SILENT = 10  # beats without one, after which a rank is taken for dead;
+SUSPECT = 5  # where a collective has failed, which it does if one is
 GRACE = 5.0  # seconds that a rank has to end by itself, once one has failed
 TIMEOUT = timedelta(hours=2)  # of a collective; data may be read for long by the first rank, while the others wait
 
@@ -248,6 +249,7 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     from torch.distributed import checkpoint
 
+    sizes(folder)  # else its errors are lost
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a process alone is told so
@@ -389,7 +391,7 @@ class _Watch(threading.Thread):
         self.all_there = False  # before, silence means nothing
         self._store, self._ranks, self._stderr = store, ranks, sys.stderr
         self._ended, self._telling = threading.Event(), threading.Lock()
-        self._beats = 0
+        self._beats, self._silence = 0, SILENT
         self._heard = {rank: ("", 0) for rank in (range(1, ranks.size) if ranks.first else (0,))}  # last beat, looks since
         self._told: dict[str, Any] | None = None  # the failure that ends all, once it is printed
         store.set(f"who/{ranks.rank}", f"process {os.getpid()} on {socket.gethostname()}")
@@ -406,6 +408,7 @@ class _Watch(threading.Thread):
     def failed(self, error: BaseException, lines: list[str], status: int) -> int:
         """The exit status, once the first of all failures is printed. From there the process has ``GRACE`` seconds to end."""
         if _LOST.search(str(error)):  # another rank is gone; one of those that look will know which
+            self._silence = SUSPECT
             self._waited((SILENT + 4) * BEAT, self._cause)
         elif not self._ranks.first:
             time.sleep(BEAT / 2)  # where all have the same error, it is the first one's
@@ -469,7 +472,7 @@ class _Watch(threading.Thread):
         for rank, (last, looks) in self._heard.items():
             beat = self._store.get(f"beat/{rank}").decode()
             self._heard[rank] = (beat, looks + 1 if beat == last != "done" else 0)
-            if looks >= SILENT:
+            if looks >= self._silence:
                 who = self._store.get(f"who/{rank}").decode()
                 text = f"rank {rank} ({who}) is gone: killed, perhaps for want of memory; continue with --resume"
                 return {"lines": [f"tnt-fast: RankError: {text}"], "status": 1}

@@ -43,6 +43,7 @@ def recorded(config: Config, out: Path, epochs: int, log: Callable[[str], None])
 
         def record(row: Row) -> None:
             values = {name: value for name, value in row.items() if name not in ("epoch", "changed")}
+            values["memory_mib"] = max(row["memory_mib"])  # of the rank that has most
             for name, receive in list(receivers.items()):
                 try:
                     receive(values, row["epoch"])

@@ -5,7 +5,7 @@ last.pt        the whole state of the run: to continue it, or to classify with
 last-…         a folder: weights and moments as several ranks save them together; last.pt then has the rest, and its name
 best.pt        the weights of the epoch with the best held-out accuracy; ``epoch`` and ``accuracy`` say which
 recipe.yaml    the settings, which --config reads
-history.json   a row for each epoch; history.csv is the same as a table
+history.json   a row for each epoch, of its memory a number for each rank; history.csv is the same as a table
 training.png   the same as a picture
 .lock          while a process trains here: which, and on what host
 =============  ==========================================================================================
@@ -40,7 +40,7 @@ except ImportError:  # Windows, where two runs in one folder are not kept apart
 
 LAST, BEST, RECIPE, PICTURE, SHARDS = "last.pt", "best.pt", "recipe.yaml", "training.png", "last-"
 NAMES = (LAST, BEST, RECIPE, "history.json", "history.csv", PICTURE)
-COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds", "changed")
+COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "lr", "seconds", "images_per_second", "memory_mib", "changed")
 
 
 class RunError(ValueError):
@@ -199,7 +199,8 @@ class Folder:
     def save_history(self, history: Sequence[Mapping[str, Any]]) -> None:
         """history.json and history.csv. Raises OSError."""
         text = json.dumps(history, indent=1) + "\n"
-        for name, content in (("history.json", text.encode("utf-8")), ("history.csv", table(history, COLUMNS))):
+        rows = [{**row, "memory_mib": " ".join(map(str, row.get("memory_mib", [])))} for row in history]
+        for name, content in (("history.json", text.encode("utf-8")), ("history.csv", table(rows, COLUMNS))):
             self._write(name, partial(write, content=content))
 
     def _write(self, name: str, saving: Callable[[Path], Any]) -> None:

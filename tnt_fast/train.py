@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -161,6 +162,8 @@ class Run:
             for model in (self.model, *([self.ema.module] if self.ema else [])):
                 ranks.shard(model)
         self.optimizer = build_optimizer(config, self.model)
+        if config.fsdp and not type(self.optimizer).__module__.startswith("torch.optim"):
+            raise ValueError(f"opt={config.opt!r} does not know divided weights; accepted with fsdp: adamw, adam, sgd, …")
         self.scheduler = build_schedule(config, self.optimizer, self.steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "float16")
         counts = np.bincount(self.train_set.targets, minlength=len(self.classes))
@@ -428,9 +431,9 @@ class Run:
             while not self.done():
                 started = time.perf_counter()
                 with readers_named():
-                    self._train_epoch(caught)
+                    rate = self._train_epoch(caught)
                     held_out = self.evaluate()
-                self._end_epoch(time.perf_counter() - started, *held_out)
+                self._end_epoch(time.perf_counter() - started, rate, *held_out)
                 record(self.history[-1])
                 if not self.done() and (stop := self._agreed(caught)):
                     raise Interrupted(stop, self.last)
@@ -452,9 +455,10 @@ class Run:
             if line := plan.too_large(config, self.model, len(self.classes), self.ranks.size, fused, gib):
                 self.log(line)
 
-    def _end_epoch(self, seconds: float, loss: float, accuracy: float) -> None:
+    def _end_epoch(self, seconds: float, rate: float, loss: float, accuracy: float) -> None:
         self._check_finite("held-out loss", loss)
         self._check_weights()
+        memory = self.ranks.gather(_peak_memory(self.device))  # by rank
         row = {
             "epoch": self.epoch + 1,
             "train_loss": self.loss_sum / self.steps,
@@ -462,6 +466,8 @@ class Run:
             "val_accuracy": accuracy,
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": seconds,
+            "images_per_second": rate,
+            "memory_mib": memory,
             **({"changed": "; ".join(self.changed)} if self.changed else {}),
         }
         self.history.append(row)
@@ -474,7 +480,8 @@ class Run:
             self.folder.save_history(self.history)
         self.log(
             f"epoch {row['epoch']:3d}/{self.config.epochs}  loss {row['train_loss']:.4f}  "
-            f"held out: loss {loss:.4f}, accuracy {accuracy:.2%}  ({seconds:.1f} s{self._time_left()})"
+            f"held out: loss {loss:.4f}, accuracy {accuracy:.2%}  ({seconds:.1f} s{self._time_left()})  "
+            f"{rate:,.0f} img/s, {' | '.join(f'{mib:,}' for mib in memory)} MiB"
         )
 
     def _time_left(self) -> str:
@@ -499,8 +506,10 @@ class Run:
         except Exception as error:  # without matplotlib, say; no picture is worth a run
             return f"no picture: {error}"
 
-    def _train_epoch(self, caught: list[int]) -> None:
+    def _train_epoch(self, caught: list[int]) -> float:
+        """Returns images a second, of all ranks together."""
         config, ranks = self.config, self.ranks
+        started, first = time.perf_counter(), self.step
         order = Order(len(self.train_set), config.batch_size, config.seed, config.aug_repeats)
         self.train_set.epoch = order.epoch = self.epoch
         order.start = self.step * config.accumulate * ranks.size
@@ -529,6 +538,7 @@ class Run:
                 self._check_outputs(parts[-1][0])
                 self._save()
                 raise Interrupted(self._agreed(caught), self.last)
+        return (self.step - first) * self._images_a_step() / (time.perf_counter() - started)
 
     def _gradients(self, parts: Sequence[list[Tensor]]) -> Tensor:
         """Gradients of the mean loss over batches of one size, of all ranks; returns this rank's part of that mean."""
@@ -598,6 +608,19 @@ class Run:
     def _owned(self) -> contextlib.AbstractContextManager:
         """The folder, held by the first rank for all."""
         return self.folder.locked() if self.ranks.first else contextlib.nullcontext()
+
+
+def _peak_memory(device: torch.device) -> int:
+    """MiB of a GPU since the last call; on the CPU of this process, since it began."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak >> 20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
 def _unheard(line: str) -> None:
