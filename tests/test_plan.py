@@ -339,12 +339,15 @@ def test_a_run_says_where_its_batch_does_not_fit(tmp_path, monkeypatch):
     data = write_images(tmp_path / "data")
     settings = config(data=str(data), batch_size=4, epochs=1, workers=0, device="cpu")
     lines: list[str] = []
-    run = train.Run(settings, tmp_path / "run", log=lines.append)
-    for gib, fits in ((24.0, True), (plan.CONTEXT + 0.002, False)):
-        monkeypatch.setattr(plan, "memory_here", lambda device, gib=gib: gib)
-        run._warn_of_memory()
-        assert (lines == []) == fits
+    run = train.Run(settings, tmp_path / "run", log=lines.append, progress=False)
+    monkeypatch.setattr(plan, "memory_here", lambda device: 24.0)
+    run._warn_of_memory()
+    assert lines == []
+    monkeypatch.setattr(plan, "memory_here", lambda device: plan.CONTEXT + 0.002)
+    run.train()
     assert "batches of 4 need" in lines[0]
     assert "take --grad-checkpointing" in lines[0]
-    about = replace(run.config, batch_size=10**6)
-    assert "--batch-size " in plan.too_large(about, run.model, 2, 1, False, 24.0)
+    assert [line.startswith("epoch") for line in lines[:2]] == [False, True]
+    many = replace(run.config, batch_size=10**6)
+    assert "--batch-size " in plan.too_large(many, run.model, 2, 1, False, 24.0)
+    assert plan.too_large(replace(many, model="hf-hub:a/b"), run.model, 2, 1, False, 24.0) == ""  # a run goes on without a plan
