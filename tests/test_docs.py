@@ -58,6 +58,12 @@ def test_the_sizes_on_the_kernels_page_are_the_kernels_own():
         told = {size.replace("·", "*"): int(most.replace(",", "")) for size, most in re.findall(r"(\S+) ≤ ([\d,]+)", row)}
         assert told == {size: most for size, most in kernel.limits.items() if most != operation.MOST_ROWS}
     assert operation.MOST_ROWS == 2**30
+    assert "C ≤ 63 (31 in float32), S ≤ 16 and M ≤ 256" in text
+    sizes, device = dict(S=16, C=24, M=96, H=4), torch.device("cpu")
+    for size, most, dtype in (("C", 63, torch.bfloat16), ("C", 31, torch.float32), ("S", 16, None), ("M", 256, None)):
+        dtype = dtype or torch.bfloat16
+        limited = [OPERATIONS["inner"].gradients_unsupported(sizes | {size: x}, dtype, device) for x in (most, most + 1)]
+        assert [any("the backward takes" in reason for reason in reasons) for reasons in limited] == [False, True]
 
 
 # ---- every command runs, in small ----
