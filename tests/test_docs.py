@@ -41,6 +41,11 @@ def test_what_is_public_in_python_says_what_it_does():
     assert [f"{owner.__name__}.{name}" for owner, names in owners for name in names if not getattr(owner, name).__doc__] == []
 
 
+def test_the_page_on_the_command_names_every_command():
+    beginning = (ROOT / "docs" / "using.md").read_text("utf-8").partition("\n## ")[0]
+    assert [name for name in cli._parser()[1] if not re.search(rf"`{name}`|tnt-fast {name} ", beginning)] == []
+
+
 def test_every_page_is_in_the_navigation():
     pages = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
     listed = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M)
@@ -154,6 +159,9 @@ def picture(path: Path, seed: int, color: int) -> None:
 def photos(folder: Path) -> list[tuple[str, str]]:
     """What the pages name besides what their commands write; (file, label) of photos/."""
     datasets = pytest.importorskip("datasets")
+    from test_examples import write_voc
+
+    write_voc(folder / "data")
     named = []
     for color, label in enumerate(("cat", "dog")):
         for i in range(6):

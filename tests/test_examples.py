@@ -122,10 +122,9 @@ def test_no_digit_and_no_background_is_both_trained_on_and_held_out():
     assert all(np.array_equal(half, photo) for half, photo in zip(halves, load_sample_images().images, strict=True))
 
 
-@pytest.fixture
-def voc(tmp_path) -> str:
+def write_voc(folder: Path) -> None:
     """Pascal VOC 2012 of two images of 40 × 60, a box of 20 × 10 on each, an unknown pixel in the masks."""
-    root = tmp_path / "VOCdevkit" / "VOC2012"
+    root = folder / "VOCdevkit" / "VOC2012"
     for name in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Main", "ImageSets/Segmentation"):
         (root / name).mkdir(parents=True)
     for part in ("train", "val"):
@@ -138,10 +137,11 @@ def voc(tmp_path) -> str:
         Image.fromarray(mask).save(root / "SegmentationClass" / f"{part}.png")
         for kind in ("Main", "Segmentation"):
             (root / "ImageSets" / kind / f"{part}.txt").write_text(part)
-    return str(tmp_path)
 
 
-def test_pascal_voc_is_brought_to_the_size_with_its_boxes_and_masks(voc):
+def test_pascal_voc_is_brought_to_the_size_with_its_boxes_and_masks(tmp_path):
+    write_voc(tmp_path)
+    voc = str(tmp_path)
     image, truth = pyramid.Voc(voc, "val", (80, 120), masks=False)[0]
     assert image.shape == (3, 80, 120)
     assert truth["boxes"].tolist() == [[20, 40, 60, 60]]
