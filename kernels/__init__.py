@@ -32,34 +32,12 @@ def _without_triton() -> str:
 
 WITHOUT_TRITON = _without_triton()
 HAS_TRITON = not WITHOUT_TRITON
-OLDEST = (8, 0)  # compute capability that the kernels are compiled and checked for
 OPERATIONS: dict[str, Any] = {}  # Operation, which needs Triton, by name
 
 
 def on_cpu() -> bool:
     """Whether the kernels run on the CPU here, slowly, to test them: in Triton's interpreter (TRITON_INTERPRET=1)."""
     return HAS_TRITON and operation.runner.on_cpu
-
-
-def too_old(gpu: str, capability: tuple[int, int]) -> list[str]:
-    """Why no kernel runs on a GPU of this name and compute capability; empty if they do."""
-    if capability >= OLDEST:
-        return []
-    return [f"{gpu} has compute capability {capability[0]}.{capability[1]}; the kernels need {OLDEST[0]}.{OLDEST[1]}"]
-
-
-def unsupported() -> list[str]:
-    """Why no kernel at all can run on this machine; empty if some can."""
-    if on_cpu():
-        return []
-    reasons = [WITHOUT_TRITON] if WITHOUT_TRITON else []
-    if not torch.cuda.is_available():
-        reasons.append("torch sees no GPU (torch.cuda.is_available() is False); the kernels run on a CUDA or ROCm device")
-    elif HAS_TRITON and not torch.compiler.is_compiling():  # which cannot trace the question
-        capability = operation.runner.capability()
-        if capability is not None:
-            reasons += too_old(torch.cuda.get_device_name(), capability)
-    return reasons
 
 
 if HAS_TRITON:

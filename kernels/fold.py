@@ -29,12 +29,9 @@ import torch
 from torch import Tensor
 
 from tnt_fast import reference
-from tnt_fast.arguments import beyond
+from tnt_fast.arguments import FOLD_SHAPES, beyond
 from tnt_fast.kernels import norm, operation
 from tnt_fast.kernels.operation import Operation, contiguous
-
-# of the weights; W: values of the first LayerNorm, S·C, or C (legacy)
-SHAPES = dict(norm1_weight="W", norm1_bias="W", proj_weight="E S*C", proj_bias="E", norm2_weight="E", norm2_bias="E")
 
 
 def product(pixel: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -49,7 +46,7 @@ class Fold(Operation):
     twin = staticmethod(reference.fold)
     activations = ("pixel", "patch")
     passes = "patch"
-    shapes = dict(pixel="P S C", patch="B T E") | SHAPES
+    shapes = dict(pixel="P S C", patch="B T E") | FOLD_SHAPES
     limits = {"C": 128, "E": 1024, "S": norm.WIDEST, "S*C": norm.WIDEST, "P*S": operation.MOST_ROWS, "B*T": operation.MOST_ROWS}
 
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:

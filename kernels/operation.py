@@ -7,7 +7,7 @@ hand: of a call of inner that records gradients, ``torch.library.custom_op`` tak
 to fill in defaults that no argument has (python -m benchmarks.host).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, wraps
 from types import SimpleNamespace
@@ -26,9 +26,6 @@ from tnt_fast.reference import by_name
 
 PLAIN = {Tensor, Parameter, type(None)}  # no subclass, which may do something else when it is called
 LIBRARY = torch.library.Library("tnt_fast", "FRAGMENT")
-# the types of operations' arguments, as PyTorch calls them
-SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", tuple[int, int]: "SymInt[]", int: "SymInt", float: "float", bool: "bool",
-          str: "str"}  # fmt: skip
 MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a tile more, in 32 bits
 MOST_LAUNCHERS = 4096  # that are remembered
 MOST_PROGRAMS = 2**20  # of a grid that stays, counted in 32 bits, too; a GPU holds some thousands
@@ -252,18 +249,6 @@ class Operation(Arguments):
         """
         return self.recomputed(gradient, a, needed)
 
-    def multiply_adds(self, a: SimpleNamespace) -> int:
-        """Of the forward, from arguments of which the tensors are shapes."""
-        raise NotImplementedError
-
-    def backward_multiply_adds(self, a: SimpleNamespace) -> int:
-        """Of the gradients; by itself the forward again, and a product for each side of every product."""
-        return 3 * self.multiply_adds(a)
-
-    def gradients_unsupported(self, sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
-        """Reasons why PyTorch computes the gradients of sizes that the forward takes."""
-        return []
-
     # ---- calling it ----
 
     def __init__(self) -> None:
@@ -278,15 +263,7 @@ class Operation(Arguments):
         Raises:
             TypeError, ValueError: a tensor of another dtype, device or shape; named, with what is accepted.
         """
-        given = dict(zip(self.defaults, args, strict=False)) | kwargs
-        missing = [name for name in self.needed if name not in given]
-        unknown = [name for name in given if name not in self.defaults]
-        if missing or unknown or len(args) + len(kwargs) != len(given):
-            raise TypeError(f"{self.name}: arguments {missing} are missing, {unknown} unknown; it takes {list(self.defaults)}")
-        given = by_name({name: given.get(name, default) for name, default in self.defaults.items()})
-        if reasons := self.numbers(given)[1]:  # before the operation's schema, which says less
-            raise ValueError(f"{self.name}: {'; '.join(reasons)}")
-        return self._operation(*self.prepare(given).values())
+        return self._operation(*self.prepare(self.named(args, kwargs)).values())
 
     def trusted(self, **given: Any) -> Tensor:
         """As a call with weights and numbers that ``dispatch.choose`` has accepted: only the activations are looked at.
@@ -339,7 +316,7 @@ class Operation(Arguments):
 
     def _register(self) -> None:
         """As ``torch.ops.tnt_fast.NAME``, and its gradients as ``NAME_backward``."""
-        names, taken = list(self.kinds), ", ".join(f"{SCHEMA[kind]} {name}" for name, kind in self.kinds.items())
+        names = list(self.kinds)
 
         def define(name: str, schema: str, function: Any, fake: Any) -> Any:
             LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
@@ -375,7 +352,7 @@ class Operation(Arguments):
             return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in needed]
 
         # ``checked``: whether the caller has done so
-        schema = f"({taken}, bool checked=False) -> Tensor"
+        schema = f"({self.schema}, bool checked=False) -> Tensor"
         operation = define(self.name, schema, lambda *flat: run(flat, None)[0], lambda *flat: self.empty(self.packed(flat)))
         recorded_operation = operation
         if self.keeps is not None:
@@ -386,7 +363,7 @@ class Operation(Arguments):
 
             recorded_operation = define(f"{self.name}_recorded", f"{schema}[]", forward_recorded, empty_recorded)
         more = "" if self.keeps is None else ", Tensor[] kept"
-        schema = f"(Tensor gradient, {taken}, SymInt[] needed{more}) -> Tensor[]"
+        schema = f"(Tensor gradient, {self.schema}, SymInt[] needed{more}) -> Tensor[]"
         backward_operation = define(f"{self.name}_backward", schema, gradients, empty_gradients)
 
         def twice(ctx, *gradients):

@@ -41,9 +41,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tnt_fast import attention, reference
-from tnt_fast.arguments import transformer_shapes
+from tnt_fast.arguments import FOLD_SHAPES, transformer_shapes
 from tnt_fast.kernels import norm, operation
-from tnt_fast.kernels.fold import SHAPES, fold, product
+from tnt_fast.kernels.fold import fold, product
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, launch, programs, remembered
 from tnt_fast.kernels.tile import gelu_gradient, load
 
@@ -110,7 +110,7 @@ class Outer(Operation):
     activations = ("patch", "pixel")
     together = ("qk_bias", "v_bias")
     shapes = dict(patch="B T E", attn_scale="B", mlp_scale="B", pixel="P S C") | transformer_shapes("E")
-    shapes |= {f"fold_{name}": shape for name, shape in SHAPES.items()}
+    shapes |= {f"fold_{name}": shape for name, shape in FOLD_SHAPES.items()}
     limits = {"E": norm.WIDEST, "B*T": operation.MOST_ROWS}
 
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:

@@ -552,9 +552,9 @@ def test_a_gpu_that_is_too_old_is_a_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "Tesla T4 has compute capability 7.5; the kernels need 8.0" in kernels.unsupported()
+    assert "Tesla T4 has compute capability 7.5; the kernels need 8.0" in dispatch.unsupported_machine()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert kernels.unsupported() == []
+    assert dispatch.unsupported_machine() == []
 
 
 def test_auto_warns_once_per_set_of_reasons(monkeypatch):

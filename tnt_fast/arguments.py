@@ -17,6 +17,9 @@ from torch.autograd import forward_ad
 from tnt_fast.reference import by_name
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# the types of operations' arguments, as PyTorch calls them
+SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", tuple[int, int]: "SymInt[]", int: "SymInt", float: "float", bool: "bool",
+          str: "str"}  # fmt: skip
 NAMES = {  # what a size is called, or a product of sizes
     "C": "C={} channels a pixel",
     "S": "S={} pixels a patch",
@@ -41,6 +44,10 @@ def transformer_shapes(width: str) -> dict[str, str]:
     for name, shape in _LAYERS.items():
         found |= {f"{name}_weight": shape.format(width), f"{name}_bias": shape.format(width).split()[0]}
     return found
+
+
+# of the weights that pixels are folded by; W: values of the first LayerNorm, S·C, or C (legacy)
+FOLD_SHAPES = dict(norm1_weight="W", norm1_bias="W", proj_weight="E S*C", proj_bias="E", norm2_weight="E", norm2_bias="E")
 
 
 class Argument(NamedTuple):
@@ -77,6 +84,7 @@ class Arguments:
             name: self.records[name](**self.records[name].__annotations__) if name in self.records else p.annotation
             for name, p in parameters.items()
         })  # fmt: skip
+        self.schema = ", ".join(f"{SCHEMA[kind]} {name}" for name, kind in self.kinds.items())
         self.arguments = tuple(
             Argument(name, self.shapes[name], kind != Tensor, name in self.activations)
             for name, kind in self.kinds.items()
@@ -102,6 +110,34 @@ class Arguments:
                 return [f"{H} heads do not divide {width}={sizes[width]}"]
             sizes = {**sizes, "D": sizes[width] // H}
         return beyond(self.limits, sizes)
+
+    def gradients_unsupported(self, sizes: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> list[str]:
+        """Reasons why PyTorch computes the gradients of sizes that the forward takes."""
+        return []
+
+    def multiply_adds(self, a: SimpleNamespace) -> int:
+        """Of the forward, from arguments of which the tensors are shapes."""
+        raise NotImplementedError
+
+    def backward_multiply_adds(self, a: SimpleNamespace) -> int:
+        """Of the gradients; by itself the forward again, and a product for each side of every product."""
+        return 3 * self.multiply_adds(a)
+
+    def named(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All of a call's arguments by name, records taken apart.
+
+        Raises:
+            TypeError: one that is missing or unknown. ValueError: a number that is not accepted.
+        """
+        given = dict(zip(self.defaults, args, strict=False)) | dict(kwargs)
+        missing = [name for name in self.needed if name not in given]
+        unknown = [name for name in given if name not in self.defaults]
+        if missing or unknown or len(args) + len(kwargs) != len(given):
+            raise TypeError(f"{self.name}: arguments {missing} are missing, {unknown} unknown; it takes {list(self.defaults)}")
+        given = by_name({name: given.get(name, default) for name, default in self.defaults.items()})
+        if reasons := self.numbers(given)[1]:  # before the operation's schema, which says less
+            raise ValueError(f"{self.name}: {'; '.join(reasons)}")
+        return given
 
     def prepare(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments as the operation takes them.

@@ -24,6 +24,7 @@ from tnt_fast.reference import RECOMPUTE, by_name
 
 BACKENDS = ("auto", "fused", "reference")
 OPERATIONS = ("pixel_embed", "inner", "fold", "outer")
+OLDEST = (8, 0)  # compute capability that the kernels are compiled and checked for
 MOST_LOOKS = 64  # of one model: sizes of images, modes
 REQUIRED = ("pixel_embed", "inner", "fold")  # an operation outside of these runs through its modules where it has no kernel
 
@@ -307,7 +308,7 @@ def why_not_fused_on(model: Any, image: Tensor, gpu: str, capability: tuple[int,
     Args:
         model, image: of the meta device, in one dtype.
     """
-    return kernels.too_old(gpu, capability) + _model_reasons(model, image)
+    return too_old(gpu, capability) + _model_reasons(model, image)
 
 
 def why_not_fused_outer(block: Any, image: Tensor) -> list[str]:
@@ -347,13 +348,34 @@ def _gradient_reasons(model: Any, image: Tensor | None) -> list[str]:
     ]
 
 
+def too_old(gpu: str, capability: tuple[int, int]) -> list[str]:
+    """Why no kernel runs on a GPU of this name and compute capability; empty if they do."""
+    if capability >= OLDEST:
+        return []
+    return [f"{gpu} has compute capability {capability[0]}.{capability[1]}; the kernels need {OLDEST[0]}.{OLDEST[1]}"]
+
+
+def unsupported_machine() -> list[str]:
+    """Why no kernel at all can run on this machine; empty if some can."""
+    if kernels.on_cpu():
+        return []
+    reasons = [kernels.WITHOUT_TRITON] if kernels.WITHOUT_TRITON else []
+    if not torch.cuda.is_available():
+        reasons.append("torch sees no GPU (torch.cuda.is_available() is False); the kernels run on a CUDA or ROCm device")
+    elif kernels.HAS_TRITON and not torch.compiler.is_compiling():  # which cannot trace the question
+        capability = kernels.operation.runner.capability()
+        if capability is not None:
+            reasons += too_old(torch.cuda.get_device_name(), capability)
+    return reasons
+
+
 def _machine_reasons(image: Tensor | None, backend: str) -> list[str]:
     """What stands against any kernel, whatever the model."""
     if isinstance(image, torch.fx.Proxy):
         return ["torch.fx traces the model symbolically; a traced graph holds the reference's operations"]
     missing = [name for name in REQUIRED if name not in kernels.OPERATIONS]
     reasons = [f"this version has no fused kernel for {', '.join(missing)}"] if missing else []
-    reasons.extend(kernels.unsupported())
+    reasons.extend(unsupported_machine())
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         reasons.append("a torch.func transform is active, and the kernels' gradients are torch.autograd's; use 'reference'")
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
