@@ -167,14 +167,17 @@ def _on_meta(found: Launched) -> Launched:
 
 def _new(found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
     """As operation._new, which looks at addresses: gradients in their arguments' dtypes, no memory of two of them."""
-    result, seen = [], set()
+    result, seen, copies, originals = [], set(), [], []
     for x, like in zip(found, likes, strict=True):
         place = (x.untyped_storage()._cdata, x.storage_offset())
         if x.dtype == like.dtype and x.is_contiguous() and place not in seen:
             seen.add(place)
         else:
-            x = torch.empty(like.shape, dtype=like.dtype, device=like.device).copy_(x)
+            originals.append(x)
+            copies.append(x := torch.empty(like.shape, dtype=like.dtype, device=like.device))
         result.append(x)
+    if copies:
+        torch._foreach_copy_(copies, originals)
     return result
 
 

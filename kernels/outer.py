@@ -162,7 +162,7 @@ class Outer(Operation):
 
     def forward(self, a: SimpleNamespace, out: Tensor) -> None:
         (B, T, E), w, f = a.patch.shape, contiguous(a.weights), a.fold_weights
-        matrices = {name: _matrix(a, name) for name in ("qkv_weight", *MATRICES)}
+        read = _read(a, w)
         recorded = a.kept is not None and a.pixel is None
         rest = out.view(B * T, E)
         x = torch.empty_like(rest) if recorded else rest  # what the MLP reads; kept
@@ -174,24 +174,24 @@ class Outer(Operation):
             z = product(a.pixel.to(out.dtype), f.fold_norm1_weight, f.fold_norm1_bias, f.fold_proj_weight, a.eps)
             second = f.fold_proj_bias, f.fold_norm2_weight, f.fold_norm2_bias
             h = norm.add(z, a.patch, out, norm.Weights(*second, w.norm1_weight, w.norm1_bias, later), a.eps)
-        qkv = F.linear(h, matrices["qkv_weight"], _qkv_bias(w, h.dtype))
+        qkv = F.linear(h, read["qkv_weight"], _qkv_bias(w, h.dtype))
         heads = qkv.view(B, T, 3, a.num_heads, -1).unbind(2)
         if recorded:
             attended, logsumexp = attention.attend_recorded(*heads)
-            a.kept |= matrices | dict(x=x, attended=attended.view(B * T, E), logsumexp=logsumexp, qkv=qkv)
+            a.kept |= read | dict(x=x, attended=attended.view(B * T, E), logsumexp=logsumexp, qkv=qkv)
         else:
             attended = attention.attend(*heads)
-        _add(x, attended.reshape(B * T, E), matrices["proj_weight"], w.proj_bias, a.attn_scale)
+        _add(x, attended.reshape(B * T, E), read["proj_weight"], w.proj_bias, a.attn_scale)
 
         h = norm.forward(x, w.norm2_weight, w.norm2_bias, a.eps, rest, w.fc2_bias if a.mlp_scale is None else None)
         if h.dtype == torch.bfloat16 and w.fc1_bias is not None and not recorded:
-            h = torch._addmm_activation(_to(w.fc1_bias, h.dtype), h, matrices["fc1_weight"].t(), use_gelu=True)
+            h = torch._addmm_activation(read["fc1_bias"], h, read["fc1_weight"].t(), use_gelu=True)
         else:
-            h = F.linear(h, matrices["fc1_weight"], _to(w.fc1_bias, h.dtype))
+            h = F.linear(h, read["fc1_weight"], read["fc1_bias"])
             if recorded:
                 a.kept["hidden"] = h
             h = F.gelu(h)
-        _add(rest, h, matrices["fc2_weight"], w.fc2_bias, a.mlp_scale)
+        _add(rest, h, read["fc2_weight"], w.fc2_bias, a.mlp_scale)
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         """By PyTorch of a fold, and where the gradient of a scale is asked for; nothing before the first that is needed."""
@@ -281,16 +281,26 @@ class Outer(Operation):
         return dict(zip(SUMS, totals.split(E), strict=False)) | {"fc1_bias": totals[len(SUMS) * E :]} | found
 
 
+def _read(a: SimpleNamespace, w: Any) -> dict[str, Any]:
+    """What the products read, in the activations' dtype: matrices, those of q, k and v as one, and fc1's bias; what is cast or
+    copied, in one launch."""
+    E, dtype = a.patch.shape[2], a.patch.dtype
+    found = {name: getattr(w, name) for name in (*MATRICES, "fc1_bias")}
+    made = {name: torch.empty_like(x, dtype=dtype) for name, x in found.items() if x is not None and x.dtype != dtype}
+    copies, originals = list(made.values()), [found[name] for name in made]
+    if a.kept is None and w.qk_weight.dtype == dtype:
+        made["qkv_weight"] = joined(w.qk_weight, w.v_weight)  # perhaps a view of them, which cannot be kept
+    else:
+        made["qkv_weight"] = qkv = torch.empty(3 * E, E, dtype=dtype, device=a.patch.device)
+        copies, originals = [*copies, *qkv.split((2 * E, E))], [*originals, w.qk_weight, w.v_weight]
+    if copies:
+        torch._foreach_copy_(copies, originals)
+    return found | made
+
+
 def _matrix(a: SimpleNamespace, name: str) -> Tensor:
-    """What a product reads, in the activations' dtype: a weight, or those of q, k and v as one."""
-    if a.kept is not None and name in a.kept:
-        return a.kept[name]
-    if name != "qkv_weight":
-        return _to(getattr(a.weights, name).contiguous(), a.patch.dtype)
-    qk, v, E = a.weights.qk_weight.contiguous(), a.weights.v_weight.contiguous(), a.patch.shape[2]
-    if a.kept is None and qk.dtype == a.patch.dtype:
-        return joined(qk, v)  # perhaps a view of them, which cannot be kept
-    return torch.cat((qk, v), out=torch.empty(3 * E, E, dtype=a.patch.dtype, device=a.patch.device))
+    """Of what the forward read: what it kept, or a weight as it is."""
+    return a.kept[name] if name in a.kept else contiguous(getattr(a.weights, name))
 
 
 def joined(first: Tensor, second: Tensor) -> Tensor:
