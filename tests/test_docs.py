@@ -292,12 +292,8 @@ class Shell:
     def run(self, argv: list[str]) -> int:
         """Its status."""
         if argv[0] == "torchrun":
-            from torch.distributed.run import get_args_parser
-
-            launch = get_args_parser().parse_args(argv[1:])
-            assert launch.module, f"torchrun without -m: {argv}"
-            assert launch.training_script in ("tnt_fast", "tnt_fast.cli"), argv
-            return self.together(cut(launch.training_script_args))
+            size, argv = launched(argv)
+            return self.together(cut(argv), size)
         if argv[:2] == ["python", "-m"] and argv[2] in ("tnt_fast", "tnt_fast.cli"):
             argv = ["tnt-fast", *argv[3:]]
         if argv[0] == "tnt-fast":
@@ -311,14 +307,14 @@ class Shell:
             return self.ask(argv[1:])
         raise AssertionError(f"no way to run this line of {self.page} is known: {argv}")
 
-    def together(self, argv: list[str]) -> int:
-        """As torchrun would, on two ranks, whatever the page says."""
+    def together(self, argv: list[str], size: int) -> int:
+        """As torchrun would, on two ranks where the page says more."""
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(ROOT)  # where what the ranks are forked from finds the package
             set_forkserver_preload(ranks.PRELOADED)
             ensure_running()
         act = ("calls", __name__, "stand_in_for_good")
-        ended = ranks.launch(Path("printed"), argv, acts={0: act, 1: act})
+        ended = ranks.launch(Path("printed"), argv, min(size, 2), acts={0: act, 1: act})
         for text in (*ended.out, *ended.err):
             print(text)
         return next((code or 1 for code in ended.codes if code != 0), 0)
@@ -335,8 +331,8 @@ class Shell:
             names = [name for pair in extras for part in pair if part for name in part.split(",")]
             assert all(f'"{name}": ' in setup for name in names), argv
         else:
-            assert argv[0] == "tnt-fast", (argv, why)
-            assert cli._parsed(argv[1:]), argv
+            assert argv[0] in ("tnt-fast", "torchrun"), (argv, why)
+            assert cli._parsed(argv[1:] if argv[0] == "tnt-fast" else launched(argv)[1]), argv
 
     def serve(self, argv: list[str]) -> int:
         """Start the server of examples/, which later lines ask, without a network."""
@@ -351,6 +347,17 @@ class Shell:
         assert self.server, "nothing was started that could be asked"
         with self.server as client:
             return 0 if client.request("GET" if body is None else "POST", f"http://{argv[-1]}", content=body).is_success else 1
+
+
+def launched(argv: list[str]) -> tuple[int, list[str]]:
+    """Of a line of torchrun: the number of ranks, and the arguments of tnt-fast."""
+    from torch.distributed.run import get_args_parser
+
+    launch = get_args_parser().parse_args(argv[1:])
+    assert launch.module, f"torchrun without -m: {argv}"
+    assert launch.training_script in ("tnt_fast", "tnt_fast.cli"), argv
+    machines, local = launch.nnodes.split(":")[-1], launch.nproc_per_node  # "1:4", "gpu"
+    return int(machines) * (int(local) if local.isdigit() else 2), launch.training_script_args
 
 
 def cut(argv: list[str]) -> list[str]:
