@@ -21,7 +21,7 @@ import ranks
 import torch
 
 import tnt_fast
-from tnt_fast import cli, dispatch, reference
+from tnt_fast import cli, dispatch, export, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTED = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.M)
@@ -376,6 +376,8 @@ def cut(argv: list[str]) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_says_runs(page, world, tmp_path, monkeypatch, one_thread):
     pytest.importorskip("fastapi")
+    if page == "docs/exporting.md" and not export._READS_FOLDERS:
+        pytest.skip("timm before 1.0.26 reads no folder with safetensors inside")
     folder = shutil.copytree(world, tmp_path / "world")
     with pytest.MonkeyPatch.context() as of_line, pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -387,7 +387,8 @@ def _write_huggingface(subject: _Subject, path: Path) -> _Written:
     safetensors.torch.save_file(state, path / "model.safetensors", metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     (path / "README.md").write_text(_card(subject, architecture, beyond), "utf-8")
-    loaded = timm.create_model(f"local-dir:{path}", pretrained=True).to(model.cls_token).eval()
+    weights: dict[str, Any] = {"pretrained": True} if _READS_FOLDERS else {"checkpoint_path": str(path / "model.safetensors")}
+    loaded = timm.create_model(f"local-dir:{path}", **weights).to(model.cls_token).eval()
     note = f"it is timm's {architecture}"
     if beyond:
         note = f"timm cannot build {', '.join(beyond)}: it loads after import tnt_fast, as {architecture}"
@@ -509,6 +510,8 @@ class _Target(NamedTuple):
     load: str
 
 
+_READS_FOLDERS = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 26)  # before, with safetensors inside it fails
+_WEIGHTS = "pretrained=True" if _READS_FOLDERS else "checkpoint_path='{path}/model.safetensors'"
 _SESSION = "onnxruntime.InferenceSession({path!r}).run(None, {{'image': images}})"
 TARGETS = {
     "onnx": _Target("ONNX", ".onnx", True, _write_onnx, _SESSION),
@@ -517,7 +520,7 @@ TARGETS = {
         "an AOTInductor package", ".pt2", False, _write_aoti, "torch._inductor.aoti_load_package({path!r})(images)"
     ),
     "huggingface": _Target(
-        "a Hugging Face folder", "", False, _write_huggingface, "timm.create_model('local-dir:{path}', pretrained=True).eval()"
+        "a Hugging Face folder", "", False, _write_huggingface, f"timm.create_model('local-dir:{{path}}', {_WEIGHTS}).eval()"
     ),
     "int8": _Target("ONNX in 8 bits", ".onnx", True, _write_int8, _SESSION),
 }
