@@ -349,8 +349,9 @@ def _save_onnx(proto: Any, subject: _Subject, path: Path) -> int:
     """Write the file with what is known about its classes and images; returns its opset."""
     import onnx
 
-    for part in (proto.graph, *proto.graph.node, *proto.graph.value_info):
+    for part in (proto.graph, *proto.graph.node):
         del part.metadata_props[:]  # the exporter's notes
+    del proto.graph.value_info[:]  # shapes that every reader infers, and that do not survive a weight's transposition
     onnx.helper.set_model_props(proto, _as_strings(subject.about))
     onnx.save(proto, path)
     return next(opset.version for opset in proto.opset_import if opset.domain in ("", "ai.onnx"))
