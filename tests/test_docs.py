@@ -79,6 +79,8 @@ PAGES = [
     if re.search(r"^```(sh|python)$", (ROOT / page).read_text("utf-8"), re.M)
 ]
 
+SLOW = ("docs/scaling.md", "docs/exporting.md")
+
 # What a command is given besides what its page says; of an option given twice the last counts.
 CUT = {
     "train": "--epochs 1 --workers 0 --threads 1 --device cpu",
@@ -107,6 +109,7 @@ SMALL = dict(img_size=64, depth=2, embed_dim=24, inner_dim=6, num_heads_inner=2,
 NOT_RUN = {
     r"export .*--to (aoti|int8) --out": "tests/test_export.py runs the line, and what it takes is enough once",
     r"export .*--device cuda": "a GPU is needed",
+    r"^torchrun --nnodes": "machines that find each other are needed",
     r"^make ": "a target, which has to be there; CI calls them",
     r"^pip install ": "its extras have to be there; no test installs anything",
 }
@@ -373,7 +376,7 @@ def cut(argv: list[str]) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path", "ignore::DeprecationWarning:triton")
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in PAGES])
 def test_what_a_page_says_runs(page, world, tmp_path, monkeypatch, one_thread):
     pytest.importorskip("fastapi")
     if page == "docs/exporting.md" and not export._READS_FOLDERS:
@@ -392,17 +395,13 @@ def test_what_a_page_says_runs(page, world, tmp_path, monkeypatch, one_thread):
                 exec(compile(text, page, "exec"), names)
 
 
-@pytest.mark.slow
-def test_a_line_of_torchrun_runs_on_two_ranks(world, tmp_path, monkeypatch):
-    monkeypatch.chdir(shutil.copytree(world, tmp_path / "world"))
-    line = "torchrun --standalone --nproc-per-node 8 -m tnt_fast train photos/ --val-fraction 0.2 --fsdp --out runs/eight"
-    with pytest.MonkeyPatch.context() as of_line:
-        shell = Shell("a page", of_line)
-        shell(line)
-        shell("tnt-fast classify new/ --checkpoint runs/eight/best.pt")
-        assert torch.load("runs/eight/last.pt", weights_only=True)["ranks"] == 2
-        with pytest.raises(AssertionError, match="status 2"):
-            shell(line.replace("--nproc-per-node", "--nproc-per-nodes"))
+def test_no_command_stands_in_a_block_that_is_not_run():
+    begin = ("tnt-fast ", "torchrun ", "python ", "make ", "pip ", "curl ")
+    for page in ("README.md", "CONTRIBUTING.md", *PAGES):
+        others = [
+            block for block in ("\n" + (ROOT / page).read_text("utf-8")).split("\n```")[1::2] if not block.startswith("sh\n")
+        ]
+        assert [line for block in others for line in block.splitlines() if line.startswith(begin)] == [], page
 
 
 def test_every_exception_is_met_on_a_page():
@@ -420,6 +419,7 @@ def test_every_exception_is_met_on_a_page():
         ("make nothing-of-that-name", "nothing-of-that-name"),
         ('pip install "tnt_fast[nothing]"', "nothing"),
         ("torchrun train.py", "without -m"),
+        ("torchrun --nproc-per-nodes 2 -m tnt_fast train photos/ --out runs/mine", "status 2"),
         ("tnt-fast check nowhere/", "status 2"),
     ],
 )
