@@ -11,6 +11,7 @@ so narrow, in float32, that PyTorch's operations have next to nothing to compute
 import argparse
 import cProfile
 import pstats
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -91,18 +92,24 @@ def gpu_us(run) -> float:
     return sum(event.self_device_time_total for event in profile.key_averages()) / 10
 
 
-def timed(run) -> float:
-    """Microseconds of a call: the least of several means, since other work of the machine only ever adds; without a GPU, of
-    this process's time."""
-    rounds, clock = [], time.perf_counter if GPU else time.process_time
-    for _ in range(30):
-        if GPU:
-            torch.cuda.synchronize()
-        start = clock()
-        for _ in range(20):
-            run()
-        rounds.append((clock() - start) / 20 * 1e6)
-    return min(rounds)
+def timed(*runs: Callable[[], Any]) -> list[list[float]]:
+    """Microseconds of each call in each of several rounds, in which they take turns; without a GPU, of this process's time."""
+    clock, rounds = time.perf_counter if GPU else time.process_time, []
+    for _ in range(40):
+        rounds.append([])
+        for run in runs:
+            if GPU:
+                torch.cuda.synchronize()
+            start = clock()
+            for _ in range(20):
+                run()
+            rounds[-1].append((clock() - start) / 20 * 1e6)
+    return rounds
+
+
+def least(run: Callable[[], Any]) -> float:
+    """Of all rounds, since other work of the machine only ever adds."""
+    return min(us for (us,) in timed(run))
 
 
 def launches(run) -> tuple[str, list[str]]:
@@ -131,12 +138,13 @@ def forwards(device: str) -> dict[str, Callable[[], Any]]:
 
 @torch.no_grad()
 def compare_forwards(device: str) -> None:
-    first = None
-    for name, run in forwards(device).items():
+    runs = forwards(device)
+    for run in (*runs.values(),) * 3:  # a model is looked through in the first two
         run()
-        took = timed(run)
-        first = first or took
-        print(f"{name:22s} {took:7.0f} us, {took / first:.2f} of DeiT; {launches(run)[0]}", flush=True)
+    took = [*zip(*timed(*runs.values()), strict=True)]
+    for (name, run), us in zip(runs.items(), took, strict=True):
+        ratio = statistics.median(ours / deit for ours, deit in zip(us, took[0], strict=True))
+        print(f"{name:22s} {min(us):7.0f} us, {ratio:.2f} of DeiT; {launches(run)[0]}", flush=True)
 
 
 def main() -> None:
@@ -166,7 +174,7 @@ def main() -> None:
             continue
         count, small = launches(run)
         gpu = f", {gpu_us(prepared(256)):.0f} us of the GPU" if GPU else ""
-        print(f"{name:12s} {mode:9s} {timed(run):7.0f} us{gpu}; {count}: {' '.join(small)}", flush=True)
+        print(f"{name:12s} {mode:9s} {least(run):7.0f} us{gpu}; {count}: {' '.join(small)}", flush=True)
     if not options.profile:
         compare_forwards(device)
 

@@ -421,6 +421,9 @@ class PixelEmbed(nn.Module):
     def _check_image(self, x: Tensor) -> None:
         if isinstance(x, torch.fx.Proxy):
             return
+        weight = self.proj.weight
+        if self.strict_img_size and x.dtype == weight.dtype and tuple(x.shape[1:]) == (self.in_chans, *self.img_size):
+            return  # before any message is put together
         expected = f"(batch, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]})"
         _require(x.ndim == 4, f"the image has shape {tuple(x.shape)}; this model takes {expected}")
         _require(
@@ -436,7 +439,6 @@ class PixelEmbed(nn.Module):
             f"resize the image, or call model.set_input_size(({x.shape[2]}, {x.shape[3]})), which resamples the positions; "
             "a model built with dynamic_img_size=True takes images of any size",
         )
-        weight = self.proj.weight
         if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise TypeError(
                 f"the image is {x.dtype}, the weights are {weight.dtype}: cast it with image.to({weight.dtype}) "
