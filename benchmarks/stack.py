@@ -136,7 +136,7 @@ def ratios(results: Path) -> str:
 
 
 def times(results: Path) -> str:
-    """Every model and mode of the budget, a line each, for docs/performance.md; "" without a budget."""
+    """For docs/performance.md: every model and mode of the budget, a line each; then all rows of a forward of TNT-S."""
     if (found := _read(results)) is None:
         return ""
     budget, gpu, _ = found
@@ -155,7 +155,13 @@ def times(results: Path) -> str:
                 f"{row['vs_deit_compiled']:.2f}" if "vs_deit_compiled" in row else "", f"{one['launches_per_block']:g}",
                 f"{one['saved_mb_per_image']:.1f}" if "saved_mb_per_image" in one else "",
             ])  # fmt: skip
-    return f"{_table(lines)}\n\nHow wrong: {errors(results)}."
+    forward = budget["tnt_s"]["inference"]
+    rows = [["a forward of TNT-S", "within", "launches", "µs of one", "known how", "ms"]]
+    for row in forward["rows"]:
+        ms = f"{row['launches'] * row['us'] / 1e3:.3f}"
+        rows.append([f"`{row['name']}`", row["inside"], str(row["launches"]), f"{row['us']:.2f}", row["kind"], ms])
+    rows.append(["sum", "", "", "", "", f"{forward['ms']:.3f}"])
+    return f"{_table(lines)}\n\nHow wrong: {errors(results)}.\n\n{_table(rows)}"
 
 
 def draw(results: Path) -> list[Path]:
