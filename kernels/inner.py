@@ -68,7 +68,9 @@ CONFIGS = {
         (32, False): Config(16, warps=4, per_sm=2, chunk=16, mma_arch="sm80"),
     },
 }
-CONFIGS["_inner_bwd_attention_kernel"] = dict(CONFIGS["_inner_bwd_mlp_kernel"])
+CONFIGS["_inner_bwd_attention_kernel"] = CONFIGS["_inner_bwd_mlp_kernel"] | {
+    (64, True): Config(128, warps=8, per_sm=1, chunk=32, mma_arch="sm80"),
+}
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

@@ -19,7 +19,8 @@ Backward, of each of the two branches r + scale · last(f(first(LN r))), f the a
 
 The kernels of GELU and LN also make f(h) and LN(r) again, which are not kept, and sum dh, g and dr over their rows: gradients
 of the biases of fc1, fc2 and proj, the latter two if there is no scale. Nine launches of the forward and sixteen; where weights
-have another dtype, as under autocast, a cast of each both ways, biases of q, k and v one each way, a scale three of its branch.
+have another dtype, as under autocast, a cast of all of them both ways, biases of q, k and v one each way, a scale three of its
+branch.
 
 This one operation keeps more than its input: the attention's q, k and v, result and logsumexp, x, and fc1's result; and its
 matrices where they were cast or joined. From the input alone all products and the attention would run twice, half as much

@@ -28,7 +28,7 @@ import benchmarks.test_models as models_suite
 import benchmarks.test_operations as operations_suite
 import benchmarks.test_scaling as scaling_suite
 import tnt_fast
-from benchmarks import compare, measure, precompile, report, stack
+from benchmarks import compare, measure, precompile, report, residual, stack
 from benchmarks import kernels as timed
 from tnt_fast import cli, flops, kernels, reference
 
@@ -911,3 +911,17 @@ def test_the_command_names_bad_input(options, message, capsys):
     pytest.importorskip("tqdm")
     assert cli.main(["bench", "--device", "cpu", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_stream_of_patches_carries_the_error_of_rounding():
+    torch.manual_seed(0)
+    model = tnt_fast.TNT(
+        img_size=32, embed_dim=96, inner_dim=12, depth=3, num_heads_outer=3, num_classes=50, backend="reference"
+    )
+    residual.perturbed(model.eval())
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(residual.forward(model, image, ()), model(image))
+    found = residual.errors(model, image)
+    assert found["patches alone"] > 3 * found["pixels alone"] > 0
+    assert found["pixels"] < 1.2 * found["none"] < 1.2 * found["both"]
