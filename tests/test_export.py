@@ -209,6 +209,15 @@ def test_a_fused_program_holds_the_operations_and_says_what_it_needs(model, tmp_
     assert relative_error(program.module()(images(3)), model(images(3)).detach()) <= 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("to", "ending"), [("onnx", ".onnx"), ("pt2", ".pt2"), ("huggingface", "")])
+def test_a_model_on_a_gpu_is_exported_as_one_on_a_cpu(to, ending, tmp_path):
+    model = made().cuda()
+    found = export_model(model, to, tmp_path / f"a{ending}", tolerance=1e-3)  # products may be TF32's
+    assert found.path.exists()
+    assert model.cls_token.is_cuda
+
+
 # ---- the folder ----
 
 

@@ -92,7 +92,7 @@ def export_model(
     """
     path, target = check(to, out, overwrite=overwrite, backend=backend), TARGETS[to]
     _check_model(model, to)
-    subject = _subject(model, classes, data_config, accuracy, backend)
+    subject = _subject(model, classes, data_config, accuracy, backend, "cpu" if target.on_cpu else model.cls_token.device)
     eps = torch.finfo(subject.images.dtype).eps
     usual = TOLERANCE_INT8 if to == "int8" else max(TOLERANCE, 16 * eps)
     accepted = usual if tolerance is None else tolerance
@@ -207,8 +207,9 @@ def _check_model(model: Any, to: str) -> None:
 
 
 def _subject(
-    model: TNT, classes: Sequence[str], data_config: Mapping[str, Any] | None, accuracy: float | None, backend: str
-) -> _Subject:
+    model: TNT, classes: Sequence[str], data_config: Mapping[str, Any] | None, accuracy: float | None, backend: str,
+    device: torch.device | str,
+) -> _Subject:  # fmt: skip
     if classes and len(classes) != model.num_classes:
         raise ValueError(f"{len(classes)} class names, but the model has {model.num_classes} classes")
     given = resolve_data_config({}, model=model) if data_config is None else data_config
@@ -217,13 +218,13 @@ def _subject(
     about = {name: given[name] for name in names if given.get(name) is not None}
     shape = (model.in_chans, *model.pixel_embed.img_size)
     about |= {"input_size": list(shape), **({"classes": list(classes)} if classes else {})}
-    subject = copy.deepcopy(model).requires_grad_(False)
+    subject = copy.deepcopy(model).requires_grad_(False).to(device)
     subject.set_grad_checkpointing(False)
     subject.set_attn_backend("auto")  # xformers' operations are in no other process
     subject.backend = backend
     dispatch.settle(subject)  # "fused" fails here
     images = torch.randn(max(BATCHES), *shape, generator=torch.Generator().manual_seed(0))
-    return _Subject(subject, images.to(model.cls_token), about, accuracy)
+    return _Subject(subject, images.to(subject.cls_token), about, accuracy)
 
 
 @contextmanager
@@ -258,7 +259,7 @@ def _compare_accuracy(
         return "its accuracy was not compared: name labelled images with --data"
     count, right, same = 0, [0, 0], 0
     for images, truth in examples:
-        answers = [compute(images.to(model.cls_token)).argmax(-1).cpu() for compute in (model, run)]
+        answers = [compute(images.to(model.cls_token)).argmax(-1) for compute in (model, run)]
         count += len(truth)
         right = [hits + int((answer == truth).sum()) for hits, answer in zip(right, answers, strict=True)]
         same += int((answers[0] == answers[1]).sum())
@@ -316,8 +317,7 @@ def _as_strings(about: Mapping[str, Any]) -> dict[str, str]:
 
 def _write_onnx(subject: _Subject, path: Path) -> _Written:
     written: Any = torch.onnx.export(
-        _program(subject._replace(model=subject.model.cpu(), images=subject.images.cpu())),
-        dynamo=True, input_names=["image"], output_names=["logits"], verbose=False,
+        _program(subject), dynamo=True, input_names=["image"], output_names=["logits"], verbose=False
     )  # fmt: skip
     opset = _save_onnx(written.model_proto, subject, path)
     return _Written(_session(path), [f"opset {opset}; classes and normalisation: its metadata"])
@@ -361,14 +361,14 @@ def _session(path: Path) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"image": images.cpu().numpy()})[0])
+    return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
 
 
 # ---- Hugging Face's folder ----
 
 
 def _write_huggingface(subject: _Subject, path: Path) -> _Written:
-    model, about = subject.model.cpu(), subject.about
+    model, about = subject.model, subject.about
     architecture, arguments, beyond = _in_timm(model)
     normal = {name: value for name, value in about.items() if name != "classes"}
     config = {
@@ -393,7 +393,7 @@ def _write_huggingface(subject: _Subject, path: Path) -> _Written:
     note = f"it is timm's {architecture}"
     if beyond:
         note = f"timm cannot build {', '.join(beyond)}: it loads after import tnt_fast, as {architecture}"
-    return _Written(lambda images: loaded(images.cpu()), [note])
+    return _Written(loaded, [note])
 
 
 def _in_timm(model: TNT) -> tuple[str, dict[str, Any], list[str]]:
@@ -507,21 +507,21 @@ class _Target(NamedTuple):
     what: str
     ending: str  # of a file; none: a folder
     by_onnx: bool
+    on_cpu: bool  # whatever the model is on: it has no device, or is run there to compare it
     write: Callable[[_Subject, Path], _Written]
     load: str
 
 
 _READS_FOLDERS = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 26)  # before, with safetensors inside it fails
 _WEIGHTS = "pretrained=True" if _READS_FOLDERS else "checkpoint_path='{path}/model.safetensors'"
+_FOLDER = f"timm.create_model('local-dir:{{path}}', {_WEIGHTS}).eval()"
 _SESSION = "onnxruntime.InferenceSession({path!r}).run(None, {{'image': images}})"
 TARGETS = {
-    "onnx": _Target("ONNX", ".onnx", True, _write_onnx, _SESSION),
-    "pt2": _Target("torch.export", ".pt2", False, _write_pt2, "torch.export.load({path!r}).module()(images)"),
+    "onnx": _Target("ONNX", ".onnx", True, True, _write_onnx, _SESSION),
+    "pt2": _Target("torch.export", ".pt2", False, False, _write_pt2, "torch.export.load({path!r}).module()(images)"),
     "aoti": _Target(
-        "an AOTInductor package", ".pt2", False, _write_aoti, "torch._inductor.aoti_load_package({path!r})(images)"
+        "an AOTInductor package", ".pt2", False, False, _write_aoti, "torch._inductor.aoti_load_package({path!r})(images)"
     ),
-    "huggingface": _Target(
-        "a Hugging Face folder", "", False, _write_huggingface, f"timm.create_model('local-dir:{{path}}', {_WEIGHTS}).eval()"
-    ),
-    "int8": _Target("ONNX in 8 bits", ".onnx", True, _write_int8, _SESSION),
+    "huggingface": _Target("a Hugging Face folder", "", False, True, _write_huggingface, _FOLDER),
+    "int8": _Target("ONNX in 8 bits", ".onnx", True, True, _write_int8, _SESSION),
 }
