@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = ["tnt_fast.cli", "tnt_fast.kernels", "tnt_fast.train", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+PRELOADED += ["matplotlib.figure", "matplotlib.backends.backend_agg", "sklearn.datasets", "sklearn.model_selection"]
 TIMEOUT = 120  # seconds, after which a rank is killed
 
 

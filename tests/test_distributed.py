@@ -123,8 +123,11 @@ def stopped(stopped_by, tmp_path) -> Path:
     return Path(shutil.copytree(stopped_by("ddp"), tmp_path / "run"))
 
 
-@pytest.mark.parametrize("before", ["one", "ddp", "fsdp"])
-@pytest.mark.parametrize(("size", "more"), [(1, []), (3, []), (3, ["--fsdp"])], ids=["one", "three", "three-fsdp"])
+@pytest.mark.parametrize(
+    ("before", "size", "more"),
+    [("one", 3, []), ("one", 3, ["--fsdp"]), ("ddp", 1, []), ("ddp", 3, []), ("fsdp", 1, []), ("fsdp", 3, ["--fsdp"])],
+    ids=lambda value: "".join(value) if isinstance(value, list) else str(value),
+)
 def test_a_stopped_run_ends_the_same_on_another_number_of_ranks(data, whole, stopped_by, tmp_path, before, size, more):
     shutil.copytree(stopped_by(before), tmp_path / "run")
     ended = launch(tmp_path, resumed(data, tmp_path / "run", *more), size)
@@ -239,17 +242,12 @@ def processes(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_job_in_30_seconds_with_a_message_and_one_rank_goes_on(data, whole, tmp_path, rank):
+def test_a_killed_rank_ends_the_job_in_30_seconds_with_a_message_and_one_rank_goes_on(data, whole, tmp_path):
     run = tmp_path / "run"
-    acts = {str(rank): ["gets", int(signal.SIGKILL), 4 * 3 + 1], "killed": []}
     started = time.monotonic()
-    ended = torchrun(tmp_path, acts, arguments(data, run, "--workers", 1))
+    ended = torchrun(tmp_path, {"0": ["gets", int(signal.SIGKILL), 4 * 3 + 1]}, arguments(data, run, "--workers", 1))
     assert ended.returncode == 1
-    lines = [line for line in ended.stderr.splitlines() if line.startswith("tnt-fast: ")]
-    assert len(lines) == 1, ended.stderr
-    assert f"RankError: rank {rank} (process " in lines[0]
-    assert "--resume" in lines[0]
+    assert_gone(0, ended.stderr)
     assert time.monotonic() - started < 30 + 15  # the beginning included
     deadline = time.monotonic() + 10  # readers look after the process that forked them every 5 seconds
     while (left := processes(str(run))) and time.monotonic() < deadline:
@@ -259,6 +257,21 @@ def test_a_killed_rank_ends_the_job_in_30_seconds_with_a_message_and_one_rank_go
     assert (saved["epoch"], saved["step"]) == (1, 0)
     assert main(resumed(data, run)) == 0
     assert_same_run(whole, run)
+
+
+def assert_gone(rank: int, said: str) -> None:
+    """One line names the rank that is gone, and how to go on."""
+    lines = [line for line in said.splitlines() if line.startswith("tnt-fast: ")]
+    assert len(lines) == 1, said
+    assert f"RankError: rank {rank} (process " in lines[0]
+    assert "--resume" in lines[0]
+
+
+def test_a_killed_rank_is_named_under_any_launcher(data, tmp_path):
+    ended = launch(tmp_path, arguments(data, tmp_path / "run"), acts={1: ["gets", int(signal.SIGKILL), 4 * 3 + 1]})
+    assert ended.codes == [1, -signal.SIGKILL]
+    assert ended.seconds < 30
+    assert_gone(1, ended.err[0])
 
 
 def test_torchrun_starts_the_ranks_again_and_they_go_on(data, whole, tmp_path):
@@ -421,3 +434,10 @@ def test_throughput_and_memory_of_each_rank_are_in_the_history_and_the_log(data,
     assert min(row["memory_mib"]) > 50
     line = next(line for line in ended.out[0].splitlines() if line.startswith("epoch   1/1"))
     assert line.endswith(f"{row['images_per_second']:,.0f} img/s, {row['memory_mib'][0]:,} | {row['memory_mib'][1]:,} MiB")
+
+
+def test_two_ranks_learn_the_digits(tmp_path):
+    options = ["--preset", "small", "--batch-size", "16", "--epochs", "2", "--device", "cpu"]
+    assert launch(tmp_path, ["train", "digits", "--out", str(tmp_path / "run"), *options]).codes == [0, 0]
+    accuracy = [row["val_accuracy"] for row in json.loads((tmp_path / "run" / "history.json").read_text())]
+    assert accuracy[1] > max(accuracy[0], 0.6)

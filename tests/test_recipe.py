@@ -113,7 +113,7 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are(name):
 
 DIGITS = {
     "model": "tnt_fast_ti_patch16_224", "model_kwargs": {"img_size": 32, "embed_dim": 96, "inner_dim": 12, "depth": 3},
-    "epochs": 40, "batch_size": 32, "lr": 2e-3, "min_lr": 0.005, "warmup_epochs": 3, "clip_grad": 1.0,
+    "epochs": 40, "global_batch": 32, "lr": 2e-3, "min_lr": 0.005, "warmup_epochs": 3, "clip_grad": 1.0,
     "mixup": 0.0, "cutmix": 0.0, "ema": 0.99,
     "scale": (0.7, 1.0), "ratio": (0.85, 1.18), "hflip": 0.0, "color_jitter": 0.0, "reprob": 0.0,
     "auto_augment": "rand-m3-n1-mstd0.5-tweights", "crop_pct": 1.0, "drop_path": 0.0, "workers": 0, "threads": 1,
@@ -231,7 +231,7 @@ def test_what_is_written_is_read_again_whatever_it_holds(tmp_path):
 
 
 def test_the_resolved_recipe_lies_beside_the_run_and_repeats_it(few, tmp_path, capsys):
-    (tmp_path / "mine.yaml").write_text(f"data: {few}\npreset: small\nepochs: 1\nbatch_size: 2\n")
+    (tmp_path / "mine.yaml").write_text(f"data: {few}\npreset: small\nepochs: 1\nglobal_batch: 2\n")
     runs = [tmp_path / "first", tmp_path / "second"]
     assert main(["train", "--config", str(tmp_path / "mine.yaml"), "--out", str(runs[0]), *MODEL, "--device", "cpu"]) == 0
     assert main(["train", "--config", str(runs[0] / "recipe.yaml"), "--out", str(runs[1])]) == 0
