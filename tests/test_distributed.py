@@ -278,6 +278,7 @@ def test_torchrun_starts_the_ranks_again_and_they_go_on(data, whole, tmp_path):
     acts = {"1": ["is_killed_once", 4 * 3 + 1]}
     ended = torchrun(tmp_path, acts, arguments(data, tmp_path / "run"), "--max-restarts", "1")
     assert ended.returncode == 0, ended.stderr
+    assert_gone(1, ended.stderr)
     assert "continuing at epoch 2, step 1" in ended.stdout
     assert_same_run(whole, tmp_path / "run")
 

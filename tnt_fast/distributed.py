@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import signal
 import socket
 import sys
 import threading
@@ -365,6 +366,9 @@ def joined(told: Callable[[BaseException, str], tuple[list[str], int]]) -> Itera
             yield ranks
             ranks.barrier()
     except (Exception, KeyboardInterrupt) as error:
+        for signum in (signal.SIGTERM, signal.SIGINT):  # torchrun's, after a rank was killed: first it is said which
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(signum, signal.SIG_IGN)
         raise SystemExit(watch.failed(error, *told(error, "" if ranks.first else f"rank {ranks.rank}: "))) from error
     watch.end()
     dist.destroy_process_group()
