@@ -714,8 +714,7 @@ class Inner(Operation):
         S, C, M = sizes["S"], sizes["C"], sizes["M"]
         reasons = beyond({"C": 31 if dtype == torch.float32 else 63}, sizes, f" in {dtype}; the backward takes")
         reasons += beyond({"S": 16, "M": 256}, sizes, "; the backward takes")
-        large = C > 31 or (dtype == torch.float32 and C > 15 and M > 128)
-        if large and not reasons and not torch.compiler.is_compiling():  # which cannot trace the question
+        if (C > 31 or (dtype == torch.float32 and C > 15 and M > 128)) and not reasons and not torch.compiler.is_compiling():
             shared, most = operation.runner.shared_memory(device), 115  # KiB, of any heads in float32
             if C > 31:  # TNT-B has 96; sm_86, sm_89 and sm_120 have 99
                 Z = _specialise(_inner_bwd_mlp_kernel, dtype, S, C, sizes["H"], M).constants["Z"]
@@ -767,12 +766,11 @@ class Inner(Operation):
             x = SimpleNamespace(**vars(a) | dict(pixel=dx))
         of_mlp = self._launch(_inner_bwd_mlp_kernel, x, gradient, dx, sums=weights * (2 * Z.HIDDEN + 1) * Z.C_PAD)
         of_attention = self._launch(_inner_bwd_attention_kernel, a, dx, sums=weights * (4 * Z.LANES + 1) * Z.C_PAD)
-        found = {"pixel": dx}
-        if weights:
-            new = type(a.weights)(*[None if x is None else torch.empty_like(x) for x in a.weights])
-            launch(spec, 1, of_mlp, of_attention, a.weights, new)
-            found |= new._asdict()
-        return found
+        if not weights:
+            return {"pixel": dx}
+        new = type(a.weights)(*[None if x is None else torch.empty_like(x) for x in a.weights])
+        launch(spec, 1, of_mlp, of_attention, a.weights, new)
+        return {"pixel": dx} | new._asdict()
 
 
 inner = Inner()
