@@ -343,9 +343,7 @@ def test_a_full_run_on_the_digits_ends_as_accurate(tmp_path):
     recipe, train = pytest.importorskip("tnt_fast.recipe"), pytest.importorskip("tnt_fast.train")
     accuracy = []
     for backend in ("reference", "fused"):
-        config = recipe.Config(
-            data=recipe.DIGITS, **{**recipe.DIGITS_RECIPE, "backend": backend, "device": "cuda", "amp": "bfloat16"}
-        )
+        config, _ = recipe.resolved({"data": recipe.DIGITS, "backend": backend, "device": "cuda", "amp": "bfloat16"})
         accuracy.append(
             train.Run(config, tmp_path / backend, log=lambda line: None, progress=False).train()[-1]["val_accuracy"]
         )
