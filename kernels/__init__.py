@@ -13,8 +13,15 @@ from typing import Any
 
 import torch
 
-if __name__ != "tnt_fast.kernels":
-    raise ImportError(f"the folder kernels/ of tnt_fast was imported as {__name__!r}; import it as 'tnt_fast.kernels'")
+if (
+    __name__ != "tnt_fast.kernels"
+):  # in a checkout transformers finds this in place of another package, and lives with an empty one
+    __path__ = []
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(f"the folder kernels/ of tnt_fast was imported as {__name__!r}; import it as 'tnt_fast.kernels'")
 
 
 def _without_triton() -> str:
@@ -40,7 +47,7 @@ def on_cpu() -> bool:
     return HAS_TRITON and operation.runner.on_cpu
 
 
-if HAS_TRITON:
+if HAS_TRITON and __name__ == "tnt_fast.kernels":
     from tnt_fast.kernels import operation
 
     _modules = {name: import_module(f"{__name__}.{name}") for _, name, _ in iter_modules(__path__)}

@@ -44,7 +44,11 @@ from tnt_fast import reference
 from tnt_fast.arguments import beyond, transformer_shapes
 from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
-from tnt_fast.kernels.tile import accumulators, centred, dot, dot_onto, exp2, gelu_gradient, gelu_pairs, load, reciprocal
+
+from tnt_fast.kernels.tile import (  # isort: skip
+    accumulators, centred, dot, dot_onto, exp2, exponent, gelu_gradient, gelu_pairs, load, power_of_two, reciprocal,
+    scaled, store,
+)  # fmt: skip
 
 # (C_PAD, half precision): of a tile, and hidden channels at once. The forward of TNT-S is the fastest of 18 on an H200, all
 # others chosen by static cost for sm_90 and not swept there (benchmarks/results/2026-11-26-0640/tune.txt). TNT-Ti, S and B have
@@ -68,9 +72,7 @@ CONFIGS = {
         (32, False): Config(16, warps=4, per_sm=2, chunk=16, mma_arch="sm80"),
     },
 }
-CONFIGS["_inner_bwd_attention_kernel"] = CONFIGS["_inner_bwd_mlp_kernel"] | {
-    (64, True): Config(128, warps=8, per_sm=1, chunk=32, mma_arch="sm80"),
-}
+CONFIGS["_inner_bwd_attention_kernel"] = CONFIGS["_inner_bwd_mlp_kernel"]
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -94,7 +96,7 @@ class Sizes(operation.Sizes):
     RESIDENT: bool = derived(lambda Z: Z.BACKWARD or Z.MLP_FITS)
     # GELU in pairs of float16; where the weights do not stay, fc2 would be gone through twice a tile
     PAIRS: bool = derived(lambda Z: Z.FAST and tl.bfloat16 == Z.DTYPE and Z.MLP_FITS)
-    WIDE: bool = derived(lambda Z: Z.BACKWARD and Z.C_PAD >= 64)
+    WIDE: bool = derived(lambda Z: Z.BACKWARD and Z.C_PAD >= 64)  # sums transposed, the attention by a launch before
     TRIM: bool = derived(lambda Z: not Z.BACKWARD and Z.C_PAD >= 64 and 4 * (Z.C + 1) <= 3 * Z.C_PAD)
     D: int = derived(lambda Z: Z.C // Z.H)
     ROWS: int = derived(lambda Z: Z.G * Z.T)
@@ -106,18 +108,6 @@ class Sizes(operation.Sizes):
 
 
 # ---- weights, once a program ----
-
-
-@triton.jit
-def _exponent(x):
-    """floor(log2 x) of normal float32 x ≥ 0; −127 of smaller ones, 128 of infinity and NaN."""
-    return ((x.to(tl.int32, bitcast=True) >> 23) & 255) - 127
-
-
-@triton.jit
-def _power(exponent):
-    """2 to an integer exponent between −126 and 127, to which it is clamped."""
-    return ((tl.minimum(tl.maximum(exponent, -126), 127) + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -188,7 +178,7 @@ def _halvings(hid, used, w, Z: tl.constexpr):
     """
     fc1, shift = _columns_of(w.fc1_weight, w.norm2_weight, w.norm2_bias, tl.arange(0, Z.C_PAD), hid, used, Z)
     shift += load(w.fc1_bias, hid, used)
-    return tl.maximum(_exponent(tl.sum(tl.abs(fc1), 0) * Z.C**0.5 + tl.abs(shift)) - 15, 0)
+    return tl.maximum(exponent(tl.sum(tl.abs(fc1), 0) * Z.C**0.5 + tl.abs(shift)) - 15, 0)
 
 
 @triton.jit
@@ -196,7 +186,7 @@ def _units(hid, used, w, raised, Z: tl.constexpr):
     """What gelu_pairs wants hidden channels' weights multiplied by, fc1's and fc2's, the latter ``raised`` octaves more."""
     if Z.PAIRS:
         halvings = _halvings(hid, used, w, Z)
-        return _power(-3 - halvings), _power(2 + halvings + raised)
+        return power_of_two(-3 - halvings), power_of_two(2 + halvings + raised)
     else:
         return tl.full((Z.CHUNK,), 1.0, tl.float32), tl.full((Z.CHUNK,), 1.0, tl.float32)
 
@@ -212,11 +202,11 @@ def _octaves(w, Z: tl.constexpr):
             hid = start + tl.arange(0, Z.CHUNK)
             used = hid < Z.M
             fc2 = load(w.fc2_weight, ch[None, :] * Z.M + hid[:, None], (ch < Z.C)[None, :] & used[:, None])
-            exponent = _exponent(tl.max(tl.abs(fc2), 1)) + _halvings(hid, used, w, Z) + 2
-            top = tl.maximum(top, tl.max(exponent, 0))
+            octaves = exponent(tl.max(tl.abs(fc2), 1)) + _halvings(hid, used, w, Z) + 2
+            top = tl.maximum(top, tl.max(octaves, 0))
         raised = tl.minimum(14 - top, 0) + tl.minimum(tl.maximum(-6 - top, 0), 60)
         raised = tl.where(top > -64, raised, 0)  # nothing of those is seen
-        return raised, _power(raised), _power(-raised)
+        return raised, power_of_two(raised), power_of_two(-raised)
     else:
         return 0, 1.0, 1.0
 
@@ -375,16 +365,6 @@ def _add_branch(x, branch, down, scale_ptr, patch, n_patches, Z: tl.constexpr):
 
 
 @triton.jit
-def _scaled(dy, scale_ptr, patch, n_patches):
-    """The gradient of a branch from that of its scaled result."""
-    if scale_ptr is None:
-        return dy
-    else:
-        scale = tl.load(scale_ptr + patch, mask=patch < n_patches, other=0.0)
-        return (dy.to(tl.float32) * scale[:, None]).to(dy.dtype)
-
-
-@triton.jit
 def _attention(x, h, heads, bias, w, matrices, scale_ptr, patch, n_patches, Z: tl.constexpr):
     """x + attention of h = LN₁ x."""
     total = _onto(x, scale_ptr, Z) + bias[None, :]
@@ -406,17 +386,8 @@ def _norm_gradient(dh, h, rstd, Z: tl.constexpr):
 
 
 @triton.jit
-def _sums(COUNT: tl.constexpr, COLUMNS: tl.constexpr, Z: tl.constexpr):
-    """A tuple of COUNT sums [C_PAD, COLUMNS] of a weight's gradient, with WIDE transposed."""
-    if Z.WIDE:
-        return accumulators(COUNT, COLUMNS, Z.C_PAD)
-    else:
-        return accumulators(COUNT, Z.C_PAD, COLUMNS)
-
-
-@triton.jit
 def _add_sum(total, a, b, n_patches, Z: tl.constexpr):
-    """total + aᵀ·b, of one of ``_sums``.
+    """total + aᵀ·b, of one of ``accumulators``.
 
     Triton gives the warps of products that depend on one another rows of their own: of a sum, which has fewer than a tile,
     several warps would do the same. In a loop of one turn it depends on none.
@@ -490,9 +461,9 @@ def _inner_bwd_mlp_kernel(x_ptr, dy_ptr, dx_ptr, w, attn_scale_ptr, mlp_scale_pt
         w1 = w1 + _folded(w.fc1_weight, w.fc1_bias, w.norm2_weight, w.norm2_bias, hid, used, unit1[None, :], Z)
         fc2 = load(w.fc2_weight, ch[:, None] * Z.M + hid[None, :], (ch < Z.C)[:, None] & used[None, :])
         w2 = w2 + ((fc2 * unit2[None, :]).to(Z.DTYPE),)  # [C_PAD, CHUNK]
-    g1 = _sums(len(w1), Z.CHUNK, Z)
-    g2 = _sums(len(w1), Z.CHUNK, Z)
-    gb = _sums(1, 16, Z)[0]
+    g1 = accumulators(len(w1), Z.C_PAD, Z.CHUNK, Z.WIDE)
+    g2 = accumulators(len(w1), Z.C_PAD, Z.CHUNK, Z.WIDE)
+    gb = accumulators(1, Z.C_PAD, 16, Z.WIDE)[0]
     matrices = _matrices(Z)
     patch, token, offset = _layout(Z)
     for tile in range(tl.program_id(0), tl.cdiv(n_patches, Z.G), tl.num_programs(0)):
@@ -504,7 +475,7 @@ def _inner_bwd_mlp_kernel(x_ptr, dy_ptr, dx_ptr, w, attn_scale_ptr, mlp_scale_pt
         if not Z.WIDE:  # else x is behind the attention already
             x = _attention(x, (h,), heads, proj_bias, w, matrices, attn_scale_ptr, mine, n_patches, Z)
             h, rstd = _standardise(_centre(x, Z), alive, eps, 1, Z)
-        dz = _scaled(dy, mlp_scale_ptr, mine, n_patches)
+        dz = scaled(dy, mlp_scale_ptr, mine, n_patches)
 
         dh = tl.full((Z.ROWS, Z.C_PAD), 0.0, tl.float32)
         new1, new2 = (), ()
@@ -546,8 +517,8 @@ def _inner_bwd_attention_kernel(x_ptr, dx_ptr, w, attn_scale_ptr, sums_ptr, n_pa
     ch = tl.arange(0, Z.C_PAD)
     heads = _kept_heads(w, Z)
     N: tl.constexpr = len(heads)
-    g = _sums(4 * N, Z.W, Z)  # of queries, keys, values and projections, N each
-    gb = _sums(1, 16, Z)[0]
+    g = accumulators(4 * N, Z.C_PAD, Z.W, Z.WIDE)  # of queries, keys, values and projections, N each
+    gb = accumulators(1, Z.C_PAD, 16, Z.WIDE)[0]
     matrices = _matrices(Z)
     own = matrices[3]
     patch, token, offset = _layout(Z)
@@ -556,7 +527,7 @@ def _inner_bwd_attention_kernel(x_ptr, dx_ptr, w, attn_scale_ptr, sums_ptr, n_pa
         tokens = tl.load(x_ptr + first + offset, mask=mask, other=0.0)  # [ROWS, C_PAD]
         dy = tl.load(dx_ptr + first + offset, mask=mask, other=0.0)
         _, h, rstd = _norm(tokens, alive, eps, matrices, Z)
-        dz = _scaled(dy, attn_scale_ptr, tile * Z.G + patch, n_patches)
+        dz = scaled(dy, attn_scale_ptr, tile * Z.G + patch, n_patches)
 
         # q is log2 e times as large, for exp2; so are dk and what q and k give to dh. dv is made so, too: then dh and, by the
         # host, the sums are scaled back, which is less than scaling the gradient of every score
@@ -612,12 +583,6 @@ def _inner_bwd_attention_kernel(x_ptr, dx_ptr, w, attn_scale_ptr, sums_ptr, n_pa
 
 
 @triton.jit
-def _store(ptr, at, x, mask):
-    if ptr is not None:
-        tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _unfold(d_norm, sums_ptr, lane, used, LANES: tl.constexpr, factor, out, weights, norm, Z: tl.constexpr):
     """Of out = linear(LN x): stores gradients of rows of weight and bias, adds their part to those of LN's scale and shift.
 
@@ -630,8 +595,8 @@ def _unfold(d_norm, sums_ptr, lane, used, LANES: tl.constexpr, factor, out, weig
     bias = load(sums_ptr, Z.C * LANES + lane, used) * factor
     at = out[None, :] * Z.C + ch[:, None]
     weight = load(weights[0], at, mask)
-    _store(weights[1], at, product * norm[0][:, None] + bias[None, :] * norm[1][:, None], mask)
-    _store(weights[2], out, bias, used)
+    store(weights[1], at, product * norm[0][:, None] + bias[None, :] * norm[1][:, None], mask)
+    store(weights[2], out, bias, used)
     more = tl.sum(product * weight, 1), tl.sum(bias[None, :] * weight, 1)
     return d_norm[0] + more[0], d_norm[1] + more[1]
 
@@ -652,10 +617,10 @@ def _inner_weights_kernel(mlp_ptr, attention_ptr, w, d, Z: tl.constexpr):
         d_norm = _unfold(d_norm, mlp_ptr, hid, used, Z.HIDDEN, 1.0, hid, fc1, norm, Z)
         mask = real[:, None] & used[None, :]
         fc2 = load(mlp_ptr + Z.C_PAD * Z.HIDDEN, ch[:, None] * Z.HIDDEN + hid[None, :], mask)
-        _store(d.fc2_weight, ch[:, None] * Z.M + hid[None, :], fc2, mask)
-    _store(d.fc2_bias, ch, load(mlp_ptr + 2 * Z.C_PAD * Z.HIDDEN, ch, real), real)
-    _store(d.norm2_weight, ch, d_norm[0], real)
-    _store(d.norm2_bias, ch, d_norm[1], real)
+        store(d.fc2_weight, ch[:, None] * Z.M + hid[None, :], fc2, mask)
+    store(d.fc2_bias, ch, load(mlp_ptr + 2 * Z.C_PAD * Z.HIDDEN, ch, real), real)
+    store(d.norm2_weight, ch, d_norm[0], real)
+    store(d.norm2_bias, ch, d_norm[1], real)
 
     norm = load(w.norm1_weight, ch, real), load(w.norm1_bias, ch, real)
     d_norm = zero, zero
@@ -669,10 +634,10 @@ def _inner_weights_kernel(mlp_ptr, attention_ptr, w, d, Z: tl.constexpr):
             d_norm = _unfold(d_norm, attention_ptr + i * SUM, lane, used, Z.LANES, factor, i % 2 * Z.C + out, of, norm, Z)
         mask = real[:, None] & used[None, :]
         proj = load(attention_ptr + 3 * SUM, ch[:, None] * Z.LANES + lane[None, :], mask)
-        _store(d.proj_weight, ch[:, None] * Z.C + out[None, :], proj, mask)
-    _store(d.proj_bias, ch, load(attention_ptr + 4 * SUM, ch, real), real)
-    _store(d.norm1_weight, ch, d_norm[0], real)
-    _store(d.norm1_bias, ch, d_norm[1], real)
+        store(d.proj_weight, ch[:, None] * Z.C + out[None, :], proj, mask)
+    store(d.proj_bias, ch, load(attention_ptr + 4 * SUM, ch, real), real)
+    store(d.norm1_weight, ch, d_norm[0], real)
+    store(d.norm1_bias, ch, d_norm[1], real)
 
 
 # ---- on the host ----

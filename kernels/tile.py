@@ -1,4 +1,4 @@
-"""Pieces that several kernels use: fast elementary functions, GELU and its derivative, LayerNorm of a tile, products.
+"""Pieces of kernels: fast elementary functions, GELU and its derivative, LayerNorm of a tile, loads and stores, products.
 
 Every kernel's last argument ``Z`` is its sizes: what it is compiled for, an ``operation.Sizes``.
 
@@ -36,6 +36,18 @@ def reciprocal(x, FAST: tl.constexpr):
 @triton.jit
 def tanh(x):
     return _asm(x, "tanh.approx.f32 $0, $1;")
+
+
+@triton.jit
+def exponent(x):
+    """floor(log2 x) of normal float32 x ≥ 0; −127 of smaller ones, 128 of infinity and NaN."""
+    return ((x.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+
+
+@triton.jit
+def power_of_two(n):
+    """2 to an integer exponent between −126 and 127, to which it is clamped."""
+    return ((tl.minimum(tl.maximum(n, -126), 127) + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -181,11 +193,28 @@ def load(ptr, at, mask):
 
 
 @triton.jit
-def accumulators(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def store(ptr, at, x, mask):
+    """Nothing with ptr None."""
+    if ptr is not None:
+        tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scaled(dy, scale_ptr, patch, n_patches):
+    """The gradient of a branch from that of its scaled result."""
+    if scale_ptr is None:
+        return dy
+    else:
+        scale = tl.load(scale_ptr + patch, mask=patch < n_patches, other=0.0)
+        return (dy.to(tl.float32) * scale[:, None]).to(dy.dtype)
+
+
+@triton.jit
+def accumulators(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr = False):
     """A tuple of COUNT sums."""
     sums = ()
     for _ in tl.static_range(COUNT):
-        sums = sums + (tl.zeros((ROWS, COLUMNS), tl.float32),)
+        sums = sums + (tl.zeros((COLUMNS, ROWS) if TRANSPOSED else (ROWS, COLUMNS), tl.float32),)
     return sums
 
 
@@ -214,7 +243,6 @@ def dot_onto(total, a, b, Z: tl.constexpr):
     max_num_imprecise_acc is 0, as it is by itself, the compiler makes one sum of both again; else it means nothing here.
     """
     if Z.EXACT:
-        product = tl.dot(_factor(a, Z), _factor(b, Z), input_precision=Z.PRECISION, max_num_imprecise_acc=1)
-        return total + product
+        return total + tl.dot(_factor(a, Z), _factor(b, Z), input_precision=Z.PRECISION, max_num_imprecise_acc=1)
     else:
         return dot(a, b, Z, total)

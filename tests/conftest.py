@@ -1,5 +1,4 @@
 import os
-import sys
 import time
 from collections import defaultdict
 from contextlib import suppress
@@ -17,7 +16,6 @@ if not torch.cuda.is_available():
         from interpreter import hasten
 
         hasten()
-sys.modules.setdefault("kernels", None)  # transformers, which peft imports, asks for another package of our folder's name
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores,
     os.environ["OMP_NUM_THREADS"] = "1"  # and so do the processes that they start

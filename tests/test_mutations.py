@@ -365,8 +365,8 @@ def test_a_broken_source_is_noticed_by_other_tests():
 
 def test_what_lies_beyond_a_mask_may_reach_nothing(monkeypatch):
     """The scale of a patch that is not there, of which the gradient is 0."""
-    edits = mutations.Source("inner.py").edits
-    edit = next(e for e in edits if e.function == "_scaled" and e.kind == "other changed")
+    edits = mutations.Source("tile.py").edits
+    edit = next(e for e in edits if e.function == "scaled" and e.kind == "other changed")
     mutant = mutations.Mutant(0, f"source: {edit.kind}", edit.function, "", "", None, edit)
     monkeypatch.setattr(mutations, "_tests", lambda *_: None)
     verdict, why = mutations.judge_source(Judge("sm_90", {"inner S9, drop path, bfloat16"}), mutant)

@@ -104,9 +104,17 @@ def test_a_bare_checkout_runs(tmp_path):
 
 
 def test_the_kernels_folder_refuses_another_name(tmp_path):
-    done = run("import kernels", tmp_path, ROOT)
-    assert done.returncode == 1
+    done = run("import kernels; print(hasattr(kernels, '__version__')); from kernels import inner", tmp_path, ROOT)
+    assert (done.returncode, done.stdout) == (1, "False\n")
     assert "import it as 'tnt_fast.kernels'" in done.stderr
+    assert "No module named 'kernels.inner'" in run("import kernels.inner", tmp_path, ROOT).stderr
+
+
+def test_transformers_imports_from_a_checkout(tmp_path):
+    """It asks for another package of the folder's name."""
+    pytest.importorskip("transformers")
+    done = run("import transformers.integrations.hub_kernels", tmp_path, ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_is_installed_where_the_package_is():
