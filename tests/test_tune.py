@@ -157,7 +157,7 @@ def test_a_configuration_is_held_to_the_rule(monkeypatch):
 
 def test_what_won_is_written_into_the_table():
     names = ["norm", "pixel_embed/_pixel_embed_fwd_kernel/True", "inner/_inner_bwd_attention_kernel/(32, True)"]
-    names += ["inner/_inner_fwd_kernel/(32, True)", "inner/_inner_bwd_attention_kernel/(64, True)"]
+    names += ["inner/_inner_fwd_kernel/(32, True)", "inner/_inner_bwd_mlp_kernel/(64, True)"]
     found = {entry.name: entry for entry in tune.entries(kernels.OPERATIONS, ["bf16"])}
     for name in names:
         entry = found[name]
