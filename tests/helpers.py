@@ -4,6 +4,7 @@ import json
 import math
 import mmap
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -253,3 +255,22 @@ def write_images(root: Path, classes=("cat", "dog"), counts=(6, 2), seed=0) -> P
                 pixels = rng.integers(0, 120, (24, 20, 3)) + 100 * (i % 2)
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{j}.png")
     return root
+
+
+def stop_in_second_step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """SIGTERM to this process, once, as a training run with mixup computes the loss of its second step.
+
+    Returns:
+        A list that has an entry for each step so far.
+    """
+    calls: list[int] = []
+    forward = SoftTargetCrossEntropy.forward
+
+    def stopped(module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(module, *args)
+
+    monkeypatch.setattr(SoftTargetCrossEntropy, "forward", stopped)
+    return calls

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 from collections import Counter
 
 import numpy as np
@@ -11,8 +10,8 @@ import pytest
 
 pytest.importorskip("torchvision")
 
+from helpers import stop_in_second_step
 from PIL import Image
-from timm.loss import SoftTargetCrossEntropy
 
 from tnt_fast import check
 from tnt_fast.cli import main
@@ -335,15 +334,8 @@ def test_a_fingerprint_tells_which_class_changed(divided):
 
 
 def test_a_run_whose_data_changed_goes_on_only_where_that_is_allowed(divided, tmp_path, capsys, monkeypatch):
-    argv, forward, calls = settings(divided, tmp_path / "run"), SoftTargetCrossEntropy.forward, []
-
-    def stopped(module, *args):
-        calls.append(1)
-        if len(calls) == 2:  # of 3 steps
-            os.kill(os.getpid(), signal.SIGTERM)
-        return forward(module, *args)
-
-    monkeypatch.setattr(SoftTargetCrossEntropy, "forward", stopped)
+    argv = settings(divided, tmp_path / "run")
+    calls = stop_in_second_step(monkeypatch)  # of 3
     assert main(argv) == 143
     (divided / "train" / "cat" / "0.png").unlink()
     (divided / "val" / "dog" / "3.png").rename(divided / "val" / "dog" / "new.png")

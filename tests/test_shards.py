@@ -3,9 +3,7 @@
 import gzip
 import io
 import json
-import os
 import pickle
-import signal
 import sys
 import tarfile
 from pathlib import Path
@@ -18,8 +16,8 @@ pytest.importorskip("datasets")
 
 import datasets
 import torch
+from helpers import stop_in_second_step
 from PIL import Image
-from timm.loss import SoftTargetCrossEntropy
 
 from tnt_fast import check
 from tnt_fast.checkpoints import read_checkpoint
@@ -132,15 +130,7 @@ def arguments(data: str, out: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize("make", [web, folders_in_tars, saved, parquet])
 def test_a_run_on_shards_is_that_on_files_stopped_or_not_whoever_reads(whole, tmp_path, capsys, monkeypatch, make):
     data, out = make(tmp_path / "data"), tmp_path / "run"
-    calls, forward = [], SoftTargetCrossEntropy.forward
-
-    def stopped(module, *args):
-        calls.append(1)
-        if len(calls) == 2:  # of 3 steps
-            os.kill(os.getpid(), signal.SIGTERM)
-        return forward(module, *args)
-
-    monkeypatch.setattr(SoftTargetCrossEntropy, "forward", stopped)
+    stop_in_second_step(monkeypatch)  # of 3
     assert main(arguments(data, out)) == 143
     assert "images: 6 to train on, 2 held out" in capsys.readouterr().out
     assert main(arguments(data, out, "--resume", *(["--workers", "1"] if make in (web, saved) else []))) == 0
