@@ -1,4 +1,5 @@
-"""What a call costs the host: of an operation a forward, and a forward with its backward; of whole models an eager forward.
+"""What a call costs the host: of operations a forward, and a forward with its backward; of whole models an eager forward and a
+training step; of a step's operations each alone, as compiled code calls it.
 
     python -m benchmarks.host [--profile inner]
 
@@ -21,7 +22,9 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
@@ -92,7 +95,7 @@ def gpu_us(run) -> float:
     return sum(event.self_device_time_total for event in profile.key_averages()) / 10
 
 
-def timed(*runs: Callable[[], Any]) -> list[list[float]]:
+def timed(*runs: Callable[[], Any], calls: int = 20) -> list[list[float]]:
     """Microseconds of each call in each of several rounds, in which they take turns; without a GPU, of this process's time."""
     clock, rounds = time.perf_counter if GPU else time.process_time, []
     for _ in range(40):
@@ -101,9 +104,9 @@ def timed(*runs: Callable[[], Any]) -> list[list[float]]:
             if GPU:
                 torch.cuda.synchronize()
             start = clock()
-            for _ in range(20):
+            for _ in range(calls):
                 run()
-            rounds[-1].append((clock() - start) / 20 * 1e6)
+            rounds[-1].append((clock() - start) / calls * 1e6)
     return rounds
 
 
@@ -121,30 +124,65 @@ def launches(run) -> tuple[str, list[str]]:
     return f"{len(launched)} launches of Triton, {len(small)} of PyTorch", small
 
 
-def forwards(device: str) -> dict[str, Callable[[], Any]]:
-    """Eager forwards of one image: DeiT's first, TNT's fused, that of its copy for inference, timm's TNT's."""
+def models(device: str) -> dict[str, torch.nn.Module]:
+    """DeiT first, TNT fused, its copy for inference, timm's TNT."""
     wide = dict(img_size=32, embed_dim=64, depth=12, num_classes=10)
     tnt = dict(inner_dim=8, num_heads_inner=2, num_heads_outer=2)
-    image = torch.randn(1, 3, 32, 32, device=device)
     fused = tnt_fast.TNT(**wide, **tnt, backend="fused").to(device).eval()
-    models = {
+    found = {
         "DeiT": timm.create_model("deit_small_patch16_224", num_heads=2, **wide),
         "TNT, fused": fused,
         "TNT, optimized": tnt_fast.optimize_for_inference(fused),
         "TNT, timm": timm.models.tnt.TNT(**wide, **tnt),
     }
-    return {name: partial(model.to(device).eval(), image) for name, model in models.items()}
+    return {name: model.to(device).eval() for name, model in found.items()}
 
 
-@torch.no_grad()
-def compare_forwards(device: str) -> None:
-    runs = forwards(device)
+def step(model: torch.nn.Module, image: torch.Tensor, label: torch.Tensor, autocast: bool) -> None:
+    """A training step without its optimizer."""
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=autocast):
+        loss = F.cross_entropy(model(image), label)
+    torch.autograd.grad(loss, list(model.parameters()))
+
+
+def calls(device: str, way: str) -> dict[str, Callable[[], Any]]:
+    """Eager calls of one image, by model: "forward", "step" or "step under autocast"."""
+    image, found = torch.randn(1, 3, 32, 32, device=device), models(device)
+    if way == "forward":
+        return {name: torch.no_grad()(partial(model, image)) for name, model in found.items()}
+    label, autocast = torch.tensor([0], device=device), way != "step"
+    return {name: partial(step, model.train(), image, label, autocast) for name, model in found.items() if "opt" not in name}
+
+
+def compare(device: str, way: str) -> None:
+    runs = calls(device, way)
     for run in (*runs.values(),) * 3:  # a model is looked through in the first two
         run()
-    took = [*zip(*timed(*runs.values()), strict=True)]
+    took = [*zip(*timed(*runs.values(), calls=20 if way == "forward" else 3), strict=True)]
     for (name, run), us in zip(runs.items(), took, strict=True):
         ratio = statistics.median(ours / deit for ours, deit in zip(us, took[0], strict=True))
-        print(f"{name:22s} {min(us):7.0f} us, {ratio:.2f} of DeiT; {launches(run)[0]}", flush=True)
+        print(f"{way:19s} {name:14s} {min(us):7.0f} us, {ratio:.2f} of DeiT; {launches(run)[0]}", flush=True)
+
+
+class Nodes(TorchDispatchMode):
+    """Keeps the last call of each operation of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Callable[[], Any]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "tnt_fast":
+            self.found[function._schema.name.split("::")[1]] = partial(function, *args)
+        return function(*args, **(kwargs or {}))
+
+
+def nodes(device: str) -> None:
+    with Nodes() as seen:
+        calls(device, "step under autocast")["TNT, fused"]()
+    with torch.no_grad():
+        for name, run in seen.found.items():
+            print(f"{name:20s} {least(run):7.0f} us; {launches(run)[0]}", flush=True)
 
 
 def main() -> None:
@@ -176,7 +214,9 @@ def main() -> None:
         gpu = f", {gpu_us(prepared(256)):.0f} us of the GPU" if GPU else ""
         print(f"{name:12s} {mode:9s} {least(run):7.0f} us{gpu}; {count}: {' '.join(small)}", flush=True)
     if not options.profile:
-        compare_forwards(device)
+        nodes(device)
+        for way in ("forward", "step", "step under autocast"):
+            compare(device, way)
 
 
 if __name__ == "__main__":
