@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -263,6 +262,8 @@ def stop_in_second_step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     Returns:
         A list that has an entry for each step so far.
     """
+    from timm.loss import SoftTargetCrossEntropy  # timm imports Triton, before conftest.py has told it to interpret
+
     calls: list[int] = []
     forward = SoftTargetCrossEntropy.forward
 
