@@ -3,13 +3,13 @@
 import pytest
 import torch
 from cases import check, normal, outer_tensors, with_fold
-from helpers import HERE, TINY, call, launchers, paths
+from helpers import HERE, TINY, ExactSoftmax, call, launchers, paths
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
 pytest.importorskip("triton")
 
-from tnt_fast import TNT, attention, dispatch, kernels, why_not_fused
+from tnt_fast import TNT, attention, dispatch, kernels, reference, why_not_fused
 from tnt_fast.reference import in_records
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,8 +153,7 @@ def test_recompute_that_cannot_be_is_named_before_anything_is_computed(monkeypat
 
 
 FREE = {
-    "empty", "empty_like", "new_empty", "view", "t", "slice", "transpose", "unbind", "split", "split_with_sizes",
-    "_fused_sdp_choice",
+    "empty", "empty_like", "new_empty", "view", "t", "slice", "select", "transpose", "unbind", "split", "split_with_sizes",
 }  # fmt: skip
 
 
@@ -165,7 +164,15 @@ FREE = {
     ids=["fp32", "bf16", "autocast"],
 )
 def test_launches_of_a_block_that_trains(dtype, autocast, monkeypatch):
-    """Each call of PyTorch's that computes something, and each launch of ours, of the graph that a block records."""
+    """Each call of PyTorch's that computes something, and each launch of ours, of the graph that a block records.
+
+    A CPU's flash attention stands in for a GPU's.
+    """
+    monkeypatch.setattr(attention, "_backend", lambda *heads: SDPBackend.FLASH_ATTENTION)
+    aten, name = torch.ops.aten, "_scaled_dot_product_flash_attention"
+    backward = getattr(aten, f"{name}_for_cpu_backward")
+    monkeypatch.setattr(aten, name, getattr(aten, f"{name}_for_cpu"))
+    monkeypatch.setattr(aten, f"{name}_backward", lambda *given: backward(*given[:6], dropout_p=0.0, is_causal=False))
     launched: list = []
     for module in launchers():
         monkeypatch.setattr(module, "launch", lambda spec, *given: launched.append(spec.kernel.__name__))
@@ -222,25 +229,61 @@ def test_attention_of_a_gpu_is_called_as_pytorch_declares_it(backend, monkeypatc
             assert (x.shape, x.dtype) == (q.shape, q.dtype)
 
 
-@pytest.mark.parametrize("backend", [None, SDPBackend.MATH], ids=["chosen", "products"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("T", "H", "D"), [(1, 3, 8), (65, 2, 32), (197, 1, 64), (33, 3, 10)], ids=str)
-def test_attention_with_a_backward_of_its_own(T, H, D, dtype, backend, monkeypatch):
-    if backend is not None:
-        monkeypatch.setattr(attention, "_backend", lambda *heads: backend)
-    heads = [x.to(DEVICE) for x in torch.randn(3, 2, T, H, D, dtype=torch.float64).to(dtype)]
-    upstream = torch.randn(2, T, H, D, dtype=torch.float64).to(dtype).to(DEVICE)
+def check_attention(q, k, v, dtype):
+    """Its result and gradients, by the rule; of float64 on the CPU."""
+    heads = [x.to(dtype).to(DEVICE) for x in (q, k, v)]
+    upstream = torch.randn(q.shape, dtype=torch.float64).to(dtype).to(DEVICE)
 
     def by_autograd(kind):
         q, k, v = leaves = [x.to(kind).requires_grad_() for x in heads]
-        weights = (q.transpose(1, 2) @ k.transpose(1, 2).transpose(-2, -1) * D**-0.5).softmax(-1)
+        weights = (q.transpose(1, 2) @ k.transpose(1, 2).transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
         out = (weights @ v.transpose(1, 2)).transpose(1, 2)
         return out.detach(), *torch.autograd.grad(out, leaves, upstream.to(kind))
 
     out, logsumexp = attention.attend_recorded(*heads)
     found = out, *attention.attend_backward(upstream, *heads, out, logsumexp)
-    for name, x, own, exact in zip(("out", "q", "k", "v"), found, by_autograd(dtype), by_autograd(torch.float64), strict=True):
-        HERE.rule(name, x, own, exact.cpu(), dtype)
+    with ExactSoftmax():
+        exact = by_autograd(torch.float64)
+    for name, x, own, e in zip(("out", "q", "k", "v"), found, by_autograd(dtype), exact, strict=True):
+        HERE.rule(name, x, own, e.cpu(), dtype)
+
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+@pytest.mark.parametrize("backend", [pytest.param(None, id="chosen", marks=pytest.mark.gpu), SDPBackend.MATH], ids=str)
+@dtypes
+@pytest.mark.parametrize(("T", "H", "D"), [(1, 3, 8), (65, 2, 32), (197, 1, 64), (33, 3, 10)], ids=str)
+def test_attention_with_a_backward_of_its_own(T, H, D, dtype, backend, monkeypatch):
+    if backend is not None:
+        monkeypatch.setattr(attention, "_backend", lambda *heads: backend)
+    check_attention(*torch.randn(3, 2, T, H, D, dtype=torch.float64), dtype)
+
+
+@pytest.mark.parametrize("values", ["saturated", "alike"])
+@dtypes
+def test_products_and_a_softmax_cancel_where_pytorchs_do(values, dtype, monkeypatch):
+    """Probabilities of 1, whatever the scores; of values that are alike, gradients of q and k of 0: both but for rounding."""
+    monkeypatch.setattr(attention, "_backend", lambda *heads: SDPBackend.MATH)
+    q, k, v = torch.randn(3, 2, 33, 3, 10, dtype=torch.float64)
+    if values == "saturated":
+        check_attention(20 * q, 20 * k, v, dtype)
+    else:
+        check_attention(q, k, v[:, :1].expand(v.shape), dtype)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_gradients_are_not_finite_where_the_references_are_not(T):
+    given = {name: x if x is None else x.clone().requires_grad_() for name, x in of_float32(2, T, 24, 40, bias=True).items()}
+    given |= dict(attn_scale=None, mlp_scale=None)
+    given["patch"].data[0, 0, 3] = torch.nan
+    wanted = {name: x for name, x in given.items() if x is not None}
+
+    def gradients(function):
+        return torch.autograd.grad(call(function, **given, num_heads=3).sum(), list(wanted.values()))
+
+    for name, x, y in zip(wanted, gradients(kernels.OPERATIONS["outer"]), gradients(reference.outer), strict=True):
+        assert torch.equal(x.isfinite(), y.isfinite()), name
 
 
 def test_what_is_computed_again_compiles_as_one_graph():
