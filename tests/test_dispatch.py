@@ -159,6 +159,10 @@ SPOILED = {
         lambda m: setattr(m.blocks[0].norm_in, "eps", 1e-6),
         "blocks.0.norm_in and .norm_mlp_in have eps 1e-06 and 1e-05",
     ),
+    "an unknown recompute": (
+        lambda m: setattr(m.blocks[1], "recompute", "avg"),
+        "blocks.1.recompute='avg'; accepted: 'none', 'mlp', 'all' (model.set_recompute",
+    ),
 }
 
 
@@ -176,6 +180,21 @@ def test_what_is_done_to_a_submodule_is_a_reason(stand_ins, what):
     model.backend = "auto"
     with pytest.warns(UserWarning, match=re.escape(message)):
         assert dispatch.choose(model, image) is False
+
+
+@pytest.mark.parametrize("options", [{"inner_blocks": ()}, {"se_ratio": 0.5}], ids=str)
+def test_an_unknown_recompute_is_a_reason_of_any_block(stand_ins, options):
+    model, image = tiny(**options), torch.randn(1, 3, 32, 32)
+    model.blocks[0].recompute = None
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            (reason,) = why_not_fused(model, image)
+            assert reason.startswith("blocks.0.recompute=None; accepted: 'none', 'mlp', 'all'")
+            model.backend = "fused"
+            with pytest.raises(RuntimeError, match=re.escape(reason)):
+                model(image)
+    model.set_recompute("none")
+    assert why_not_fused(model, image) == []
 
 
 def changed(name: str, value) -> list:

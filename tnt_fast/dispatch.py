@@ -398,6 +398,7 @@ def _model_reasons(model: Any, image: Tensor | None) -> list[str]:
     owners = [("", model), *blocks]
     for prefix, owner in owners:
         _check_modules(prefix, owner, _BLOCK if prefix else _STEM, reasons)
+    _check_recompute(model.blocks, reasons)
     reasons.extend(_global_hook_reasons())
     if not reasons:  # else what a model that was changed hands over is not to be relied on
         _check_embed(model, reasons)
@@ -416,6 +417,14 @@ def _global_hook_reasons() -> list[str]:
     if not foreign:
         return []
     return ["hooks on all modules are registered (torch.nn.modules.module), which the kernels would pass over; remove them"]
+
+
+def _check_recompute(blocks: Any, reasons: list[str]) -> None:
+    """Each block has a ``recompute`` of its own, which the reference does not read."""
+    for i, block in enumerate(blocks):
+        if (value := getattr(block, "recompute", "none")) not in RECOMPUTE:
+            accepted = ", ".join(map(repr, RECOMPUTE))
+            reasons.append(f"blocks.{i}.recompute={value!r}; accepted: {accepted} (model.set_recompute sets all blocks)")
 
 
 def _check_embed(model: Any, reasons: list[str]) -> None:
