@@ -10,6 +10,7 @@ to fill in defaults that no argument has (python -m benchmarks.host).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, wraps
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -268,7 +269,7 @@ class Operation(Arguments):
     def trusted(self, **given: Any) -> Tensor:
         """As a call with weights and numbers that ``dispatch.choose`` has accepted: only the activations are looked at.
 
-        Where nobody looks on or records gradients, past PyTorch's dispatcher, which takes longer than a launch.
+        Where nobody looks on, past PyTorch's dispatcher, which takes longer than a launch.
         """
         given = self.defaults | given
         if torch.compiler.is_compiling():
@@ -287,12 +288,13 @@ class Operation(Arguments):
         if seen not in self._accepted and device != "meta":  # where only shapes are asked for
             self.check(self.prepare(by_name(given)))
             self._accepted.add(seen)
-        if not _watched() and device != "meta" and {*map(type, looked)} <= PLAIN:
-            a = SimpleNamespace(**given, kept=None)
-            if "eps" in given:
-                a.eps = float(a.eps)  # as the dispatcher does
-            return self._computed(a)
-        return self._operation(*by_name(given).values(), True)
+        if _watched() or device == "meta" or not {*map(type, looked)} <= PLAIN:
+            return self._operation(*by_name(given).values(), True)
+        if "eps" in given:
+            given["eps"] = float(given["eps"])  # as the dispatcher does
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*(flat := by_name(given).values())):
+            return self._recorded(None, *flat)
+        return self._computed(SimpleNamespace(**given, kept=None))
 
     def _computed(self, a: SimpleNamespace) -> Tensor:
         out = self.empty(a)
@@ -317,6 +319,11 @@ class Operation(Arguments):
     def _register(self) -> None:
         """As ``torch.ops.tnt_fast.NAME``, and its gradients as ``NAME_backward``."""
         names = list(self.kinds)
+        # of the arguments what a backward reads: tensors and others; and where in these two, one behind the other, each is
+        saved = [i for i, name in enumerate(names) if name in self.shapes and name != self.passes]
+        others = [i for i, name in enumerate(names) if name not in self.shapes]
+        at = {index: at for at, index in enumerate(saved + others)}
+        in_order = itemgetter(*[at.get(i, len(at)) for i in range(len(names))])
 
         def define(name: str, schema: str, function: Any, fake: Any) -> Any:
             LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
@@ -342,9 +349,12 @@ class Operation(Arguments):
                 return [torch.zeros_like(flat[i], memory_format=torch.contiguous_format) for i in needed]
             a = self.packed(flat)
             a.kept = dict(zip(self.keeps(a), *kept, strict=True)) if kept else None  # type: ignore[misc]
-            # autocast has chosen the dtypes in the forward; in a backward that runs under it, it must not do so again
-            with torch.autocast(gradient.device.type, enabled=False):
-                found = self.backward(gradient, a, {names[i] for i in needed})
+            wanted = {names[i] for i in needed}
+            if torch.is_autocast_enabled(kind := gradient.device.type):
+                with torch.autocast(kind, enabled=False):  # it has chosen the dtypes in the forward, and must not again
+                    found = self.backward(gradient, a, wanted)
+            else:
+                found = self.backward(gradient, a, wanted)
             return _new([found[names[i]] for i in needed], [flat[i] for i in needed])
 
         def empty_gradients(gradient: Tensor, *flat: Any) -> list[Tensor]:
@@ -379,13 +389,16 @@ class Operation(Arguments):
                 return operation.redispatch(keys & torch._C._after_autograd_keyset, *flat)
 
         def recorded(ctx, keys, *flat):
-            found = below(recorded_operation, keys, *flat)
+            """``keys``: of the dispatcher, or None past it."""
+            if keys is not None:
+                found = below(recorded_operation, keys, *flat)
+            else:
+                with torch._C._AutoDispatchBelowAutograd():
+                    found = run((*flat, True), None)[0] if self.keeps is None else forward_recorded(*flat, True)
+            ctx.past = keys is None
             out, *kept = [found] if self.keeps is None else found
-            inputs = [
-                x if isinstance(x, Tensor) and name != self.passes else None for name, x in zip(names, flat, strict=False)
-            ]
-            ctx.save_for_backward(*inputs, *kept)
-            ctx.others = [None if isinstance(x, Tensor) else x for x in flat[: len(names)]]
+            ctx.save_for_backward(*[flat[i] for i in saved], *kept)
+            ctx.others = [flat[i] for i in others]
             return out
 
         def backward(ctx, gradient):
@@ -396,16 +409,19 @@ class Operation(Arguments):
                     "torch.func.vmap); compute them one by one, or take a model with backend='reference'"
                 )
             needed = [i for i, wanted in enumerate(ctx.needs_input_grad[1:]) if wanted]
-            saved = ctx.saved_tensors
-            kept = [] if self.keeps is None else [list(saved[len(names) :])]
-            flat = [other if x is None else x for x, other in zip(saved, ctx.others, strict=False)]
+            tensors = ctx.saved_tensors
+            kept = [] if self.keeps is None else [list(tensors[len(saved) :])]
+            flat = [*in_order((*tensors[: len(saved)], *ctx.others, None))]
             found: dict[int, Tensor] = {}
             if self.passes is not None:
                 flat[at := names.index(self.passes)] = gradient
                 if at in needed:
                     found[at] = gradient  # autograd casts it
                     needed.remove(at)
-            if needed:
+            if needed and ctx.past and type(gradient) is Tensor and not torch.is_grad_enabled() and not _watched():
+                with torch._C._AutoDispatchBelowAutograd():
+                    found |= zip(needed, gradients(gradient, *flat, needed, *kept), strict=True)
+            elif needed:
                 found |= zip(needed, backward_operation(gradient, *flat, needed, *kept), strict=True)
             return None, *[found.get(i) for i in range(len(ctx.needs_input_grad) - 1)]
 
@@ -427,7 +443,7 @@ class Operation(Arguments):
         def _(gradient, *flat, out_shape=None, **kwargs):
             return 2 * self.backward_multiply_adds(self.packed(flat))
 
-        self._operation = operation
+        self._operation, self._recorded = operation, function.apply
 
     def recomputed(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         """Gradients by PyTorch, through the reference: for what a kernel does not take.
@@ -467,10 +483,9 @@ def _new(found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
 
 
 def _watched() -> bool:
-    """Whether autograd records, or somebody looks at what is called: a mode, a trace, a transform, a profiler."""
+    """Whether somebody looks at what is called: a mode, a trace, a transform, a profiler."""
     return bool(
-        torch.is_grad_enabled()
-        or torch._C._len_torch_dispatch_stack()
+        torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None

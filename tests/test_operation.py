@@ -5,11 +5,13 @@ import copy
 import re
 import warnings
 from collections import namedtuple
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import TINY, perturb
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
@@ -280,9 +282,9 @@ def test_past_the_dispatcher_the_bits_are_the_same(operation, monkeypatch):
             return function.trusted(**arguments), len(calls) - before
 
     for context in (contextlib.nullcontext, lambda: torch.autocast(DEVICE, torch.float16)):
-        expected, through = run(context(), torch.enable_grad())
+        expected, through = run(context(), torch.no_grad(), Seen())
         assert through == 1
-        for inference in (torch.no_grad(), torch.inference_mode()):
+        for inference in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
             found, through = run(context(), inference)
             assert (through, found.dtype) == (0, expected.dtype)
             assert torch.equal(found, expected)
@@ -294,8 +296,38 @@ def test_past_the_dispatcher_the_bits_are_the_same(operation, monkeypatch):
             assert torch.equal(found, expected)
         assert counter.get_total_flops() == 2 * function.multiply_adds(_shapes(function, arguments))
         assert f"tnt_fast::{operation}" in {event.name for event in profile.events()}
-    weight = next(iter(x for x in tensors.values() if x is not None and x.ndim == 1)).requires_grad_()
-    assert run(torch.enable_grad())[0].requires_grad == weight.requires_grad
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@OPERATIONS
+def test_past_the_dispatcher_the_gradients_are_the_same(operation, autocast, monkeypatch):
+    function, (tensors, others) = kernels.OPERATIONS[operation], given(operation)
+    if operation == "outer":  # PyTorch's are a fold's
+        tensors |= {name: None for name in tensors if name == "pixel" or name.startswith("fold_")}
+    leaves = [x.requires_grad_() for x in tensors.values() if x is not None]
+    arguments, nodes = reference.in_records({**tensors, **others}), []
+
+    class Looked(TorchDispatchMode):
+        def __torch_dispatch__(self, called, types, args=(), kwargs=None):
+            if called.namespace == "tnt_fast":
+                nodes.append(called._schema.name)
+            return called(*args, **(kwargs or {}))
+
+    def run(forwards, backwards):
+        with forwards, torch.autocast(DEVICE, torch.float16, enabled=autocast):
+            out = function.trusted(**arguments)
+        with backwards, torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):  # which a backward does not heed
+            return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True), *torch.autograd.grad(
+                out, leaves, torch.ones_like(out))]  # fmt: skip
+
+    found = [run(*(mode() for mode in modes)) for modes in product((contextlib.nullcontext, Looked), repeat=2)]
+    assert len(nodes) == 2 * 1 + 2 * 2  # of four runs with one forward and two backwards each
+    for others in found[1:]:
+        assert [x.dtype for x in others] == [x.dtype for x in found[0]]
+        assert all(map(torch.equal, others, found[0]))
+    first = torch.autograd.grad(function.trusted(**arguments).square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"the gradients of {operation} were to be differentiated"):
+        torch.autograd.grad(sum(x.sum() for x in first), leaves)
 
 
 def _shapes(function, arguments: dict) -> SimpleNamespace:

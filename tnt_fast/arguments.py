@@ -239,10 +239,13 @@ class Arguments:
 
     def packed(self, flat: Sequence[Any]) -> SimpleNamespace:
         """Arguments by the twin's names, records in one piece, from their flat sequence."""
-        rest, found = iter(flat), {}
+        found, at = {}, 0
         for name in self.defaults:
             record = self.records.get(name)
-            found[name] = record(*(next(rest) for _ in record._fields)) if record else next(rest)
+            if record is None:
+                found[name], at = flat[at], at + 1
+            else:
+                found[name], at = record(*flat[at : at + len(record._fields)]), at + len(record._fields)
         return SimpleNamespace(**found)
 
 
