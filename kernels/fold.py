@@ -21,7 +21,7 @@ Backward, from the inputs alone (nothing else is saved), with g the gradient of 
 The patch's gradient is that of y. Bytes moved at most: pixel and dh read twice, z, dz and h as often, each written once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,10 +34,20 @@ from tnt_fast.kernels import norm, operation
 from tnt_fast.kernels.operation import Operation, contiguous
 
 
-def product(pixel: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """W · LN(pixel), a row a patch."""
-    h = norm.forward(pixel.contiguous().view(-1, norm_weight.shape[0]), norm_weight, norm_bias, eps)
-    return torch.mm(h.view(pixel.shape[0], -1), contiguous(weight).to(h.dtype).t())
+def product(
+    shape: tuple[int, ...], dtype: torch.dtype, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, eps: float
+) -> Callable[[Tensor], Tensor]:
+    """W · LN(pixel), a row a patch, of pixels of a shape and a dtype."""
+    (P, S, C), width = shape, norm_weight.shape[0]
+    normed = norm.prepared(P * S * C // width, width, dtype)
+    norm_weight, norm_bias, weight = map(contiguous, (norm_weight, norm_bias, weight))
+    cast = weight.dtype != dtype
+
+    def projected(pixel: Tensor) -> Tensor:
+        h = normed(pixel.contiguous().view(-1, width), norm_weight, norm_bias, eps)
+        return torch.mm(h.view(P, -1), (weight.to(dtype) if cast else weight).t())
+
+    return projected
 
 
 class Fold(Operation):
@@ -71,12 +81,17 @@ class Fold(Operation):
     def empty(self, a: SimpleNamespace) -> Tensor:
         return torch.empty(a.patch.shape, dtype=torch.promote_types(a.pixel.dtype, a.patch.dtype), device=a.pixel.device)
 
-    def forward(self, a: SimpleNamespace, out: Tensor) -> None:
+    def prepared(self, a: SimpleNamespace) -> Callable[..., None]:
         if a.pixel.shape[0] == 0:
-            out.copy_(a.patch)
-        else:
-            z = product(a.pixel, a.norm1_weight, a.norm1_bias, a.proj_weight, a.eps)
-            norm.add(z, a.patch, out, norm.Weights(a.proj_bias, a.norm2_weight, a.norm2_bias), a.eps)
+            return lambda out, pixel, patch: out.copy_(patch)
+        projected = product(a.pixel.shape, a.pixel.dtype, a.norm1_weight, a.norm1_bias, a.proj_weight, a.eps)
+        weights = contiguous(norm.Weights(a.proj_bias, a.norm2_weight, a.norm2_bias))
+        added = norm.adding(a.patch.shape, a.pixel.dtype, weights, a.eps)
+
+        def run(out: Tensor, pixel: Tensor, patch: Tensor) -> None:
+            added(projected(pixel), patch, out)
+
+        return run
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         P = a.pixel.shape[0]

@@ -30,7 +30,7 @@ Ampere's (Config.mma_arch). The asynchronous ones with a left operand in registe
 known to come out wrong (triton issues 9433, 11781), and are no fewer instructions here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -670,6 +670,7 @@ class Inner(Operation):
 
     twin = staticmethod(reference.inner)
     activations = ("pixel",)
+    factors = ("attn_scale", "mlp_scale")
     together = ("qk_bias", "v_bias")
     shapes = dict(pixel="P S C", attn_scale="P", mlp_scale="P") | transformer_shapes("C")
     limits = {"C": 96, "D": 32, "S": 64, "M": 384, "P*S": operation.MOST_ROWS}
@@ -711,8 +712,16 @@ class Inner(Operation):
         launch(spec, grid, pixel, *tensors, a.weights, *scales, *kept, P, a.eps)
         return None if found is None else found.sum(0)
 
-    def forward(self, a: SimpleNamespace, out: Tensor) -> None:
-        self._launch(_inner_fwd_kernel, self._read(a), out)
+    def prepared(self, a: SimpleNamespace) -> Callable[..., None]:
+        (P, S, C), weights, eps = a.pixel.shape, contiguous(a.weights), a.eps
+        spec = _specialise(_inner_fwd_kernel, a.pixel.dtype, S, C, a.num_heads, weights.fc1_weight.shape[0])
+        grid = programs(a.pixel.device, -(-P // spec.patches), spec.config.per_sm)
+
+        def run(out: Tensor, pixel: Tensor, attn_scale: Tensor | None = None, mlp_scale: Tensor | None = None) -> None:
+            scales = [None if x is None else x.float().contiguous() for x in (attn_scale, mlp_scale)]
+            launch(spec, grid, pixel.contiguous(), out, weights, *scales, P, eps)
+
+        return run
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         """By PyTorch for the sizes of ``gradients_unsupported``, and where the gradient of a scale is asked for."""

@@ -10,6 +10,7 @@ the gradient of shift, and of a bias that is added before. Statistics are float3
 are kept in float32 by a program over all its tiles and reduced in one launch: no atomics, the same input gives the same bits.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -186,22 +187,44 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rest: Tensor | None = None, later: Tensor | None = None
 ) -> Tensor:
     """LayerNorm of the rows of a contiguous matrix; ``rest``, which may be ``x``, becomes x + later."""
-    spec, y = specialise(_norm_kernel, x.dtype, x.shape[1]), torch.empty_like(x)
-    tiles = -(-x.shape[0] // spec.config.rows)
-    launch(spec, tiles, x, y, contiguous(weight), contiguous(bias), rest, contiguous(later), x.shape[0], eps)
-    return y
+    return prepared(*x.shape, x.dtype)(x, contiguous(weight), contiguous(bias), eps, rest, contiguous(later))
 
 
-def add(z: Tensor, patch: Tensor, out: Tensor, weights: Weights, eps: float) -> Tensor | None:
-    """Into ``out`` (B, T, W), contiguous: ``patch``, of any strides, with the LayerNorm of ``z`` (B·(T − 1), W).
+def prepared(rows: int, W: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """``forward`` of matrices of a shape and a dtype, and contiguous weights."""
+    spec = specialise(_norm_kernel, dtype, W)
+    tiles = -(-rows // spec.config.rows)
 
-    With weights of a next LayerNorm: that of it (B·T, W) comes back, and ``later`` is added to ``out``.
+    def normed(
+        x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rest: Tensor | None = None, later: Tensor | None = None
+    ) -> Tensor:
+        y = torch.empty_like(x)
+        launch(spec, tiles, x, y, weight, bias, rest, later, rows, eps)
+        return y
+
+    return normed
+
+
+def adding(shape: tuple[int, ...], dtype: torch.dtype, weights: Weights, eps: float) -> Callable[..., Tensor | None]:
+    """Of z (B·(T − 1), W) of a dtype, and patches of a shape (B, T, W) and any strides: their sum, contiguous, into ``out``.
+
+    z with its LayerNorm; with weights of a next LayerNorm that of the sum (B·T, W) comes back, and ``later`` is added to
+    ``out``. ``weights`` are contiguous.
     """
-    (B, T, W), patch = patch.shape, patch if patch.stride(-1) == 1 else patch.contiguous()
-    spec, h = specialise(_norm_add_kernel, z.dtype, W), None if weights.next_weight is None else z.new_empty(B * T, W)
-    tiles = -(-B * T // spec.config.rows)
-    launch(spec, tiles, z, contiguous(weights), patch, out, h, B * T, T, *patch.stride()[:2], eps)
-    return h
+    B, T, W = shape
+    spec, rows = specialise(_norm_add_kernel, dtype, W), B * T
+    tiles, has_next = -(-rows // spec.config.rows), weights.next_weight is not None
+
+    def added(z: Tensor, patch: Tensor, out: Tensor) -> Tensor | None:
+        h = z.new_empty((rows, W)) if has_next else None
+        image, token, value = patch.stride()
+        if value != 1:
+            patch = patch.contiguous()
+            image, token, _ = patch.stride()
+        launch(spec, tiles, z, weights, patch, out, h, rows, T, image, token, eps)
+        return h
+
+    return added
 
 
 def partial_sums(x: Tensor, count: int) -> Tensor:

@@ -29,6 +29,7 @@ PLAIN = {Tensor, Parameter, type(None)}  # no subclass, which may do something e
 LIBRARY = torch.library.Library("tnt_fast", "FRAGMENT")
 MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a tile more, in 32 bits
 MOST_LAUNCHERS = 4096  # that are remembered
+MOST_PLANS = 64  # that are remembered of an operation with its weights: shapes of activations
 MOST_PROGRAMS = 2**20  # of a grid that stays, counted in 32 bits, too; a GPU holds some thousands
 
 
@@ -45,7 +46,9 @@ def _seen(arguments: Sequence[Any]) -> list[Any]:
     """What Triton compiles another kernel for: which tensors there are, their dtypes and alignment; numbers."""
     found: list[Any] = []
     for x in arguments:
-        if (kind := type(x)) is Tensor or kind is Parameter or isinstance(x, Tensor):
+        if x is None:
+            found.append(None)
+        elif (kind := type(x)) is Tensor or kind is Parameter or isinstance(x, Tensor):
             found += (x.dtype, x.data_ptr() & 15)
         elif isinstance(x, tuple):
             found += _seen(x)
@@ -197,8 +200,8 @@ def remembered(specialise: Callable[..., Launch]) -> Callable[..., Launch]:
 
     @wraps(specialise)
     def specialised(first: Any, *others: Any) -> Launch:
-        tf32 = (torch.float32 is first or torch.float32 in others) and precision(torch.float32)
-        key = (id(first), runner.nvidia, tf32, *others)  # a kernel, whose own hash is slow, or a dtype
+        dtype = first if type(first) is torch.dtype else others[0]
+        key = (id(first), runner.nvidia, precision(dtype), *others)  # a kernel, whose own hash is slow, or a dtype
         found = known.get(key)
         if found is None:
             known[key] = found = specialise(first, *others)
@@ -227,14 +230,23 @@ class Operation(Arguments):
     Errors, the model's reasons against the kernels, warnings and fallbacks are all made from what it says here.
     """
 
+    factors: tuple[str, ...] = ()  # drop-path's, which with the activations are what changes from call to call
     passes: str | None = None  # a tensor that the result is added to: its gradient is the result's, nobody keeps or reads it
 
-    def forward(self, a: SimpleNamespace, out: Tensor) -> None:
-        """Launch; ``a``: the arguments by name, checked; ``out``: as ``empty`` made it, of at least one value.
+    def prepared(self, a: SimpleNamespace) -> Callable[..., None]:
+        """What launches the forward, called with the result, as ``empty`` made it, and with what ``changing`` names.
 
-        ``a.kept``: where gradients are recorded and ``keeps`` names something, a dictionary that takes it; else None.
+        It may be called again, with other tensors of such shapes, dtypes and devices; of the weights it has no views, which
+        would keep them alive after they were moved, and no copies but of those that are not contiguous.
+
+        ``a``: the arguments by name, checked; the result has at least one value. ``a.kept``: where gradients are recorded and
+        ``keeps`` names something, a dictionary that takes it; else None.
         """
         raise NotImplementedError
+
+    def forward(self, a: SimpleNamespace, out: Tensor) -> None:
+        """Launch once."""
+        self.prepared(a)(out, *[getattr(a, name) for name in self.changing])
 
     def empty(self, a: SimpleNamespace) -> Tensor:
         """A tensor like the result; by itself like the first activation."""
@@ -254,8 +266,8 @@ class Operation(Arguments):
 
     def __init__(self) -> None:
         super().__init__()
+        self.changing = (*self.activations, *self.factors)
         self._accepted: set[tuple[Any, ...]] = set()
-        self._weights = next(name for name in self.defaults if name not in self.activations)
         self._register()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -267,34 +279,17 @@ class Operation(Arguments):
         return self._operation(*self.prepare(self.named(args, kwargs)).values())
 
     def trusted(self, **given: Any) -> Tensor:
-        """As a call with weights and numbers that ``dispatch.choose`` has accepted: only the activations are looked at.
-
-        Where nobody looks on, past PyTorch's dispatcher, which takes longer than a launch.
-        """
-        given = self.defaults | given
+        """As a call with weights and numbers that ``dispatch.choose`` has accepted: only the activations are looked at."""
         if torch.compiler.is_compiling():
-            given = self.prepare(by_name(given))
+            given = self.prepare(by_name(self.defaults | given))
             self.check(given)  # what is traced is guarded by Dynamo
             return self._operation(*given.values(), True)
-        first = given[self.activations[0]]
-        device = "cuda" if first.is_cuda else first.device.type  # which is a new string each time
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            given |= {name: given[name].to(dtype) for name in self.activations if given[name] is not None}
-        weights = given[self._weights]
-        like = weights if isinstance(weights, Tensor) else weights[0]
-        looked = (*[given[name] for name in self.activations], like)
-        seen = tuple([None if x is None else (x.shape, x.dtype, x.device, type(x)) for x in looked])
-        if seen not in self._accepted and device != "meta":  # where only shapes are asked for
-            self.check(self.prepare(by_name(given)))
-            self._accepted.add(seen)
-        if _watched() or device == "meta" or not {*map(type, looked)} <= PLAIN:
-            return self._operation(*by_name(given).values(), True)
-        if "eps" in given:
-            given["eps"] = float(given["eps"])  # as the dispatcher does
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*(flat := by_name(given).values())):
-            return self._recorded(None, *flat)
-        return self._computed(SimpleNamespace(**given, kept=None))
+        changing = [given.pop(name, None) for name in self.changing]
+        return self.settled(given)(*changing)
+
+    def settled(self, given: dict[str, Any]) -> "Settled":
+        """``trusted`` with such weights and numbers, again and again."""
+        return Settled(self, given)
 
     def _computed(self, a: SimpleNamespace) -> Tensor:
         out = self.empty(a)
@@ -480,6 +475,82 @@ def _new(found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
     if copies:
         torch._foreach_copy_(copies, originals)
     return result
+
+
+class Settled:
+    """An operation with weights and numbers that ``dispatch.choose`` has accepted: called with what changes, in order.
+
+    What follows from all of them is found in the first call with such shapes. A later one sees for itself where the weights
+    lie; that they have the same types, shapes and dtypes is for whoever keeps this to know. Where nobody looks on, it goes
+    past PyTorch's dispatcher, which takes longer than a launch.
+    """
+
+    def __init__(self, operation: Operation, given: dict[str, Any]) -> None:
+        self.operation, self.given = operation, operation.defaults | given
+        if "eps" in given:
+            self.given["eps"] = float(given["eps"])  # as the dispatcher does
+        self._at = [[*operation.kinds].index(name) for name in operation.changing]
+        self._flat = [*by_name(self.given).values()]
+        self._weights = [x for x in self._flat if isinstance(x, Tensor)]
+        self._plans: dict[tuple[Any, ...], list[Any]] = {}
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # a copy, which has other weights, begins anew
+
+    def __call__(self, *changing: Tensor | None) -> Tensor:
+        operation, first = self.operation, changing[0]
+        device = "cuda" if first.is_cuda else first.device.type  # type: ignore[union-attr] # which is a new string each time
+        if torch.is_autocast_enabled(device):
+            dtype, count = torch.get_autocast_dtype(device), len(operation.activations)
+            changing = (*[x if x is None else x.to(dtype) for x in changing[:count]], *changing[count:])
+        seen = tuple([None if x is None else (x.shape, x.dtype, x.device, type(x)) for x in changing])
+        plan = None if _watched() else self._plans.get(seen)
+        if plan is None:
+            return self._looked(seen, changing, device)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*(flat := self._all(changing))):
+            return operation._recorded(None, *flat)
+        compute, shape, dtype, *about = plan or self._planned(seen, changing)
+        if about != self._about(dtype):
+            compute, shape, dtype, *about = self._planned(seen, changing)
+        out = torch.empty(shape, dtype=dtype, device=first.device)  # type: ignore[union-attr]
+        if compute is not None:
+            compute(out, *changing)
+        return out
+
+    def _all(self, changing: tuple[Tensor | None, ...]) -> list[Any]:
+        """As the dispatcher takes them."""
+        flat = self._flat.copy()
+        for i, x in zip(self._at, changing, strict=False):
+            flat[i] = x
+        return flat
+
+    def _about(self, dtype: torch.dtype) -> list[Any]:
+        """What a plan depends on besides shapes and dtypes."""
+        weights = self._weights
+        return [runner, precision(dtype), [*map(Tensor.data_ptr, weights)], all(map(Tensor.is_contiguous, weights))]
+
+    def _planned(self, seen: tuple[Any, ...], changing: tuple[Tensor | None, ...]) -> list[Any]:
+        operation = self.operation
+        a = SimpleNamespace(**self.given | dict(zip(operation.changing, changing, strict=False)), kept=None)
+        out = operation.empty(a)
+        plan = [operation.prepared(a) if out.numel() else None, out.shape, out.dtype, *self._about(out.dtype)]
+        if plan[-1]:  # what was copied would be another copy next time
+            self._plans[seen] = plan
+        return plan
+
+    def _looked(self, seen: tuple[Any, ...], changing: tuple[Tensor | None, ...], device: str) -> Tensor:
+        """A call of what has not been seen, or where somebody looks on."""
+        operation, flat, like = self.operation, self._all(changing), self._weights[0]
+        accepted = (*seen, like.shape, like.dtype, like.device, type(like))
+        if accepted not in operation._accepted and device != "meta":  # where only shapes are asked for
+            operation.check(operation.prepare(dict(zip(operation.kinds, flat, strict=True))))
+            operation._accepted.add(accepted)
+        if device == "meta" or _watched() or not {*map(type, changing), *map(type, self._weights)} <= PLAIN:
+            return operation._operation(*flat, True)
+        if len(self._plans) >= MOST_PLANS:
+            self._plans.clear()
+        self._plans[seen] = []
+        return self(*changing)
 
 
 def _watched() -> bool:

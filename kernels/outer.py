@@ -29,7 +29,7 @@ of "mlp" leaves out M, for the product of fc1, that of "all" also x, q, k and v,
 is kept, and the gradients are PyTorch's, through the reference: a model that trains calls the two one by one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from types import SimpleNamespace
@@ -109,6 +109,7 @@ class Outer(Operation):
 
     twin = staticmethod(reference.outer)
     activations = ("patch", "pixel")
+    factors = ("attn_scale", "mlp_scale")
     together = ("qk_bias", "v_bias")
     shapes = dict(patch="B T E", attn_scale="B", mlp_scale="B", pixel="P S C") | transformer_shapes("E")
     shapes |= {f"fold_{name}": shape for name, shape in FOLD_SHAPES.items()}
@@ -161,38 +162,52 @@ class Outer(Operation):
         cast = [name for name in MATRICES if getattr(w, name).dtype != dtype]
         return found | {name: (tuple(getattr(w, name).shape), dtype) for name in cast}
 
-    def forward(self, a: SimpleNamespace, out: Tensor) -> None:
-        (B, T, E), w, f = a.patch.shape, contiguous(a.weights), a.fold_weights
-        read = _read(a, w)
-        recorded = a.kept is not None and a.pixel is None
-        rest = out.view(B * T, E)
-        x = torch.empty_like(rest) if recorded else rest  # what the MLP reads; kept
-
-        later = w.proj_bias if a.attn_scale is None else None
-        if a.pixel is None or a.pixel.shape[0] == 0:
-            h = norm.forward(a.patch.contiguous().view(B * T, E), w.norm1_weight, w.norm1_bias, a.eps, x, later)
-        else:
-            z = product(a.pixel.to(out.dtype), f.fold_norm1_weight, f.fold_norm1_bias, f.fold_proj_weight, a.eps)
+    def prepared(self, a: SimpleNamespace) -> Callable[..., None]:
+        (B, T, E), dtype, H, eps, kept = a.patch.shape, a.patch.dtype, a.num_heads, a.eps, a.kept
+        w, f = contiguous(a.weights), a.fold_weights
+        recorded, folds = kept is not None and a.pixel is None, a.pixel is not None and a.pixel.shape[0] > 0
+        attn_bias = w.proj_bias if a.attn_scale is None else None
+        mlp_bias = w.fc2_bias if a.mlp_scale is None else None
+        normed = norm.prepared(B * T, E, dtype)
+        if folds:
+            projected = product(a.pixel.shape, dtype, f.fold_norm1_weight, f.fold_norm1_bias, f.fold_proj_weight, eps)
             second = f.fold_proj_bias, f.fold_norm2_weight, f.fold_norm2_bias
-            h = norm.add(z, a.patch, out, norm.Weights(*second, w.norm1_weight, w.norm1_bias, later), a.eps)
-        qkv = F.linear(h, read["qkv_weight"], _qkv_bias(w, h.dtype))
-        heads = qkv.view(B, T, 3, a.num_heads, -1).unbind(2)
-        if recorded:
-            attended, logsumexp = attention.attend_recorded(*heads)
-            a.kept |= read | dict(x=x, attended=attended.view(B * T, E), logsumexp=logsumexp, qkv=qkv)
-        else:
-            attended = attention.attend(*heads)
-        _add(x, attended.reshape(B * T, E), read["proj_weight"], w.proj_bias, a.attn_scale)
+            weights = contiguous(norm.Weights(*second, w.norm1_weight, w.norm1_bias, attn_bias))
+            added = norm.adding(a.patch.shape, dtype, weights, eps)
+        read, qkv_bias = _reading(w, dtype, kept is not None), None if w.qk_bias is None else joining(w.qk_bias, w.v_bias)
+        by_tanh = dtype == torch.bfloat16 and w.fc1_bias is not None and not recorded
 
-        h = norm.forward(x, w.norm2_weight, w.norm2_bias, a.eps, rest, w.fc2_bias if a.mlp_scale is None else None)
-        if h.dtype == torch.bfloat16 and w.fc1_bias is not None and not recorded:
-            h = torch._addmm_activation(read["fc1_bias"], h, read["fc1_weight"].t(), use_gelu=True)
-        else:
-            h = F.linear(h, read["fc1_weight"], read["fc1_bias"])
+        def run(
+            out: Tensor, patch: Tensor, pixel: Any = None, attn_scale: Tensor | None = None, mlp_scale: Tensor | None = None
+        ) -> None:
+            qkv_weight, proj_weight, fc1_weight, fc1_bias, fc2_weight = read()
+            rest = out.view(B * T, E)
+            x = torch.empty_like(rest) if recorded else rest  # what the MLP reads; kept
+            if folds:
+                h = added(projected(_to(pixel, dtype)), patch, out)
+            else:
+                h = normed(patch.contiguous().view(B * T, E), w.norm1_weight, w.norm1_bias, eps, x, attn_bias)
+            qkv = F.linear(h, qkv_weight, None if qkv_bias is None else _to(qkv_bias(), dtype))
+            heads = qkv.view(B, T, 3, H, E // H)
             if recorded:
-                a.kept["hidden"] = h
-            h = F.gelu(h)
-        _add(rest, h, read["fc2_weight"], w.fc2_bias, a.mlp_scale)
+                attended, logsumexp = attention.attend_recorded(*heads.unbind(2))
+                kept.update(x=x, attended=attended.view(B * T, E), logsumexp=logsumexp, qkv=qkv, qkv_weight=qkv_weight)
+                kept.update(proj_weight=proj_weight, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
+            else:
+                attended = attention.attend_joined(heads)
+            _add(x, attended.reshape(B * T, E), proj_weight, w.proj_bias, attn_scale)
+
+            h = normed(x, w.norm2_weight, w.norm2_bias, eps, rest, mlp_bias)
+            if by_tanh:
+                h = torch._addmm_activation(fc1_bias, h, fc1_weight.t(), use_gelu=True)
+            else:
+                h = F.linear(h, fc1_weight, fc1_bias)
+                if recorded:
+                    kept["hidden"] = h
+                h = F.gelu(h)
+            _add(rest, h, fc2_weight, w.fc2_bias, mlp_scale)
+
+        return run
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         """By PyTorch of a fold, and where the gradient of a scale is asked for; nothing before the first that is needed."""
@@ -282,21 +297,34 @@ class Outer(Operation):
         return dict(zip(SUMS, totals.split(E), strict=False)) | {"fc1_bias": totals[len(SUMS) * E :]} | found
 
 
-def _read(a: SimpleNamespace, w: Any) -> dict[str, Any]:
-    """What the products read, in the activations' dtype: matrices, those of q, k and v as one, and fc1's bias; what is cast or
-    copied, in one launch."""
-    E, dtype = a.patch.shape[2], a.patch.dtype
-    found = {name: getattr(w, name) for name in (*MATRICES, "fc1_bias")}
-    made = {name: torch.empty_like(x, dtype=dtype) for name, x in found.items() if x is not None and x.dtype != dtype}
-    copies, originals = list(made.values()), [found[name] for name in made]
-    if a.kept is None and w.qk_weight.dtype == dtype:
-        made["qkv_weight"] = joined(w.qk_weight, w.v_weight)  # perhaps a view of them, which cannot be kept
+def _reading(w: Any, dtype: torch.dtype, whole: bool) -> Callable[[], list[Any]]:
+    """What the products read, in a dtype: matrices, that of q, k and v first, and fc1's bias; what is cast or copied, in one
+    launch. ``whole``: of q, k and v no view, which cannot be kept."""
+    found = [w.proj_weight, w.fc1_weight, w.fc1_bias, w.fc2_weight]
+    cast = [i for i, x in enumerate(found) if x is not None and x.dtype != dtype]
+    if not whole and w.qk_weight.dtype == dtype:
+        qkv = joining(w.qk_weight, w.v_weight)
+        if not cast:
+            return lambda: [qkv(), *found]
     else:
-        made["qkv_weight"] = qkv = torch.empty(3 * E, E, dtype=dtype, device=a.patch.device)
-        copies, originals = [*copies, *qkv.split((2 * E, E))], [*originals, w.qk_weight, w.v_weight]
-    if copies:
-        torch._foreach_copy_(copies, originals)
-    return found | made
+        qkv = None
+
+    def read() -> list[Any]:
+        result = found.copy()
+        for i in cast:
+            result[i] = torch.empty_like(found[i], dtype=dtype)
+        copies, originals = [result[i] for i in cast], [found[i] for i in cast]
+        if qkv is None:
+            E = len(w.v_weight)
+            joint = torch.empty(3 * E, E, dtype=dtype, device=w.v_weight.device)
+            copies, originals = [*copies, *joint.split((2 * E, E))], [*originals, w.qk_weight, w.v_weight]
+        else:
+            joint = qkv()
+        if copies:
+            torch._foreach_copy_(copies, originals)
+        return [joint, *result]
+
+    return read
 
 
 def _matrix(a: SimpleNamespace, name: str) -> Tensor:
@@ -304,12 +332,13 @@ def _matrix(a: SimpleNamespace, name: str) -> Tensor:
     return a.kept[name] if name in a.kept else contiguous(getattr(a.weights, name))
 
 
-def joined(first: Tensor, second: Tensor) -> Tensor:
-    """The rows of both, contiguous tensors; no copy where they lie one behind the other in one memory."""
+def joining(first: Tensor, second: Tensor) -> Callable[[], Tensor]:
+    """What has the rows of both, contiguous tensors; no copy where they lie one behind the other in one memory."""
     one_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr() and first.dtype == second.dtype
     if one_memory and second.storage_offset() == first.storage_offset() + first.numel():
-        return first.as_strided((len(first) + len(second), *first.shape[1:]), first.stride())
-    return torch.cat((first, second))
+        shape, stride = (len(first) + len(second), *first.shape[1:]), first.stride()
+        return lambda: first.as_strided(shape, stride)
+    return lambda: torch.cat((first, second))
 
 
 def _add(onto: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
@@ -322,7 +351,7 @@ def _add(onto: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, scale: Te
 
 
 def _qkv_bias(w: Any, dtype: torch.dtype) -> Tensor | None:
-    return None if w.qk_bias is None else _to(joined(w.qk_bias, w.v_bias), dtype)
+    return None if w.qk_bias is None else _to(joining(w.qk_bias, w.v_bias)(), dtype)
 
 
 def _to(x: Tensor | None, dtype: torch.dtype) -> Any:

@@ -26,7 +26,7 @@ large as the image where patches touch; here it is one copy of the weight, of at
 """
 
 from collections import namedtuple
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from types import SimpleNamespace
@@ -299,11 +299,18 @@ class PixelEmbed(Operation):
         spec = _specialise(kernel, a.image.dtype, channels, C, tuple(a.patch_size), a.stride, tuple(a.patch_stride), a.legacy)
         return spec, Image(a.image, height, width, *a.image.stride()), _grid(height, width, a.patch_size, a.patch_stride)
 
-    def forward(self, a: SimpleNamespace, out: Tensor) -> None:
-        spec, image, (rows, columns) = self._launch(_pixel_embed_fwd_kernel, a)
-        tokens = out.shape[0] * out.shape[1]
-        grid = programs(out.device, -(-tokens // spec.config.rows), spec.config.per_sm)
-        launch(spec, grid, out, image, *map(contiguous, (a.weight, a.bias, a.pixel_pos)), tokens, rows * columns, columns)
+    def prepared(self, a: SimpleNamespace) -> Callable[..., None]:
+        spec, (_, height, width, *_), (rows, columns) = self._launch(_pixel_embed_fwd_kernel, a)
+        patches, S, _ = self._shape(a, a.image.shape, a.weight.shape[0])
+        tokens = patches * S
+        grid = programs(a.image.device, -(-tokens // spec.config.rows), spec.config.per_sm)
+        weights = [*map(contiguous, (a.weight, a.bias, a.pixel_pos))]
+
+        def run(out: Tensor, image: Tensor) -> None:
+            given = Image(image, height, width, *image.stride())
+            launch(spec, grid, out, given, *weights, tokens, rows * columns, columns)
+
+        return run
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         """All by the kernels and one sum by PyTorch; nothing falls back to the reference."""

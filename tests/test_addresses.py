@@ -330,9 +330,13 @@ def _launched(monkeypatch, run):
     for module in launchers():
         monkeypatch.setattr(module, "launch", launch)
     for name, operation in kernels.OPERATIONS.items():
-        for method in ("forward", "backward"):
-            right = getattr(operation, method)
-            monkeypatch.setattr(operation, method, lambda *given, _n=name, _f=right: running.append(_n) or _f(*given))
+
+        def told(function, name=name):
+            return lambda *given, **more: running.append(name) or function(*given, **more)
+
+        prepared = operation.prepared
+        monkeypatch.setattr(operation, "prepared", lambda a, _f=prepared, _told=told: _told(_f(a)))
+        monkeypatch.setattr(operation, "backward", told(operation.backward))
     run()
     return seen
 

@@ -21,6 +21,12 @@ from tnt_fast import TNT, dispatch, kernels, reference, why_not_fused
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = dict(kernels.OPERATIONS)
+CHANGING = {  # from call to call, in order
+    "pixel_embed": ["image"],
+    "inner": ["pixel", "attn_scale", "mlp_scale"],
+    "fold": ["pixel", "patch"],
+    "outer": ["patch", "pixel", "attn_scale", "mlp_scale"],
+}
 
 
 def tiny(**kwargs) -> TNT:
@@ -49,6 +55,13 @@ def stand_ins(monkeypatch):
         def trusted(self, *args, **kwargs):
             calls[self.name] += 1
             return getattr(reference, self.name)(*args, **kwargs)
+
+        def settled(self, given):
+            def run(*changing):
+                return self.trusted(**dict(zip(CHANGING[self.name], changing, strict=False)), **given)
+
+            run.given = given
+            return run
 
     monkeypatch.setattr(kernels, "OPERATIONS", {name: StandIn(name) for name in dispatch.OPERATIONS})
     monkeypatch.setattr(kernels, "on_cpu", lambda: False)

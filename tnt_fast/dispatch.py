@@ -9,6 +9,7 @@ Drop-path is none: its factors are drawn outside the kernels, the same numbers o
 """
 
 import warnings
+from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -20,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
 from tnt_fast import kernels
-from tnt_fast.reference import RECOMPUTE, by_name
+from tnt_fast.reference import RECOMPUTE, FoldWeights, by_name
 
 BACKENDS = ("auto", "fused", "reference")
 OPERATIONS = ("pixel_embed", "inner", "fold", "outer")
@@ -66,19 +67,34 @@ def kernel(operation: str) -> Any:
 
 
 class Chosen:
-    """That a forward takes the fused path, and what its blocks hand over as long as their model is what it was."""
+    """That a forward takes the fused path, and the operations that it calls as long as its model is what it was."""
 
     def __init__(self) -> None:
-        self._handed: dict[Any, dict[str, Any]] = {}
+        self._settled: dict[tuple[Any, ...], Any] = {}
 
-    def arguments(self, block: Any, patch: Tensor | None = None) -> dict[str, Any]:
-        """As ``Block.fused_arguments``; with ``patch`` also those of outer, None where its submodules run."""
-        found = self._handed.get(block)
+    def settled(self, operation: str, owner: Any, given: Callable[[], dict[str, Any]]) -> Any:
+        """An operation with what its owner, a module, gives it besides what changes from call to call."""
+        found = self._settled.get((operation, owner))
         if found is None:
-            self._handed[block] = found = block.fused_arguments()
-        if patch is not None and found.get("like") != (like := (patch.dtype, patch.device)):
-            found |= {"outer": outer_arguments(block, patch), "like": like}
+            self._settled[operation, owner] = found = kernel(operation).settled(given())
         return found
+
+    def outer(self, block: Any, patch: Tensor) -> tuple[Any, Any]:
+        """As ``settled``, for such patches; None where the block's submodules run. And with fold before it, None where not."""
+        key = block, patch.dtype, patch.device
+        found = self._settled.get(key)
+        if found is None:
+            self._settled[key] = found = _settled_outer(block, patch)
+        return found
+
+
+def _settled_outer(block: Any, patch: Tensor) -> tuple[Any, Any]:
+    given = outer_arguments(block, patch)
+    if given is None:
+        return None, None
+    *weights, eps = block.fused_arguments()["fold"].values()
+    folding = given | dict(fold_weights=FoldWeights(*weights)) if eps == given["eps"] else None
+    return kernel("outer").settled(given), None if folding is None else kernel("outer").settled(folding)
 
 
 class Look:

@@ -189,23 +189,22 @@ class Block(nn.Module):
     def _fused_rest(self, pixel: Tensor, patch: Tensor, fused: bool) -> Tensor:
         """fold and outer, as one operation where that can be."""
         replaced = type(self) is not Block or "fold" in self.__dict__ or "outer" in self.__dict__
-        known = self._handed(fused, patch)
-        given = None if replaced else known["outer"] if known else dispatch.outer_arguments(self, patch)
+        if not replaced and _is_chosen(fused):
+            outer, folding = fused.outer(self, patch)  # type: ignore[attr-defined]
+            if folding is not None and not _any_recorded(pixel, patch, folding.given):
+                return folding(patch, pixel, *self._scales(patch))
+            patch = self.fold(pixel, patch, fused)
+            return self.outer(patch, True) if outer is None else outer(patch, None, *self._scales(patch))
+        given = None if replaced else dispatch.outer_arguments(self, patch)
         if given is None:
             return self.outer(self.fold(pixel, patch, True), True)
-        folded = known["fold"] if known else _fold_arguments(self)
-        *weights, eps = folded.values()
-        if eps == given["eps"] and not (torch.is_grad_enabled() and _any_recorded(pixel, patch, *weights, *given["weights"])):
-            given = given | dict(fold_weights=reference.FoldWeights(*weights), pixel=pixel)
+        *weights, eps = _fold_arguments(self).values()
+        folding = given | dict(fold_weights=reference.FoldWeights(*weights), pixel=pixel)
+        if eps == given["eps"] and not _any_recorded(pixel, patch, folding):
+            given = folding
         else:
             patch = self.fold(pixel, patch, True)
         return self._fused_transformer("outer", given, patch=patch)
-
-    @torch.jit.unused
-    def _handed(self, fused: Any, patch: Tensor | None = None) -> dict[str, Any]:
-        """What the fused operations are given besides activations, where that is known not to have changed."""
-        known = isinstance(fused, dispatch.Chosen) and type(self) is Block and not torch.compiler.is_compiling()
-        return fused.arguments(self, patch) if known else {}
 
     def inner(self, pixel: Tensor, fused: bool = False) -> Tensor:
         """``reference.inner`` over the pixels ``(B·N, S, C)`` of every patch."""
@@ -217,7 +216,7 @@ class Block(nn.Module):
     def fold(self, pixel: Tensor, patch: Tensor, fused: bool = False) -> Tensor:
         """``reference.fold``: add the projected pixels onto the patches ``(B, 1 + N, E)``."""
         if fused and not torch.jit.is_scripting():
-            return _fused_fold(self, pixel, patch)
+            return _fused_fold(self, pixel, patch, fused)
         B, T = patch.shape[0], patch.shape[1]
         if self.norm2_proj is None:
             x = self.proj(self.norm1_proj(pixel).reshape(B, T - 1, pixel.shape[1] * pixel.shape[2]))
@@ -241,10 +240,10 @@ class Block(nn.Module):
 
     @torch.jit.unused
     def _fused_inner(self, pixel: Tensor, fused: bool) -> Tensor:
-        given = self._handed(fused).get("inner")
-        if given is None:
-            given = transformer_arguments(self.norm_in, self.attn_in, self.norm_mlp_in, self.mlp_in)
-        return self._fused_transformer("inner", given, pixel=pixel)
+        if type(self) is Block and _is_chosen(fused):
+            inner = fused.settled("inner", self, self._inner_arguments)  # type: ignore[attr-defined]
+            return inner(pixel, *self._scales(pixel))
+        return self._fused_transformer("inner", self._inner_arguments(), pixel=pixel)
 
     @torch.jit.unused
     def _attn_out(self, x: Tensor) -> Tensor:
@@ -252,9 +251,20 @@ class Block(nn.Module):
 
     @torch.jit.unused
     def _fused_transformer(self, operation: str, given: dict[str, Any], **activation: Tensor) -> Tensor:
-        x = next(iter(activation.values()))
-        scales = dict(attn_scale=_drop_path_scale(self.drop_path, x), mlp_scale=_drop_path_scale(self.drop_path, x))
-        return dispatch.kernel(operation).trusted(**activation, **given, **scales)
+        attn_scale, mlp_scale = self._scales(next(iter(activation.values())))
+        return dispatch.kernel(operation).trusted(**activation, **given, attn_scale=attn_scale, mlp_scale=mlp_scale)
+
+    @torch.jit.unused
+    def _scales(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Of the attention and of the MLP, as ``_drop_path_scale`` draws them."""
+        drop_path: Any = self._modules["drop_path"]
+        if type(drop_path) is nn.Identity:
+            return None, None
+        return _drop_path_scale(drop_path, x), _drop_path_scale(drop_path, x)
+
+    @torch.jit.ignore
+    def _inner_arguments(self) -> dict[str, Any]:
+        return transformer_arguments(self.norm_in, self.attn_in, self.norm_mlp_in, self.mlp_in)
 
     @torch.jit.ignore
     def outer_arguments(self) -> dict[str, Any]:
@@ -266,8 +276,7 @@ class Block(nn.Module):
         """What each fused operation of the block is given besides activations and drop-path's factors, by its name."""
         if not self.has_inner:
             return {}
-        inner = transformer_arguments(self.norm_in, self.attn_in, self.norm_mlp_in, self.mlp_in)
-        return {"inner": inner, "fold": _fold_arguments(self)}
+        return {"inner": self._inner_arguments(), "fold": _fold_arguments(self)}
 
 
 def transformer_arguments(norm1: Any, attn: Any, norm2: Any, mlp: Any) -> dict[str, Any]:
@@ -277,8 +286,16 @@ def transformer_arguments(norm1: Any, attn: Any, norm2: Any, mlp: Any) -> dict[s
     return dict(weights=weights, num_heads=attn.num_heads, eps=norm1.eps)
 
 
-def _any_recorded(*given: Tensor | None) -> bool:
-    return any([x is not None and x.requires_grad for x in given])
+def _is_chosen(fused: Any) -> bool:
+    """Whether the model has been found as it was, so that what ``dispatch.Chosen`` remembers of it can be taken."""
+    return isinstance(fused, dispatch.Chosen) and not torch.compiler.is_compiling()
+
+
+def _any_recorded(pixel: Tensor, patch: Tensor, given: dict[str, Any]) -> bool:
+    """Whether autograd records the operation outer with a fold."""
+    if not torch.is_grad_enabled():
+        return False
+    return any([x is not None and x.requires_grad for x in (pixel, patch, *given["fold_weights"], *given["weights"])])
 
 
 def _weight_and_bias(layer: Any) -> tuple[Any, Any]:
@@ -305,7 +322,9 @@ def _drop_path_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
     return scale.div_(keep) if keep > 0.0 and drop_path.scale_by_keep else scale
 
 
-def _fused_fold(owner: nn.Module, pixel: Tensor, patch: Tensor) -> Tensor:
+def _fused_fold(owner: nn.Module, pixel: Tensor, patch: Tensor, fused: Any) -> Tensor:
+    if _is_chosen(fused):
+        return fused.settled("fold", owner, lambda: _fold_arguments(owner))(pixel, patch)
     return dispatch.kernel("fold").trusted(pixel=pixel, patch=patch, **_fold_arguments(owner))
 
 
@@ -396,7 +415,7 @@ class PixelEmbed(nn.Module):
         if not torch.jit.is_scripting():  # a symbolic trace cannot check, a script keeps PyTorch's own errors
             self._check_image(x)
             if fused:
-                return self._fused(x, pixel_pos)
+                return self._fused(x, pixel_pos, fused)
         if self.legacy:
             x = reference.cut_patches(self.proj(x), self.new_patch_size, self.pixel_step)
         else:
@@ -406,7 +425,12 @@ class PixelEmbed(nn.Module):
         return reference.as_pixels(x)
 
     @torch.jit.unused
-    def _fused(self, x: Tensor, pixel_pos: Tensor | None) -> Tensor:
+    def _fused(self, x: Tensor, pixel_pos: Tensor | None, fused: bool) -> Tensor:
+        if _is_chosen(fused):
+            chosen: Any = fused
+            found = chosen.settled("pixel_embed", self, lambda: self.fused_arguments(pixel_pos))
+            if found.given["pixel_pos"] is pixel_pos:
+                return found(x)
         return dispatch.kernel("pixel_embed").trusted(image=x, **self.fused_arguments(pixel_pos))
 
     @torch.jit.ignore
@@ -764,7 +788,7 @@ class TNT(nn.Module):
             assert image is not None
             patch = patch + self.patch_embed(image)
         if fused and not torch.jit.is_scripting():
-            return self.pos_drop(_fused_fold(self, pixel, patch))
+            return self.pos_drop(_fused_fold(self, pixel, patch, fused))
         flat = pixel.reshape(patch.shape[0], num_patches, pixel.shape[1] * pixel.shape[2])
         x = self.norm2_proj(self.proj(self.norm1_proj(flat)))
         return self.pos_drop(torch.cat([patch[:, :1], patch[:, 1:] + x], dim=1))
