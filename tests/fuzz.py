@@ -50,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest does
 from helpers import ExactSoftmax
 from interpreter import hasten
 
-from tnt_fast import TNT, kernels, reference, why_not_fused
+from tnt_fast import TNT, attention, kernels, reference, why_not_fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -199,6 +199,29 @@ def rounded_softmax(dtype: torch.dtype) -> Iterator[None]:
         del Tensor.softmax  # of TensorBase, which is as it was
 
 
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """The reference with PyTorch's fused attention, whose kernels outer takes on a GPU: PyTorch's own error is theirs, too.
+
+    Their backwards have P = exp(score − logsumexp), off by eps·|logsumexp|, and gradient·out for ΣP·dP, off by a rounding of
+    ``out``. Where the errors of a softmax cancel, of large scores in float32 or of values that are alike, these do not.
+    """
+
+    def as_heads(qk: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+        return qk.unflatten(-1, (2, num_heads, -1)).unbind(2)
+
+    def attend(heads: tuple[Tensor, ...], v: Tensor) -> Tensor:
+        q, k = heads
+        return attention.attend(q, k, v.view(q.shape)).flatten(2)
+
+    right = reference.attention_weights, reference.attend
+    reference.attention_weights, reference.attend = as_heads, attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        reference.attention_weights, reference.attend = right
+
+
 def off_by_rounding(x: Tensor, dtype: torch.dtype, draw: int, beside: float = 0.0) -> Tensor:
     """A weight, or what flows back, off by eps, up or down: two roundings, as the terms of a sum of products have them.
 
@@ -305,6 +328,9 @@ class Call:
         casts = [None] + [self.half] * self.autocast[0] + [torch.float32] * (self.dtype in HALVES)
         found = [self.compute(function, cast, draw=draw) for draw in (0, *DRAWS) for cast in casts]
         found += [self.compute(function, cast, recomputed=True) for cast in casts if cast == torch.float32]
+        if self.operation == "outer" and "pixel" not in self.tensors and DEVICE == "cuda":
+            with fused_attention():
+                found += [self.compute(function, cast) for cast in casts]
         with rounded_softmax(self.dtype):
             return [*found, *(self.compute(function, torch.float64, draw=draw) for draw in DRAWS)]
 

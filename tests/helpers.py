@@ -146,7 +146,8 @@ class ExactSoftmax(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is not torch.ops.aten._softmax_backward_data.default or args[0].dtype != torch.float64:
+        of_softmax = function is torch.ops.aten._softmax_backward_data.default
+        if not of_softmax or args[0].dtype != torch.float64 or args[0].numel() == 0:
             return function(*args, **(kwargs or {}))
         gradient, p, dim = args[:3]
         gradient = gradient - gradient.gather(dim, p.argmax(dim, keepdim=True))
