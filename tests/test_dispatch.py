@@ -210,6 +210,20 @@ def test_an_unknown_recompute_is_a_reason_of_any_block(stand_ins, options):
     assert why_not_fused(model, image) == []
 
 
+@pytest.mark.parametrize("how", ["None", "a scalar"])
+def test_a_weight_without_sizes_is_no_error_of_why_not_fused(stand_ins, how):
+    model, image, found = tiny(depth=1), torch.randn(1, 3, 32, 32), {}
+    for path, module in list(model.named_modules()):
+        for key, weight in list(module._parameters.items()):
+            if weight is not None:
+                setattr(module, key, None if how == "None" else nn.Parameter(weight.detach().flatten()[0].clone()))
+                found[f"{path}.{key}".lstrip(".")] = why_not_fused(model, image), why_not_fused(model)
+                setattr(module, key, weight)
+    for name in ("cls_token", "pixel_embed.proj.weight", "blocks.0.mlp_in.fc1.weight"):
+        for reasons in found[name]:
+            assert any(re.search(rf"(cls_token|weight) is {how}; the kernels", reason) for reason in reasons), (name, reasons)
+
+
 def changed(name: str, value) -> list:
     """Other values of an attribute: of the same type, and those that its module accepts."""
     if isinstance(value, bool):

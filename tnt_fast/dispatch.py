@@ -419,6 +419,7 @@ def _model_reasons(model: Any, image: Tensor | None) -> list[str]:
     if not reasons:  # else what a model that was changed hands over is not to be relied on
         _check_embed(model, reasons)
         handed = _handed(owners)
+        _check_sizes(model, handed, reasons)
         _check_dtypes(model, handed, image, reasons)
         if not reasons and all(name in kernels.OPERATIONS for name in REQUIRED):
             _check_arguments(model, handed, image, reasons)
@@ -478,6 +479,15 @@ def _handed(owners: list[tuple[str, Any]]) -> list[tuple[str, Any, str, dict[str
                 seen.append(same)
                 found.append((prefix, owner, operation, given))
     return found
+
+
+def _check_sizes(model: Any, handed: list[tuple], reasons: list[str]) -> None:
+    """The weights that ``TNT.sizes`` reads have any."""
+    for prefix, _, operation, given in [("", model, "fold", {"cls_token": model.cls_token}), *handed]:
+        for name in given.keys() & {"cls_token", "weight", "fc1_weight"}:
+            if getattr(given[name], "ndim", 0) == 0:
+                what = "None" if given[name] is None else "a scalar"
+                reasons.append(f"{prefix}{operation}: {name} is {what}; the kernels take a tensor of the model's sizes")
 
 
 def _is_plain(weight: Any) -> bool:
