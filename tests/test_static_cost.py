@@ -519,12 +519,13 @@ def test_two_results_are_compared(tmp_path, capsys):
     assert "not two results of --json" in capsys.readouterr().err
 
 
-# From here on: what is shipped. To stay near a minute on two cores, only sm_90 gets every variant, in half precision; float32
-# and the other targets get TNT-S, but for sm_86, whose code is sm_80's and whose limits are sm_89's.
-# `python -m benchmarks.static_cost` compiles all of it, and fails if one does not.
+# From here on: what is shipped. To stay near a minute on two cores, only sm_90 gets every variant, in bfloat16; the other
+# precisions and targets get TNT-S, but for sm_86, whose code is sm_80's and whose limits are sm_89's. With --wide float16 gets
+# every variant, too. `python -m benchmarks.static_cost` compiles all of it, and fails if one does not.
 
 SHIPPED = """
 import json
+import sys
 from pathlib import Path
 
 from benchmarks.static_cost import TARGETS, rows
@@ -533,7 +534,7 @@ from tnt_fast.kernels import OPERATIONS
 COUNTED = ["pixel_embed", "inner"]  # whose instructions are held below
 table = rows(COUNTED, dtypes=["bf16"], targets=["sm_90"])
 table += rows([name for name in OPERATIONS if name not in COUNTED], dtypes=["bf16"], targets=["sm_90"], counted=False)
-table += rows(dtypes=["fp16"], targets=["sm_90"], counted=False)
+table += rows(variants=None if sys.argv[1:] else ["s"], dtypes=["fp16"], targets=["sm_90"], counted=False)
 table += rows(variants=["s"], dtypes=["bf16"], targets=[t for t in TARGETS if t not in ("sm_86", "sm_90")], counted=False)
 table += rows(variants=["s"], dtypes=["fp32"], targets=["sm_90"], counted=False)
 Path("rows.json").write_text(json.dumps(table))
@@ -541,9 +542,10 @@ Path("rows.json").write_text(json.dumps(table))
 
 
 @pytest.fixture(scope="session")
-def shipped(tmp_path_factory):
+def shipped(request, tmp_path_factory):
     """Rows of the shipped launches."""
-    folder, ending = run_once(tmp_path_factory, "shipped", SHIPPED)
+    wide = ["--wide"] if request.config.getoption("wide") else []
+    folder, ending = run_once(tmp_path_factory, "shipped", SHIPPED, *wide)
     assert ending["status"] == 0, ending["err"]
     return json.loads((folder / "rows.json").read_text())
 

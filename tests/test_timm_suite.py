@@ -24,6 +24,7 @@ def _timm_tests(request) -> Path:
 
 
 VARIANTS = ("ti", "s", "s_legacy", "b")
+TRACED = ("ti", "s_legacy")  # by FX, which does not see sizes: of each code one, the other variants' are ti's
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -37,15 +38,17 @@ Path("test_models.py").write_text(Path(source).read_text("utf-8").replace("'tnt'
 markers = ["base", "cfg", "torchscript", "features", "fxforward", "fxbackward", "timeout"]
 Path("pytest.ini").write_text("[pytest]\\nmarkers =\\n" + "".join(f"    {marker}\\n" for marker in markers))
 options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "-rA", "--rootdir", "."]
-sys.exit(pytest.main([*options, *names, "-k", " or ".join(f"{name}{end}" for name in MODELS for end in "-].")]))
+every, traced = (" or ".join(f"{name}{end}" for name in models for end in "-].") for models in (MODELS, TRACED))
+sys.exit(pytest.main([*options, *names, "-k", f"({every}) and (not fx or {traced})"]))
 """
 
 
 @pytest.fixture(scope="session")
 def ran(request, tmp_path_factory):
     """How its tests ended of all variants together: to collect them takes as long as to run some of them."""
-    models = [f"tnt_fast_{variant}_patch16_224" for variant in VARIANTS]
-    script = SCRIPT.replace("MODELS", repr(models))
+    script = SCRIPT
+    for kind, variants in (("MODELS", VARIANTS), ("TRACED", TRACED)):
+        script = script.replace(kind, repr([f"tnt_fast_{variant}_patch16_224" for variant in variants]))
     names = [f"test_models.py::{test}" for test in OFFLINE]
     return run_once(tmp_path_factory, "timm", script, str(_timm_tests(request)), *names)[1]
 
@@ -55,7 +58,7 @@ def ran(request, tmp_path_factory):
 def test_timms_own_tests_pass_on_our_names(variant, ran):
     name = f"tnt_fast_{variant}_patch16_224"
     lines = [line for line in ran["out"].splitlines() if name in line]
-    for test in OFFLINE:
+    for test in OFFLINE if variant in TRACED else [name for name in OFFLINE if "fx" not in name]:
         assert any(line.startswith("PASSED") and f"::{test}[" in line for line in lines), f"{test}:\n{ran['out'][-3000:]}"
     assert not any(line.startswith(("FAILED", "ERROR")) for line in lines), ran["out"][-3000:]
     assert ran["status"] == 0, ran["out"][-3000:] + ran["err"][-1000:]
