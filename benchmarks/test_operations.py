@@ -51,7 +51,7 @@ def operation_case(variant: str, operation: str, mode: str, provider: str, batch
             if reasons := kernels.OPERATIONS[operation].gradients_unsupported(sizes, DTYPES[dtype], torch.device(DEVICE)):
                 raise Skipped("its gradients are not fused: " + "; ".join(reasons))
         given, others = arguments.arguments(variant, operation, batch, DTYPES[dtype], DEVICE)
-        if (operation, mode) == ("outer", "backward"):  # a model that trains folds before
+        if (operation, mode) == ("outer", "backward"):  # without a fold, which has a row of its own
             given = {name: None if name == "pixel" or name.startswith("fold_") else x for name, x in given.items()}
         eager = getattr(reference, operation)
         function = kernels.OPERATIONS[operation] if provider == "fused" else eager

@@ -31,21 +31,20 @@ from torch import Tensor
 from tnt_fast import reference
 from tnt_fast.arguments import FOLD_SHAPES, beyond
 from tnt_fast.kernels import norm, operation
-from tnt_fast.kernels.operation import Operation, contiguous
+from tnt_fast.kernels.operation import Operation, contiguous, of_matrix
 
 
 def product(
-    shape: tuple[int, ...], dtype: torch.dtype, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, eps: float
-) -> Callable[[Tensor], Tensor]:
-    """W · LN(pixel), a row a patch, of pixels of a shape and a dtype."""
+    shape: tuple[int, ...], dtype: torch.dtype, norm_weight: Tensor, norm_bias: Tensor | None, eps: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """W · LN(pixel), a row a patch, of pixels of a shape and a dtype, and W in that, too."""
     (P, S, C), width = shape, norm_weight.shape[0]
     normed = norm.prepared(P * S * C // width, width, dtype)
-    norm_weight, norm_bias, weight = map(contiguous, (norm_weight, norm_bias, weight))
-    cast = weight.dtype != dtype
+    norm_weight, norm_bias = contiguous(norm_weight), contiguous(norm_bias)
 
-    def projected(pixel: Tensor) -> Tensor:
+    def projected(pixel: Tensor, weight: Tensor) -> Tensor:
         h = normed(pixel.contiguous().view(-1, width), norm_weight, norm_bias, eps)
-        return torch.mm(h.view(P, -1), (weight.to(dtype) if cast else weight).t())
+        return torch.mm(h.view(P, -1), weight.t())
 
     return projected
 
@@ -84,27 +83,33 @@ class Fold(Operation):
     def prepared(self, a: SimpleNamespace) -> Callable[..., None]:
         if a.pixel.shape[0] == 0:
             return lambda out, pixel, patch: out.copy_(patch)
-        projected = product(a.pixel.shape, a.pixel.dtype, a.norm1_weight, a.norm1_bias, a.proj_weight, a.eps)
+        dtype, weight = a.pixel.dtype, contiguous(a.proj_weight)
+        projected, cast = product(a.pixel.shape, dtype, a.norm1_weight, a.norm1_bias, a.eps), weight.dtype != dtype
         weights = contiguous(norm.Weights(a.proj_bias, a.norm2_weight, a.norm2_bias))
-        added = norm.adding(a.patch.shape, a.pixel.dtype, weights, a.eps)
+        added = norm.adding(a.patch.shape, dtype, weights, a.eps)
 
         def run(out: Tensor, pixel: Tensor, patch: Tensor) -> None:
-            added(projected(pixel), patch, out)
+            added(projected(pixel, weight.to(dtype) if cast else weight), patch, out)
 
         return run
 
-    def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
-        P = a.pixel.shape[0]
+    def backward(
+        self, gradient: Tensor, a: SimpleNamespace, needed: set[str], dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """``dtype``: of the matrix, where ``a`` has it in another one."""
+        P, dtype = a.pixel.shape[0], dtype or a.proj_weight.dtype
         found = {"patch": gradient.clone()} if "patch" in needed else {}
         if a.norm2_weight is None and "norm2_bias" in needed:
             found["norm2_bias"] = torch.zeros_like(a.norm2_bias)
         if P == 0:
             found |= {name: torch.zeros_like(getattr(a, name)) for name in needed - {"patch"}}
         elif needed - {"patch"}:
-            found |= self._matrix_gradients(gradient[:, 1:], a, needed)
+            found |= self._matrix_gradients(gradient[:, 1:], a, needed, dtype)
         return found
 
-    def _matrix_gradients(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
+    def _matrix_gradients(
+        self, gradient: Tensor, a: SimpleNamespace, needed: set[str], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         """Of all but the patch; ``gradient``: (B, N, E) of any strides, only read."""
         # in one layout, whatever the caller's: for another one the library may take another product, with other bits
         pixel, weight, eps = a.pixel.contiguous(), contiguous(a.proj_weight).to(a.pixel.dtype), a.eps
@@ -128,7 +133,7 @@ class Fold(Operation):
                 found |= zip(("norm2_weight", "norm2_bias", "proj_bias"), sums.sum(1), strict=False)
             del z
         if "proj_weight" in needed:
-            found["proj_weight"] = torch.mm(dz.t(), h)
+            found["proj_weight"] = of_matrix(dz, h, dtype)
         del h
         if needed & ({"pixel"} | of_first):
             dh = torch.mm(dz, weight).view(1, -1, width)

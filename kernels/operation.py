@@ -7,7 +7,7 @@ hand: of a call of inner that records gradients, ``torch.library.custom_op`` tak
 to fill in defaults that no argument has (python -m benchmarks.host).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, wraps
 from operator import itemgetter
@@ -231,7 +231,7 @@ class Operation(Arguments):
     """
 
     factors: tuple[str, ...] = ()  # drop-path's, which with the activations are what changes from call to call
-    passes: str | None = None  # a tensor that the result is added to: its gradient is the result's, nobody keeps or reads it
+    passes: str | None = None  # a tensor that the result is added to: its gradient is the result's
 
     def prepared(self, a: SimpleNamespace) -> Callable[..., None]:
         """What launches the forward, called with the result, as ``empty`` made it, and with what ``changing`` names.
@@ -254,6 +254,10 @@ class Operation(Arguments):
 
     keeps: Callable[[SimpleNamespace], dict[str, tuple[tuple[int, ...], torch.dtype]]] | None = None
     """Shapes and dtypes, by name, of the new tensors that ``forward`` leaves for ``backward`` of such arguments."""
+
+    def unread(self, a: Mapping[str, Any]) -> str | None:
+        """A tensor of the result's shape that ``backward`` does not read: nobody keeps it, the gradient stands in its place."""
+        return self.passes
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         """Gradients of the tensors that ``needed`` names, in any dtype, none of them an input; more of them do no harm.
@@ -315,10 +319,10 @@ class Operation(Arguments):
         """As ``torch.ops.tnt_fast.NAME``, and its gradients as ``NAME_backward``."""
         names = list(self.kinds)
         # of the arguments what a backward reads: tensors and others; and where in these two, one behind the other, each is
-        saved = [i for i, name in enumerate(names) if name in self.shapes and name != self.passes]
+        saved = [i for i, name in enumerate(names) if name in self.shapes]
         others = [i for i, name in enumerate(names) if name not in self.shapes]
         at = {index: at for at, index in enumerate(saved + others)}
-        in_order = itemgetter(*[at.get(i, len(at)) for i in range(len(names))])
+        in_order = itemgetter(*[at[i] for i in range(len(names))])
 
         def define(name: str, schema: str, function: Any, fake: Any) -> Any:
             LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
@@ -371,13 +375,17 @@ class Operation(Arguments):
         schema = f"(Tensor gradient, {self.schema}, SymInt[] needed{more}) -> Tensor[]"
         backward_operation = define(f"{self.name}_backward", schema, gradients, empty_gradients)
 
+        for leaf in {backward_operation, recorded_operation} - {operation}:
+            LIBRARY.impl(leaf._schema.name, torch.library.fallthrough_kernel, "Autograd")
+
         def twice(ctx, *gradients):
             raise RuntimeError(
                 f"the gradients of {self.name} were to be differentiated, which the kernels do not do; take a model with "
                 "backend='reference'"
             )
 
-        torch.library.register_autograd(f"tnt_fast::{self.name}_backward", twice, lib=LIBRARY)
+        functions = {"forward": staticmethod(lambda ctx, computed, *read: computed()), "backward": staticmethod(twice)}
+        once = type(f"{self.name}_backward", (torch.autograd.Function,), functions)
 
         def below(operation, keys, *flat):
             with torch._C._AutoDispatchBelowAutograd():
@@ -392,7 +400,11 @@ class Operation(Arguments):
                     found = run((*flat, True), None)[0] if self.keeps is None else forward_recorded(*flat, True)
             ctx.past = keys is None
             out, *kept = [found] if self.keeps is None else found
-            ctx.save_for_backward(*[flat[i] for i in saved], *kept)
+            tensors = [flat[i] for i in saved]
+            ctx.unread = self.unread(dict(zip(names, flat, strict=False)))
+            if ctx.unread is not None:
+                tensors[at[names.index(ctx.unread)]] = None
+            ctx.save_for_backward(*tensors, *kept)
             ctx.others = [flat[i] for i in others]
             return out
 
@@ -406,18 +418,23 @@ class Operation(Arguments):
             needed = [i for i, wanted in enumerate(ctx.needs_input_grad[1:]) if wanted]
             tensors = ctx.saved_tensors
             kept = [] if self.keeps is None else [list(tensors[len(saved) :])]
-            flat = [*in_order((*tensors[: len(saved)], *ctx.others, None))]
+            flat = [*in_order((*tensors[: len(saved)], *ctx.others))]
+            if ctx.unread is not None:
+                flat[names.index(ctx.unread)] = gradient
             found: dict[int, Tensor] = {}
-            if self.passes is not None:
-                flat[at := names.index(self.passes)] = gradient
-                if at in needed:
-                    found[at] = gradient  # autograd casts it
-                    needed.remove(at)
-            if needed and ctx.past and type(gradient) is Tensor and not torch.is_grad_enabled() and not _watched():
+            if self.passes is not None and (passed := names.index(self.passes)) in needed:
+                found[passed] = gradient  # autograd casts it
+                needed.remove(passed)
+
+            def computed() -> tuple[Tensor, ...]:
+                if not ctx.past or type(gradient) is not Tensor or _watched():
+                    return tuple(backward_operation(gradient, *flat, needed, *kept))
                 with torch._C._AutoDispatchBelowAutograd():
-                    found |= zip(needed, gradients(gradient, *flat, needed, *kept), strict=True)
-            elif needed:
-                found |= zip(needed, backward_operation(gradient, *flat, needed, *kept), strict=True)
+                    return tuple(gradients(gradient, *flat, needed, *kept))
+
+            if needed:
+                graded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+                found |= zip(needed, once.apply(computed, gradient, *tensors) if graded else computed(), strict=True)
             return None, *[found.get(i) for i in range(len(ctx.needs_input_grad) - 1)]
 
         functions = {"forward": staticmethod(recorded), "backward": staticmethod(backward)}
@@ -562,6 +579,13 @@ def _watched() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     )
+
+
+def of_matrix(d: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
+    """dᵀ · h: the gradient of a matrix that is multiplied by h, in its own ``dtype`` where the library's product can."""
+    if dtype == torch.float32 != h.dtype and h.is_cuda and runner.nvidia:
+        return torch.mm(d.t(), h, out_dtype=dtype)  # neither rounded nor cast
+    return torch.mm(d.t(), h)
 
 
 def contiguous(x: Any) -> Any:

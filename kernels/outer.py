@@ -18,15 +18,15 @@ Backward, of each of the two branches r + scale · last(f(first(LN r))), f the a
     dW_first = dhᵀ · LN(r),  dr = g + LN's backward of dh · W_first
 
 The kernels of GELU and LN also make f(h) and LN(r) again, which are not kept, and sum dh, g and dr over their rows: gradients
-of the biases of fc1, fc2 and proj, the latter two if there is no scale. Nine launches of the forward and sixteen; where weights
-have another dtype, as under autocast, a cast of all of them both ways, biases of q, k and v one each way, a scale three of its
-branch.
+of the biases of fc1, fc2 and proj, the latter two if there is no scale. Nine launches of the forward and sixteen, of a fold
+three and eight more. Where weights have another dtype, as under autocast, a cast of all of them before the products, whose
+gradients are products in float32 (on the CPU casts, too), biases of q, k and v one each way, a scale three of its branch.
 
 This one operation keeps more than its input: the attention's q, k and v, result and logsumexp, x, and fc1's result; and its
 matrices where they were cast or joined. From the input alone all products and the attention would run twice, half as much
 again of three quarters of a training step. Bytes a token, in half precision: 2·(6 E + M) + 4 H, input included. ``recompute``
-of "mlp" leaves out M, for the product of fc1, that of "all" also x, q, k and v, 4 E, for proj's and theirs. Of a fold nothing
-is kept, and the gradients are PyTorch's, through the reference: a model that trains calls the two one by one.
+of "mlp" leaves out M, for the product of fc1, that of "all" also x, q, k and v, 4 E, for proj's and theirs. Behind a fold its
+result is kept, not the patches that it was added to; its gradients are those of fold.py, behind these.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,10 +45,11 @@ from tnt_fast import attention, reference
 from tnt_fast.arguments import FOLD_SHAPES, transformer_shapes
 from tnt_fast.kernels import norm, operation
 from tnt_fast.kernels.fold import fold, product
-from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, launch, programs, remembered
+from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, launch, of_matrix, programs, remembered
 from tnt_fast.kernels.tile import gelu_gradient, load
 
 MATRICES = ("proj_weight", "fc1_weight", "fc2_weight")  # and that of q, k and v
+SCALES = ("attn_scale", "mlp_scale")
 SUMS = ("norm2_weight", "norm2_bias", "proj_bias", "fc2_bias", "norm1_weight", "norm1_bias")  # by the LayerNorms' launches
 
 
@@ -137,11 +138,11 @@ class Outer(Operation):
 
     def backward_multiply_adds(self, a: SimpleNamespace) -> int:
         """A product for each side of every product, the attention's first one again, and what ``recompute`` says."""
-        if a.pixel is not None:
-            return super().backward_multiply_adds(a)
         (B, T, E), M = a.patch, a.weights.fc1_weight[0]
+        of_fold = 0 if a.pixel is None else fold.backward_multiply_adds(_of_fold(a, a.fold_weights.fold_proj_weight))
         again = {"none": 0, "mlp": M * E, "all": (M + 4 * E) * E}[a.recompute]
-        return 2 * self.multiply_adds(a) + B * T * (T * E + again)
+        of_outer = B * T * (4 * E * E + 2 * E * M + 2 * T * E)
+        return 2 * of_outer + B * T * (T * E + again) + of_fold
 
     def numbers(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         sizes, reasons = super().numbers(given)
@@ -149,43 +150,52 @@ class Outer(Operation):
             reasons.append(f"recompute={given['recompute']!r}; accepted: {', '.join(map(repr, reference.RECOMPUTE))}")
         return sizes, reasons
 
+    def unread(self, a: Mapping[str, Any]) -> str | None:
+        """Behind a fold: its result is kept in the place of what it was added to."""
+        graded = any(a[name] is not None and a[name].requires_grad for name in SCALES)
+        return None if graded or not _folds(a["pixel"]) else "patch"
+
     def keeps(self, a: SimpleNamespace) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        if a.pixel is not None:
-            return {}
         (B, T, E), dtype, w = a.patch.shape, a.patch.dtype, a.weights
         found = {"attended": ((B * T, E), dtype), "logsumexp": ((B, a.num_heads, T), torch.float32)}
         if a.recompute != "all":
             found |= {"x": ((B * T, E), dtype), "qkv": ((B * T, 3 * E), dtype)}
         if a.recompute == "none":
             found["hidden"] = (B * T, w.fc1_weight.shape[0]), dtype
+        if _folds(a.pixel):
+            found["folded"] = (B * T, E), dtype
         found["qkv_weight"] = (3 * E, E), dtype
-        cast = [name for name in MATRICES if getattr(w, name).dtype != dtype]
-        return found | {name: (tuple(getattr(w, name).shape), dtype) for name in cast}
+        cast = {name: x for name, x in _matrices(a).items() if x.dtype != dtype}
+        return found | {name: (tuple(x.shape), dtype) for name, x in cast.items()}
 
     def prepared(self, a: SimpleNamespace) -> Callable[..., None]:
         (B, T, E), dtype, H, eps, kept = a.patch.shape, a.patch.dtype, a.num_heads, a.eps, a.kept
         w, f = contiguous(a.weights), a.fold_weights
-        recorded, folds = kept is not None and a.pixel is None, a.pixel is not None and a.pixel.shape[0] > 0
+        recorded, folds = kept is not None, _folds(a.pixel)
         attn_bias = w.proj_bias if a.attn_scale is None else None
         mlp_bias = w.fc2_bias if a.mlp_scale is None else None
         normed = norm.prepared(B * T, E, dtype)
         if folds:
-            projected = product(a.pixel.shape, dtype, f.fold_norm1_weight, f.fold_norm1_bias, f.fold_proj_weight, eps)
+            projected = product(a.pixel.shape, dtype, f.fold_norm1_weight, f.fold_norm1_bias, eps)
             second = f.fold_proj_bias, f.fold_norm2_weight, f.fold_norm2_bias
-            weights = contiguous(norm.Weights(*second, w.norm1_weight, w.norm1_bias, attn_bias))
+            following = () if recorded else (w.norm1_weight, w.norm1_bias, attn_bias)
+            weights = contiguous(norm.Weights(*second, *following))
             added = norm.adding(a.patch.shape, dtype, weights, eps)
-        read, qkv_bias = _reading(w, dtype, kept is not None), None if w.qk_bias is None else joining(w.qk_bias, w.v_bias)
+        folding = contiguous(f.fold_proj_weight) if folds else None
+        read, qkv_bias = _reading(w, folding, dtype, recorded), None if w.qk_bias is None else joining(w.qk_bias, w.v_bias)
         by_tanh = dtype == torch.bfloat16 and w.fc1_bias is not None and not recorded
 
         def run(
             out: Tensor, patch: Tensor, pixel: Any = None, attn_scale: Tensor | None = None, mlp_scale: Tensor | None = None
         ) -> None:
-            qkv_weight, proj_weight, fc1_weight, fc1_bias, fc2_weight = read()
+            qkv_weight, proj_weight, fc1_weight, fc1_bias, fc2_weight, fold_proj_weight = read()
             rest = out.view(B * T, E)
             x = torch.empty_like(rest) if recorded else rest  # what the MLP reads; kept
+            h = None
             if folds:
-                h = added(projected(_to(pixel, dtype)), patch, out)
-            else:
+                folded = torch.empty_like(out) if recorded else out
+                h, patch = added(projected(_to(pixel, dtype), fold_proj_weight), patch, folded), folded
+            if h is None:
                 h = normed(patch.contiguous().view(B * T, E), w.norm1_weight, w.norm1_bias, eps, x, attn_bias)
             qkv = F.linear(h, qkv_weight, None if qkv_bias is None else _to(qkv_bias(), dtype))
             heads = qkv.view(B, T, 3, H, E // H)
@@ -193,6 +203,8 @@ class Outer(Operation):
                 attended, logsumexp = attention.attend_recorded(*heads.unbind(2))
                 kept.update(x=x, attended=attended.view(B * T, E), logsumexp=logsumexp, qkv=qkv, qkv_weight=qkv_weight)
                 kept.update(proj_weight=proj_weight, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
+                if folds:
+                    kept.update(fold_proj_weight=fold_proj_weight, folded=patch.view(B * T, E))
             else:
                 attended = attention.attend_joined(heads)
             _add(x, attended.reshape(B * T, E), proj_weight, w.proj_bias, attn_scale)
@@ -210,11 +222,12 @@ class Outer(Operation):
         return run
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
-        """By PyTorch of a fold, and where the gradient of a scale is asked for; nothing before the first that is needed."""
-        if a.pixel is not None or needed & {"attn_scale", "mlp_scale"}:
+        """By PyTorch where the gradient of a scale is asked for; nothing before the first that is needed."""
+        if needed & {*SCALES}:
             return self.recomputed(gradient, a, needed)
         (B, T, E), w, kept = a.patch.shape, contiguous(a.weights), a.kept
-        patch, attended, x, h1 = a.patch.contiguous().view(B * T, E), kept["attended"], kept.get("x"), None
+        patch = kept["folded"] if "folded" in kept else a.patch.contiguous().view(B * T, E)
+        attended, x, h1, matrix_dtype = kept["attended"], kept.get("x"), None, w.fc1_weight.dtype
         if x is None:
             x = torch.empty_like(patch)
             later = w.proj_bias if a.attn_scale is None else None
@@ -242,7 +255,7 @@ class Outer(Operation):
                 h = y if h is None else h
             elif weight and h is None:
                 h = norm.forward(r, scale, shift, a.eps)
-            return dh.t() @ h if weight else None  # type: ignore[operator]
+            return of_matrix(dh, h, matrix_dtype) if weight else None  # type: ignore[arg-type]
 
         dy = _to(gradient, x.dtype).contiguous().view(B * T, E)
         d, dx = branch(dy, a.mlp_scale), None
@@ -252,13 +265,13 @@ class Outer(Operation):
                 h2 = norm.forward(x, w.norm2_weight, w.norm2_bias, a.eps)
                 hidden = F.linear(h2, _matrix(a, "fc1_weight"), _to(w.fc1_bias, x.dtype))
             if before == {"fc2_weight"}:
-                found["fc2_weight"] = d.t() @ F.gelu(hidden)
+                found["fc2_weight"] = of_matrix(d, F.gelu(hidden), matrix_dtype)
         if before := before - {"fc2_weight"}:
             dh = d @ _matrix(a, "fc2_weight")
             activated = _gelu_backward(hidden, dh, "fc2_weight" in needed, of_fc1 if "fc1_bias" in needed else None)
             del hidden
             if activated is not None:
-                found["fc2_weight"] = d.t() @ activated
+                found["fc2_weight"] = of_matrix(d, activated, matrix_dtype)
                 del activated
             before -= {"fc1_weight", "fc1_bias"}
             dx = torch.empty_like(x) if before else None
@@ -272,7 +285,7 @@ class Outer(Operation):
         if before := before - {"norm2_weight", "norm2_bias"}:
             d = branch(dx, a.attn_scale)  # type: ignore[arg-type]
             if "proj_weight" in needed:
-                found["proj_weight"] = d.t() @ attended
+                found["proj_weight"] = of_matrix(d, attended, matrix_dtype)
             if "proj_bias" in needed and a.attn_scale is not None:
                 found["proj_bias"] = d.sum(0, dtype=w.proj_bias.dtype)
         if before := before - {"proj_weight", "proj_bias"}:
@@ -285,22 +298,31 @@ class Outer(Operation):
                 found["qk_bias"], found["v_bias"] = dh.sum(0, dtype=w.qk_bias.dtype).split((2 * E, E))
             before -= {"qk_bias", "v_bias"}
             deeper = before - {"qk_weight", "v_weight"}
-            matrix = begun(
+            of_qkv = begun(
                 dh, "qkv_weight", h1, patch, "norm1", dx if deeper else None, before > deeper, rest=dx, sums=sums[4:]
             )  # fmt: skip
             found["patch"] = dx.view(B, T, E)
-            if matrix is not None:
-                found["qk_weight"], found["v_weight"] = matrix.split((2 * E, E))
+            of_fold = {name.removeprefix("fold_"): name for name in deeper if name == "pixel" or name.startswith("fold_")}
+            if of_fold:
+                matrix = _matrix(a, "fold_proj_weight") if _folds(a.pixel) else a.fold_weights.fold_proj_weight
+                behind = fold.backward(found["patch"], _of_fold(a, matrix), {*of_fold}, matrix_dtype)
+                found |= {of_fold[name]: x for name, x in behind.items() if name in of_fold}
+            if of_qkv is not None:
+                found["qk_weight"], found["v_weight"] = of_qkv.split((2 * E, E))
         if dx is not None:
             torch.sum(sums, 1, out=of_norms)
         totals = _to(totals, w.norm2_weight.dtype)
         return dict(zip(SUMS, totals.split(E), strict=False)) | {"fc1_bias": totals[len(SUMS) * E :]} | found
 
 
-def _reading(w: Any, dtype: torch.dtype, whole: bool) -> Callable[[], list[Any]]:
-    """What the products read, in a dtype: matrices, that of q, k and v first, and fc1's bias; what is cast or copied, in one
-    launch. ``whole``: of q, k and v no view, which cannot be kept."""
-    found = [w.proj_weight, w.fc1_weight, w.fc1_bias, w.fc2_weight]
+def _folds(pixel: Tensor | None) -> bool:
+    return pixel is not None and pixel.shape[0] > 0
+
+
+def _reading(w: Any, folding: Tensor | None, dtype: torch.dtype, whole: bool) -> Callable[[], list[Any]]:
+    """What the products read, in a dtype: matrices, that of q, k and v first, a fold's last, and fc1's bias; what is cast or
+    copied, in one launch. ``whole``: of q, k and v no view, which cannot be kept."""
+    found = [w.proj_weight, w.fc1_weight, w.fc1_bias, w.fc2_weight, folding]
     cast = [i for i, x in enumerate(found) if x is not None and x.dtype != dtype]
     if not whole and w.qk_weight.dtype == dtype:
         qkv = joining(w.qk_weight, w.v_weight)
@@ -327,9 +349,21 @@ def _reading(w: Any, dtype: torch.dtype, whole: bool) -> Callable[[], list[Any]]
     return read
 
 
+def _matrices(a: SimpleNamespace) -> dict[str, Tensor]:
+    """But that of q, k and v."""
+    found = {name: getattr(a.weights, name) for name in MATRICES}
+    return found if not _folds(a.pixel) else found | {"fold_proj_weight": a.fold_weights.fold_proj_weight}
+
+
 def _matrix(a: SimpleNamespace, name: str) -> Tensor:
     """Of what the forward read: what it kept, or a weight as it is."""
-    return a.kept[name] if name in a.kept else contiguous(getattr(a.weights, name))
+    return a.kept[name] if name in a.kept else contiguous(_matrices(a)[name])
+
+
+def _of_fold(a: SimpleNamespace, proj_weight: Any) -> SimpleNamespace:
+    """The arguments of the fold within, with its matrix as the forward read it."""
+    weights = {name.removeprefix("fold_"): x for name, x in a.fold_weights._asdict().items()}
+    return SimpleNamespace(pixel=a.pixel, patch=a.patch, eps=a.eps, **weights | {"proj_weight": proj_weight})
 
 
 def joining(first: Tensor, second: Tensor) -> Callable[[], Tensor]:

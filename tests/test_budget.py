@@ -56,6 +56,25 @@ def test_a_block_of_tnt_s_launches_what_its_operations_do(blocks):
     assert not one - two
 
 
+def test_launches_of_a_block_of_tnt_s_in_a_training_step():
+    """Under autocast, forward and backward: of a third block."""
+
+    def step(depth):
+        prepare = graphs._prepared("tnt_s", "train", 256, depth)
+
+        def run():
+            function, given = prepare()
+            (model,) = [x for cell in function.__closure__ if isinstance(x := cell.cell_contents, nn.Module)]
+            graphs.gradients(function(*given), list(model.parameters()))
+
+        return Counter(names(graphs.eager(H200, run)))
+
+    found = step(3) - step(2)
+    assert found.total() <= 42, found
+    casts = {name: found[name] for name in ("_foreach_copy_", "_to_copy", "copy_", "to") if name in found}
+    assert casts == {"_foreach_copy_": 1}  # of weights, before the products
+
+
 def test_what_is_compiled_is_inductors_plan(blocks):
     calls = graphs.compiled(H200, graphs._prepared("tnt_s", "inference", 256, 1))
     ours = [c.name for c in calls if c.by == "ours"]

@@ -302,8 +302,6 @@ def test_past_the_dispatcher_the_bits_are_the_same(operation, monkeypatch):
 @OPERATIONS
 def test_past_the_dispatcher_the_gradients_are_the_same(operation, autocast, monkeypatch):
     function, (tensors, others) = kernels.OPERATIONS[operation], given(operation)
-    if operation == "outer":  # PyTorch's are a fold's
-        tensors |= {name: None for name in tensors if name == "pixel" or name.startswith("fold_")}
     leaves = [x.requires_grad_() for x in tensors.values() if x is not None]
     arguments, nodes = reference.in_records({**tensors, **others}), []
 

@@ -191,7 +191,7 @@ class Block(nn.Module):
         replaced = type(self) is not Block or "fold" in self.__dict__ or "outer" in self.__dict__
         if not replaced and _is_chosen(fused):
             outer, folding = fused.outer(self, patch)  # type: ignore[attr-defined]
-            if folding is not None and not _any_recorded(pixel, patch, folding.given):
+            if folding is not None:
                 return folding(patch, pixel, *self._scales(patch))
             patch = self.fold(pixel, patch, fused)
             return self.outer(patch, True) if outer is None else outer(patch, None, *self._scales(patch))
@@ -199,9 +199,8 @@ class Block(nn.Module):
         if given is None:
             return self.outer(self.fold(pixel, patch, True), True)
         *weights, eps = _fold_arguments(self).values()
-        folding = given | dict(fold_weights=reference.FoldWeights(*weights), pixel=pixel)
-        if eps == given["eps"] and not _any_recorded(pixel, patch, folding):
-            given = folding
+        if eps == given["eps"]:
+            given = given | dict(fold_weights=reference.FoldWeights(*weights), pixel=pixel)
         else:
             patch = self.fold(pixel, patch, True)
         return self._fused_transformer("outer", given, patch=patch)
@@ -289,13 +288,6 @@ def transformer_arguments(norm1: Any, attn: Any, norm2: Any, mlp: Any) -> dict[s
 def _is_chosen(fused: Any) -> bool:
     """Whether the model has been found as it was, so that what ``dispatch.Chosen`` remembers of it can be taken."""
     return isinstance(fused, dispatch.Chosen) and not torch.compiler.is_compiling()
-
-
-def _any_recorded(pixel: Tensor, patch: Tensor, given: dict[str, Any]) -> bool:
-    """Whether autograd records the operation outer with a fold."""
-    if not torch.is_grad_enabled():
-        return False
-    return any([x is not None and x.requires_grad for x in (pixel, patch, *given["fold_weights"], *given["weights"])])
 
 
 def _weight_and_bias(layer: Any) -> tuple[Any, Any]:
