@@ -55,6 +55,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "VALUES": (512, 1024, 2048, 4096, 8192),
     "EACH": (4, 8, 16, 32, 64),
     "PER_SM": (2, 4, 8, 16),
+    "STAGES": (1, 2, 3, 4),
 }
 TOGETHER = (("rows", "warps"),)
 Fields = dict[str, Any]
@@ -147,7 +148,7 @@ def entries(operations: Iterable[str], dtypes: Iterable[str]) -> list[Entry]:
             module.CONFIGS = before
             module._specialise.forget()
     if of_norm:
-        found[norm.__name__] = Entry(norm, None, ("VALUES", "EACH", "PER_SM"), "s", "bf16", tuple(of_norm))
+        found[norm.__name__] = Entry(norm, None, ("VALUES", "EACH", "PER_SM", "STAGES"), "s", "bf16", tuple(of_norm))
     return list(found.values())
 
 

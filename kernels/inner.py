@@ -50,14 +50,15 @@ from tnt_fast.kernels.tile import (  # isort: skip
     scaled, store,
 )  # fmt: skip
 
-# (C_PAD, half precision): of a tile, and hidden channels at once. The forward of TNT-S is the fastest of 18 on an H200, all
-# others chosen by static cost for sm_90 and not swept there (benchmarks/results/2026-11-26-0640/tune.txt). TNT-Ti, S and B have
-# C_PAD 16, 32 and 64; at 128, which none of them has, PyTorch computes the gradients.
+# (C_PAD, half precision): of a tile, and hidden channels at once. In half precision those of TNT-S and TNT-B, 32 and 64, are
+# the fastest of 60, 85, 10 and 6 on an H200 (benchmarks/results/2026-11-26-1929/sweep.txt; a third stage of TNT-B's forward is
+# 4% faster, and more than the 99 KiB of sm_86, sm_89 and sm_120), all others chosen by static cost for sm_90. TNT-Ti has
+# C_PAD 16; at 128, which no named model has, PyTorch computes the gradients.
 CONFIGS = {
     "_inner_fwd_kernel": {
         (16, True): Config(64, warps=2, per_sm=7, chunk=16),
-        (32, True): Config(32, warps=2, per_sm=8, chunk=32),
-        (64, True): Config(64, warps=4, per_sm=2, chunk=32, mma_arch="sm80"),
+        (32, True): Config(64, warps=4, per_sm=4, chunk=32, stages=3, mma_arch="sm80"),
+        (64, True): Config(64, warps=4, per_sm=2, chunk=32, stages=2, mma_arch="sm80"),
         (128, True): Config(16, warps=4, per_sm=2, chunk=32, mma_arch="sm80"),
         (16, False): Config(16, warps=2, per_sm=4, chunk=16),
         (32, False): Config(16, warps=4, per_sm=4, chunk=16),
@@ -424,7 +425,7 @@ def _inner_fwd_kernel(x_ptr, y_ptr, w, attn_scale_ptr, mlp_scale_ptr, n_patches,
     fc2_bias = load(w.fc2_bias, ch, real) * up
     matrices = _matrices(Z)
     patch, token, offset = _layout(Z)
-    for tile in range(tl.program_id(0), tl.cdiv(n_patches, Z.G), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_patches, Z.G), tl.num_programs(0), num_stages=Z.STAGES):
         first, alive, mask = _place(tile, patch, token, n_patches, Z)
         mine = tile * Z.G + patch
         tokens = tl.load(x_ptr + first + offset, mask=mask, other=0.0)  # [ROWS, C_PAD]
@@ -466,7 +467,7 @@ def _inner_bwd_mlp_kernel(x_ptr, dy_ptr, dx_ptr, w, attn_scale_ptr, mlp_scale_pt
     gb = accumulators(1, Z.C_PAD, 16, Z.WIDE)[0]
     matrices = _matrices(Z)
     patch, token, offset = _layout(Z)
-    for tile in range(tl.program_id(0), tl.cdiv(n_patches, Z.G), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_patches, Z.G), tl.num_programs(0), num_stages=Z.STAGES):
         first, alive, mask = _place(tile, patch, token, n_patches, Z)
         mine = tile * Z.G + patch
         tokens = tl.load(x_ptr + first + offset, mask=mask, other=0.0)  # [ROWS, C_PAD]
@@ -522,7 +523,7 @@ def _inner_bwd_attention_kernel(x_ptr, dx_ptr, w, attn_scale_ptr, sums_ptr, n_pa
     matrices = _matrices(Z)
     own = matrices[3]
     patch, token, offset = _layout(Z)
-    for tile in range(tl.program_id(0), tl.cdiv(n_patches, Z.G), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_patches, Z.G), tl.num_programs(0), num_stages=Z.STAGES):
         first, alive, mask = _place(tile, patch, token, n_patches, Z)
         tokens = tl.load(x_ptr + first + offset, mask=mask, other=0.0)  # [ROWS, C_PAD]
         dy = tl.load(dx_ptr + first + offset, mask=mask, other=0.0)
@@ -657,7 +658,7 @@ def _specialise(kernel: Any, dtype: torch.dtype, S: int, C: int, H: int, M: int)
     fit = head_bytes <= 64 << 10
     sizes = Sizes.computed(
         dtype, S=S, C=C, H=H, M=M, T=T, G=max(1, config.rows // T), C_PAD=c_pad, D_PAD=d_pad, HG=hg, CHUNK=config.chunk,
-        BACKWARD=kernel is not _inner_fwd_kernel, KEEP_HEADS=kernel is not _inner_fwd_kernel or fit,
+        STAGES=config.stages, BACKWARD=kernel is not _inner_fwd_kernel, KEEP_HEADS=kernel is not _inner_fwd_kernel or fit,
         MLP_FITS=c_pad < (128 if half else 64) and M <= 256 and mlp_bytes + fit * head_bytes <= 72 << 10,
     )  # fmt: skip
     if kernel is _inner_weights_kernel:  # it has no turns, and stands for a call of batch 256 with 196 patches an image

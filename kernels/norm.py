@@ -23,8 +23,9 @@ from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, contiguous, launch, programs, remembered
 from tnt_fast.kernels.tile import centred, load
 
-# values a tile, values a thread; of the backward also programs a multiprocessor. The best of 36 on an H200 for TNT-S and TNT-B
-VALUES, EACH, PER_SM = 1024, 32, 8
+# Values a tile, values a thread; of the backward also programs a multiprocessor, and tiles on their way at once: with one it
+# waits for memory half of its time. Among the best of 40 on an H200 for TNT-S and TNT-B (results/2026-11-26-1929/sweep.txt).
+VALUES, EACH, PER_SM, STAGES = 1024, 32, 8, 3
 WIDEST = 16384  # row of which a program holds several copies in registers
 
 
@@ -123,13 +124,13 @@ def _norm_bwd_kernel(
     """
     col = tl.arange(0, Z.W_PAD)
     real = col < Z.W
-    gamma, shift = load(w.weight, col, real), load(w.shift, col, real)
+    gamma, beta, shift = load(w.weight, col, real), load(w.bias, col, real), load(w.shift, col, real)
     # whole tiles are summed, and their rows only at the end: no reduction between the warps in a tile
     d_weight = tl.full((Z.BLOCK, Z.W_PAD), 0.0, tl.float32)
     d_bias = tl.full((Z.BLOCK, Z.W_PAD), 0.0, tl.float32)
     d_x = tl.full((Z.BLOCK, Z.W_PAD), 0.0, tl.float32)
     d_rest = tl.full((Z.BLOCK, Z.W_PAD), 0.0, tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(n_rows, Z.BLOCK), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, Z.BLOCK), tl.num_programs(0), num_stages=Z.STAGES):
         row = tl.cast(tile, tl.int64) * Z.BLOCK + tl.arange(0, Z.BLOCK)
         mask = (row < n_rows)[:, None] & real[None, :]
         start = row[:, None] * Z.W
@@ -137,7 +138,7 @@ def _norm_bwd_kernel(
         # of rows past the last all is 0: their 1/σ has to be finite, without an eps, too
         x, rstd = _standardised(x, tl.where(row < n_rows, eps, 1.0), Z)  # [BLOCK, W_PAD], [BLOCK]
         if out.y is not None:
-            y = x * gamma[None, :] + load(w.bias, col, real)[None, :]
+            y = x * gamma[None, :] + beta[None, :]
             tl.store(out.y + start + col[None, :], y.to(Z.DTYPE), mask=mask)
         if Z.GROUPED:
             patch = row.to(tl.int32)
@@ -179,8 +180,9 @@ def _norm_bwd_kernel(
 def specialise(kernel: Any, dtype: torch.dtype, W: int, grouped: bool = False, sums: int = 0) -> Launch:
     pad = triton.next_power_of_2(W)
     block = max(1, VALUES // pad)
-    config = Config(block, warps=min(16, max(1, block * pad // (32 * EACH))), per_sm=PER_SM)
-    return Launch(kernel, {"Z": Sizes.computed(dtype, W=W, W_PAD=pad, BLOCK=block, GROUPED=grouped, SUMS=sums)}, config, block)
+    config = Config(block, warps=min(16, max(1, block * pad // (32 * EACH))), per_sm=PER_SM, stages=STAGES)
+    sizes = Sizes.computed(dtype, W=W, W_PAD=pad, BLOCK=block, STAGES=STAGES, GROUPED=grouped, SUMS=sums)
+    return Launch(kernel, {"Z": sizes}, config, block)
 
 
 def forward(

@@ -149,6 +149,7 @@ class Sizes:
     DTYPE: Any
     PRECISION: str = "ieee"
     FAST: bool = False  # the approximations of tile.py: in half precision, compiled for an NVIDIA GPU
+    STAGES: int = 1  # tiles of a grid that stays that are on their way at once
     EXACT: bool = derived(lambda Z: tl.float32 == Z.DTYPE)
 
     def __post_init__(self) -> None:

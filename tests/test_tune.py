@@ -116,7 +116,7 @@ def test_every_entry_of_a_named_variant_is_swept():
     keys |= {"inner/_inner_bwd_attention_kernel/(64, True)": "b", "pixel_embed/_pixel_embed_fwd_kernel/True": "s", "norm": "s"}
     assert {name: found[name].variant for name in keys} == keys
     assert not [name for name in found if "False" in name or "128" in name]
-    assert found["norm"].fields == dict(VALUES=norm.VALUES, EACH=norm.EACH, PER_SM=norm.PER_SM)
+    assert found["norm"].fields == dict(VALUES=norm.VALUES, EACH=norm.EACH, PER_SM=norm.PER_SM, STAGES=norm.STAGES)
     assert {name for name, _ in found["norm"].launches} == {"fold", "outer"}
     assert before == [inner.CONFIGS[name] for name in inner.CONFIGS]
     assert all(type(table) is dict for table in inner.CONFIGS.values())
@@ -163,7 +163,7 @@ def test_what_won_is_written_into_the_table():
         entry = found[name]
         with open(entry.module.__file__, encoding="utf-8") as file:
             text = file.read()
-        new = {"VALUES": 2048, "EACH": 16, "PER_SM": 4} if name == "norm" else Config(128, 8, 3, 64, 2, None)._asdict()
+        new = dict(VALUES=2048, EACH=16, PER_SM=4, STAGES=2) if name == "norm" else Config(128, 8, 3, 64, 2, None)._asdict()
         if "_bwd_attention_kernel/(32" in name:  # the other half's
             with pytest.raises(ValueError, match=r"put Config\(128, warps=8, per_sm=3, chunk=64, stages=2\) there by hand"):
                 tune.written(text, entry, new)
@@ -171,9 +171,8 @@ def test_what_won_is_written_into_the_table():
         changed = tune.written(text, entry, new)
         assert ast.dump(ast.parse(tune.written(changed, entry, entry.fields))) == ast.dump(ast.parse(text))
         (line,) = set(changed.splitlines()) - set(text.splitlines())
-        wanted = (
-            "VALUES, EACH, PER_SM = 2048, 16, 4" if name == "norm" else "Config(128, warps=8, per_sm=3, chunk=64, stages=2)"
-        )
+        of_norm, others = "VALUES, EACH, PER_SM, STAGES = 2048, 16, 4, 2", "Config(128, warps=8, per_sm=3, chunk=64, stages=2)"
+        wanted = of_norm if name == "norm" else others
         assert wanted in line
     assert eval(tune._call(Config(64, 4, 2, 32, 1, "sm80")._asdict())) == Config(64, 4, 2, 32, 1, "sm80")
 
