@@ -130,12 +130,12 @@ def test_a_table_has_the_numbers_inside_and_as_they_were_behind():
     def launched(entry):
         return entry.launches[0][1].spec
 
-    for name, changes in {"inner/_inner_fwd_kernel/(32, True)": {"rows": 64, "warps": 4}, "norm": {"VALUES": 4096}}.items():
+    for name, changes in {"inner/_inner_fwd_kernel/(32, True)": {"rows": 32, "warps": 2}, "norm": {"VALUES": 4096}}.items():
         entry, before = found[name], launched(found[name])
         with entry.holding(entry.fields | changes):
             inside = launched(entry)
         assert inside != before
-        assert inside.config.warps == (4 if "rows" in changes else 4 * before.config.warps)
+        assert inside.config.warps == (2 if "rows" in changes else 4 * before.config.warps)
         assert launched(entry) == before
 
 
@@ -194,7 +194,9 @@ def test_the_command_keeps_prints_and_goes_on(tmp_path, monkeypatch, capsys, rig
     assert kept["date"]
     assert all(about["chosen"] == about["shipped"] | {"warps": 8} for about in kept["entries"].values())
     assert "h200, simulated" in out
-    assert [line.split()[-5:] for line in out.splitlines()[2:]] == [["-75%", "warps", "2", "→", "8"]] * 3
+    before = [about["shipped"]["warps"] for about in kept["entries"].values()]
+    told = [[f"-{100 - 100 * warps // 8}%", "warps", str(warps), "→", "8"] for warps in before]
+    assert [line.split()[-5:] for line in out.splitlines()[2:]] == told
     monkeypatch.setattr(tune, "_by_number", None)  # nothing is left to try
     assert tune.main(options) == 0
     assert capsys.readouterr().out == out
