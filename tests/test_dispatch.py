@@ -306,6 +306,10 @@ OUTER = {
     "a replaced forward": lambda b: setattr(b.mlp, "forward", torch.neg),
     "weight norm": lambda b: nn.utils.parametrizations.weight_norm(b.mlp.fc1),
     "a bias that is broadcast": lambda b: setattr(b.mlp.fc2, "bias", nn.Parameter(torch.randn(1))),
+    "wider queries and keys": lambda b: setattr(b.attn_out.qk, "weight", nn.Parameter(0.2 * torch.randn(96, 24))),
+    "biases of queries, keys and values that are broadcast": lambda b: [
+        setattr(linear, "bias", nn.Parameter(torch.randn(1))) for linear in (b.attn_out.qk, b.attn_out.v)
+    ],
     "a bias of queries and keys alone": lambda b: setattr(b.attn_out.qk, "bias", nn.Parameter(torch.randn(48))),
     "eager attention": lambda b: setattr(b.attn_out, "attn_backend", "eager"),
 }
@@ -341,6 +345,19 @@ def test_an_outer_norm_of_another_width_is_the_references_error(norm):
         model(image)  # so that the sizes are known
         setattr(model.blocks[1], norm, nn.LayerNorm(12).to(device))
         with pytest.raises(RuntimeError, match="normalized_shape"):
+            model(image)
+
+
+def test_a_weight_of_queries_and_keys_is_not_broadcast():
+    """Into the one matrix that the operation makes of it and the values'."""
+    pytest.importorskip("triton")
+    if not (kernels.on_cpu() or torch.cuda.is_available()):
+        pytest.skip("needs the kernels")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, image = tiny(depth=1).to(device), torch.randn(1, 3, 32, 32, device=device)
+    model.blocks[0].attn_out.qk.weight = nn.Parameter(torch.randn(1, device=device))
+    for model.backend in ("reference", "fused"):
+        with pytest.raises((RuntimeError, ValueError)):
             model(image)
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 import fuzz
 from fuzz import Wrong, compare, draw, examine, kernels, kind_of, replay
+from helpers import perturb
 
 SEED, CASES, CHUNK = 1, 200, 10
 
@@ -266,6 +267,35 @@ def test_wrong_dispatch_is_found(monkeypatch, what):
         "a reason that is none": "runs although why_not_fused says", "a reason not foretold": "why_not_fused has no reason",
     }  # fmt: skip
     assert told.startswith(expected[what])
+
+
+def surgery(monkeypatch, change) -> str:
+    """The verdict on a model of two tokens that drops paths."""
+
+    def drawn(dice, *given):
+        model = fuzz.TNT(8, 8, 3, 0, embed_dim=24, inner_dim=6, depth=1, num_heads_inner=1, num_heads_outer=3)
+        model.blocks[0].drop_path = fuzz.timm.layers.DropPath(0.5)
+        return perturb(model, 0.1).to(fuzz.DEVICE), {}, (4, 3, 8, 8)
+
+    monkeypatch.setattr(fuzz, "draw_tnt", drawn)
+    monkeypatch.setattr(fuzz.Surgery, "ACTIONS", (lambda dice, model: change(model) or "changed",))
+    case = fuzz.Surgery(fuzz.Dice(SEED, "surgery", 0))
+    case.model.train()
+    case.gradients = True
+    return case.judge()
+
+
+def test_what_a_lazy_module_draws_is_no_difference(monkeypatch):
+    assert surgery(monkeypatch, lambda m: setattr(m.blocks[0].attn_out, "v", torch.nn.LazyLinear(24))) == "right"
+
+
+def test_gradients_through_saturated_attention_are_held_to_pytorchs_own_error(monkeypatch):
+    def saturated(model):
+        qk = model.blocks[0].attn_out.qk
+        qk.weight.data.mul_(100)
+        qk.register_forward_hook(lambda module, given, out: None)  # so that it is called
+
+    assert surgery(monkeypatch, saturated) == "right"
 
 
 def dies(seed, kind, index):

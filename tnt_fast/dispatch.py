@@ -286,11 +286,14 @@ def _of_outer(prefix: str, block: Any, like: Tensor) -> tuple[dict[str, Any], li
     record = given["weights"]
     if (record.qk_bias is None) != (record.v_bias is None):
         return {}, [f"{prefix}attn_out has one of the biases of qk and v; the kernels take both or none"]
-    # what the LayerNorm kernels read; the library looks at the other shapes, as for the submodules
+    # what the LayerNorm kernels read, and what is joined; the library looks at the other shapes, as for the submodules
     read = (record.norm1_weight, record.norm1_bias, record.proj_bias, record.norm2_weight, record.norm2_bias, record.fc2_bias)
-    width = record.v_weight.shape[:1]
-    if any([x is not None and x.shape != width for x in read]):
-        return {}, [f"{prefix}outer: a LayerNorm or a bias has not the {width[0]} values of the patches"]
+    E = record.norm1_weight.numel()
+    if any([x is not None and x.shape != (E,) for x in read]):
+        return {}, [f"{prefix}outer: a LayerNorm or a bias has not the {E} values of the patches"]
+    joined = ((record.qk_weight, (2 * E, E)), (record.v_weight, (E, E)), (record.qk_bias, (2 * E,)), (record.v_bias, (E,)))
+    if any([x is not None and x.shape != shape for x, shape in joined]):
+        return {}, [f"{prefix}attn_out: qk or v has another shape; the kernels take {(2 * E, E)} and {(E, E)}"]
     weights = [x for x in record if x is not None and not _is_sharded(x)]
     autocast = like.device.type != "meta" and torch.is_autocast_enabled(like.device.type)
     taken = (_computed(like), torch.float32) if autocast else (like.dtype,)
