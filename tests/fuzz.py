@@ -328,7 +328,7 @@ class Call:
         casts = [None] + [self.half] * self.autocast[0] + [torch.float32] * (self.dtype in HALVES)
         found = [self.compute(function, cast, draw=draw) for draw in (0, *DRAWS) for cast in casts]
         found += [self.compute(function, cast, recomputed=True) for cast in casts if cast == torch.float32]
-        if self.operation == "outer" and "pixel" not in self.tensors and DEVICE == "cuda":
+        if self.operation == "outer" and DEVICE == "cuda":
             with fused_attention():
                 found += [self.compute(function, cast) for cast in casts]
         with rounded_softmax(self.dtype):
