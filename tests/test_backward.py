@@ -53,7 +53,7 @@ def test_only_what_is_needed_is_asked_for():
     everything = asked(model, images().requires_grad_())
     assert everything["pixel_embed"] == [[0, 1, 2, 3]]
     assert everything["inner"] == [[0, 1, 2, 3, 5, 7, 8, 9, 10, 11, 12, 13, 14]] * 2  # no q, k, v biases
-    assert len(everything["fold"]) == 3
+    assert len(everything["fold"]) == 1  # of the stem: blocks fold within outer
     assert asked(model, images())["pixel_embed"] == [[1, 2, 3]]  # not of the image
     model.requires_grad_(False)
     model.head.requires_grad_(True)  # a linear probe

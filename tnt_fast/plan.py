@@ -238,7 +238,7 @@ def _kind(block: Any, pixel: Tensor, patch: Tensor) -> tuple[Any, ...]:
 
 
 def _fused(model: TNT, image: Tensor, keeper: _Keeper, dtype: torch.dtype) -> list[int]:
-    """Each operation keeps its first activation and drop-path's factors; outer more, as kernels/outer.py says."""
+    """Each operation keeps its first activation and drop-path's factors; outer, which folds, more: see kernels/outer.py."""
     sizes = model.sizes(image)
     B, N, S, C, E = len(image), *(int(sizes[letter]) for letter in ("N", "S", "C", "E"))
 
@@ -282,6 +282,8 @@ def _fused(model: TNT, image: Tensor, keeper: _Keeper, dtype: torch.dtype) -> li
         if made.requires_grad:
             scales(block, B)
             keeper.keep(patch)
+            if block.has_inner:
+                keeper.keep(pixel)
             _keep_outer(block, B, N + 1, E, keeper, new)
         patch = made
     keeper.step()
@@ -301,8 +303,9 @@ def _keep_outer(block: Any, B: int, T: int, E: int, keeper: _Keeper, new: Any) -
         keeper.keep(new(B * T, M))
     keeper.keep(new(3 * E, E))
     if new(0).dtype != block.mlp.fc1.weight.dtype:
-        for weight in (block.attn_out.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight):
-            keeper.keep(new(*weight.shape))
+        matrices = [block.attn_out.proj, block.mlp.fc1, block.mlp.fc2, *([block.proj] if block.has_inner else [])]
+        for layer in matrices:
+            keeper.keep(new(*layer.weight.shape))
 
 
 # ---- a model, its weights and its optimizer ----
