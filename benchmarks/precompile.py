@@ -23,7 +23,8 @@ from benchmarks.test_operations import operation_cases
 
 def compiled_cases() -> dict[str, measure.Case]:
     """By id, in the order of the timing."""
-    cases = [case for case in (*gpu_cases(), *operation_cases(True)) if case.info["provider"].endswith(("compiled", "tuned"))]
+    ways = ("compiled", "tuned", "graphed")
+    cases = [case for case in (*gpu_cases(), *operation_cases(True)) if case.info["provider"].endswith(ways)]
     return {case.id: case for case in measure.in_order(cases)}
 
 

@@ -6,7 +6,8 @@ precision what the blocks add to comes out of them ("residual"). Its guard, as t
 last image: at their output and, by name, at the gradients of their loss. A CUDA graph's time includes copying the images in.
 
 DeiT is measured in four more ways: with cuDNN's attention, on our outer kernels, and both models as compiled with
-max-autotune-no-cudagraphs ("tuned").
+max-autotune-no-cudagraphs ("tuned"). "graphed" is compiled with reduce-overhead: PyTorch captures what a call launches, forward
+and backward, and replays it, so the host is out of the way at any batch size.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ DEITS = {"deit_ti": "deit_tiny_patch16_224", "deit_s": "deit_small_patch16_224",
 CONVNETS = {"cnn_resnet50": "resnet50", "cnn_regnety_4g": "regnety_040"}  # which the paper's Table 3 has, too
 TIMMS = {**DEITS, **CONVNETS}
 SETS = 3  # of images, in turns
-COMPILED = {"compiled": None, "tuned": "max-autotune-no-cudagraphs"}  # mode of torch.compile
+COMPILED = {"compiled": None, "tuned": "max-autotune-no-cudagraphs", "graphed": "reduce-overhead"}  # mode of torch.compile
 
 
 def bare(family: str, own: bool = True, **others) -> nn.Module:
@@ -219,7 +220,7 @@ def _graph(model: nn.Module, image: torch.Tensor):
 
 def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, group: str) -> Case:
     """``provider``: timm, fused, reference or optimized (the copy for inference), of a DeiT also cudnn or outer, then -eager,
-    -compiled or -tuned; or eager+OPERATION+..., a step of the waterfall."""
+    -compiled, -tuned or -graphed; or eager+OPERATION+..., a step of the waterfall."""
 
     def build() -> Provider:
         kind = torch.float32 if mode == "train" else DTYPES[dtype]
@@ -266,7 +267,8 @@ def model_case(family: str, provider: str, mode: str, dtype: str, batch: int, gr
 
         slack = measure.FOREIGN if is_control(info) else 1.0
         about = {"residual": residual(raw, sets[0], dtype)} if mode == "train" else {}
-        return Provider(run, check, own_bytes, slack, peak=mode != "latency_graph", energy=batch == 256, about=about)
+        peak = mode != "latency_graph" and way != "graphed"  # whose graphs keep memory for themselves
+        return Provider(run, check, own_bytes, slack, peak, energy=batch == 256, about=about)
 
     info = dict(suite="models", model=family, mode=mode, dtype=dtype, batch=batch, provider=provider)
     return Case(f"{family}/{mode}/{dtype}/{batch}/{provider}", group, build, info)
@@ -305,6 +307,15 @@ def tuned(size: str, mode: str) -> list[Case]:
     return [model_case(family, f"{path}-tuned", mode, "bf16", 256, group) for family, path in models]
 
 
+def graphed(size: str, mode: str) -> list[Case]:
+    """Ours and DeiT, each in CUDA graphs of torch.compile's."""
+    group = f"{size}/{mode}/bf16/256/graphed"
+    return [
+        model_case(family, f"{path}-graphed", mode, "bf16", 256, group)
+        for family, path in ((f"tnt_{size}", "fused"), (f"deit_{size}", "timm"))
+    ]
+
+
 def gpu_cases() -> list[Case]:
     """What tells most first; then everything eager; compiled last, since compiling takes most of the time."""
     cases = partial(group_cases, own="fused")
@@ -312,11 +323,14 @@ def gpu_cases() -> list[Case]:
     found += [
         *cases("b", "inference", "bf16", 256, peers=("cudnn", "outer")),
         *cases("s", "train", "bf16", 256, peers=("cudnn",)),
+        *graphed("s", "train"),
+        *graphed("s", "inference"),
     ]
     found += [case for size in ("s", "b") for case in cases(size, "latency_graph", "bf16", 1, peers=("cudnn", "outer"))]
     found += [*cases("s", "inference", "bf16", 1), *cases("b", "inference", "bf16", 1)]
     found += [*cases("b", "train", "bf16", 256, peers=("cudnn",)), *cases("s", "train", "bf16", 1)]
-    found += [*tuned("s", "inference"), *tuned("s", "train"), *tuned("b", "inference"), *waterfall("s"), *waterfall("b")]
+    found += [*tuned("s", "inference"), *tuned("s", "train"), *tuned("b", "inference")]
+    found += [*graphed("b", "inference"), *graphed("b", "train"), *waterfall("s"), *waterfall("b")]
     found += cases("s", "latency_graph", "bf16", 256)  # what the GPU alone takes
     found += convnets("bf16", 256, ("eager", "compiled"))
     sizes, dtypes, batches = ("s", "b", "ti"), ("bf16", "fp16", "fp32"), (256, 1, 8, 64, 1024)

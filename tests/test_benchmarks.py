@@ -419,7 +419,7 @@ def test_what_decides_is_measured_first_and_150_rows_fit(stand_in, monkeypatch):
 
         def build() -> measure.Provider:
             provider = case.info["provider"]
-            now[0] += 20 if provider.endswith("tuned") else 2.0 if provider.endswith("compiled") else 0.8
+            now[0] += 20 if provider.endswith("tuned") else 2.0 if provider.endswith(("compiled", "graphed")) else 0.8
             return measure.Provider(run, dict, energy=case.info["batch"] == 256 and case.info["suite"] == "models")
 
         return measure.Case(case.id, case.group, build, case.info)
@@ -495,6 +495,7 @@ def test_ours_gets_no_slack_compiled_and_tuned_peers_do():
             ("fused-eager", "tnt"),
             ("fused-compiled", "tnt"),
             ("fused-tuned", "tnt"),
+            ("fused-graphed", "tnt"),
             ("outer-eager", "deit"),
             ("outer-compiled", "deit"),
         ],
