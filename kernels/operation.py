@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from tnt_fast import reference
-from tnt_fast.arguments import Arguments
+from tnt_fast.arguments import Arguments, is_watched
 from tnt_fast.reference import by_name
 
 PLAIN = {Tensor, Parameter, type(None)}  # no subclass, which may do something else when it is called
@@ -573,13 +573,7 @@ class Settled:
 
 def _watched() -> bool:
     """Whether somebody looks at what is called: a mode, a trace, a transform, a profiler."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    )
+    return is_watched() or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
 
 
 def of_matrix(d: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:

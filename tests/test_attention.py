@@ -28,7 +28,7 @@ def images(count: int = 2) -> torch.Tensor:
 @pytest.fixture
 def sdpa(monkeypatch):
     """Calls of PyTorch's fused attention through ours."""
-    calls, right, recorded = [], attention.attend, attention.attend_recorded
+    calls, right, recorded, joined = [], attention.attend, attention.attend_recorded, attention.attend_joined
 
     def attend(q, k, v, backend="sdpa"):
         calls.extend([q.shape] if backend == "sdpa" else [])
@@ -36,6 +36,7 @@ def sdpa(monkeypatch):
 
     monkeypatch.setattr(attention, "attend", attend)
     monkeypatch.setattr(attention, "attend_recorded", lambda q, k, v: calls.append(q.shape) or recorded(q, k, v))
+    monkeypatch.setattr(attention, "attend_joined", lambda qkv: calls.append(qkv[:, :, 0].shape) or joined(qkv))
     return calls
 
 
@@ -138,6 +139,140 @@ def test_a_model_on_the_reference_path_takes_the_backend_that_is_named(backend, 
     model.set_attn_backend("auto")
     assert torch.equal(model(image), expected)
     assert {block.attn_in.attn_backend for block in model.blocks} == {"eager"}  # the inner one has no choice
+
+
+# ---- on the reference path, inferring in float32 on a CPU ----
+
+on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Calls that compute q, k and v in one product of oneDNN: how wide."""
+    calls, right = [], attention.linears
+    monkeypatch.setattr(attention, "linears", lambda x, *given: calls.append(x.shape[-1]) or right(x, *given))
+    return calls
+
+
+@on_cpu
+@needs_onednn
+@pytest.mark.parametrize("kwargs", [{}, dict(qkv_bias=True), dict(embed_dim=384, num_heads_outer=6)], ids=str)
+def test_inference_on_a_cpu_takes_fused_attention_and_one_product(kwargs, sdpa, products):
+    model, image = tiny(backend="reference", **kwargs), images()
+    exact, own = copy.deepcopy(model).double()(image.double()).detach(), model(image).detach()
+    assert sdpa == products == []  # while gradients are recorded, timm's bits
+    with torch.no_grad():
+        found = model(image)
+        assert len(sdpa) == len(products) == 2
+        HERE.rule("inference", found, own, exact, torch.float32)
+        assert torch.equal(model(image), found)
+        assert model(image[:0]).shape == (0, 5)
+        with torch.backends.mkldnn.flags(enabled=False):
+            products.clear()
+            HERE.rule("without oneDNN", model(image), own, exact, torch.float32)
+            assert products == []
+        model.set_attn_backend("eager")
+        assert torch.equal(model(image), own)
+
+
+@on_cpu
+@needs_onednn
+@pytest.mark.parametrize("width", [24, 192, 200, 384, 640])
+def test_one_product_has_no_more_error_than_two(width):
+    x, layers = torch.randn(64, 16, width), (nn.Linear(width, 2 * width, bias=False), nn.Linear(width, width))
+    layers[0].weight = nn.Parameter(layers[0].weight.detach().t().contiguous().t())  # its columns in rows
+    with torch.no_grad():
+        found = attention.linears(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
+        for out, layer in zip(found, layers, strict=True):
+            exact = copy.deepcopy(layer).double()(x.double())
+            mine, theirs = ((y.double() - exact).square().mean().sqrt() for y in (out, layer(x)))
+            assert mine <= 1.15 * theirs
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@on_cpu
+@needs_onednn
+@pytest.mark.parametrize("name", ["qk", "v"])
+@pytest.mark.parametrize("how", ["hook", "class", "forward", "width", "dtype"])
+def test_a_changed_linear_counts_on_a_cpu(how, name, products):
+    model, image, seen = tiny(backend="reference"), images(), []
+    attn = model.blocks[1].attn_out
+    layer = getattr(attn, name)
+    if how == "hook":
+        layer.register_forward_hook(lambda *_: seen.append(1))
+    elif how == "class":
+        setattr(attn, name, Doubled(24, layer.out_features, bias=False))
+    elif how == "forward":
+        layer.forward = lambda x: seen.append(1) or nn.Linear.forward(layer, x) * 2
+    elif how == "width":
+        layer.weight = nn.Parameter(torch.randn(layer.out_features, 25))
+    else:
+        layer.double()
+    with torch.no_grad():
+        if how in ("width", "dtype"):
+            with pytest.raises(RuntimeError, match="mat1 and mat2|have the same dtype"):
+                model(image)
+        else:
+            found = model(image)
+            model.set_attn_backend("eager")
+            assert relative_error(found, model(image)) <= 1e-5
+            assert len(seen) == (0 if how == "class" else 2)
+    assert len(products) == 1  # the other block's
+
+
+def _vmapped(model, image):
+    return torch.func.vmap(lambda x: model(x[None])[0])(image)
+
+
+def _dual(model, image):
+    return torch.func.jvp(model, (image,), (torch.ones_like(image),))[0]
+
+
+def _counted(model, image):
+    with FlopCounterMode(display=False) as counter:
+        found = model(image)
+    assert "aten.bmm" in map(str, counter.get_flop_counts()["Global"])
+    return found
+
+
+def _globally_hooked(model, image):
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        return model(image)
+    finally:
+        handle.remove()
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda model, image: torch.enable_grad()(model)(image),
+        lambda model, image: model.double()(image.double()),
+        lambda model, image: model.bfloat16()(image.bfloat16()),
+        lambda model, image: torch.autocast("cpu", torch.bfloat16)(model)(image),
+        lambda model, image: torch.fx.symbolic_trace(model)(image),
+        lambda model, image: torch.jit.trace(model, image, check_trace=False)(image),
+        lambda model, image: torch.compile(model, fullgraph=True, backend="eager")(image),
+        _vmapped,
+        _dual,
+        _counted,
+        _globally_hooked,
+    ],
+    ids=["gradients", "float64", "bfloat16", "autocast", "fx", "trace", "compile", "vmap", "jvp", "modes", "hooks"],
+)
+def test_what_is_recorded_traced_or_in_another_dtype_stays_eager(way, sdpa, products):
+    model, image = tiny(backend="reference", depth=1), images()
+    with torch.no_grad():
+        found = way(copy.deepcopy(model), image)
+    assert sdpa == products == []
+    if found.dtype == torch.float32:
+        assert relative_error(found.detach(), model(image).detach()) <= 1e-5
 
 
 # ---- on the fused path ----
@@ -286,7 +421,7 @@ def test_fused_attention_counts_as_many_flops_as_the_references(gradients):
     assert counts[0] == counts[1] > 0
 
 
-FREE = {"aten::empty", "aten::empty_like", "aten::view", "aten::unbind", "aten::transpose", "aten::t"}  # launch nothing
+FREE = {"aten::empty", "aten::empty_like", "aten::view", "aten::unbind", "aten::permute", "aten::transpose", "aten::t"}  # launch nothing
 
 
 def _called(event) -> list[str]:

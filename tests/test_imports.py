@@ -12,13 +12,13 @@ PACKAGE = files("tnt_fast", "kernels")
 # file: (what it may import of ours, what of others beside the standard library). Read upwards, nothing points back.
 ALLOWED = {
     "tnt_fast/reference.py": ("", "torch"),
-    "tnt_fast/attention.py": ("tnt_fast/reference.py", "torch xformers"),
+    "tnt_fast/attention.py": ("tnt_fast/arguments.py tnt_fast/reference.py", "torch xformers"),
     "tnt_fast/arguments.py": ("tnt_fast/reference.py", "torch"),
     "kernels/*.py": ("kernels/*.py tnt_fast/arguments.py tnt_fast/reference.py", "torch triton"),
     "kernels/outer.py": ("tnt_fast/attention.py", ""),
     "tnt_fast/dispatch.py": ("kernels/__init__.py tnt_fast/reference.py", "torch timm"),
     "tnt_fast/tnt.py": ("tnt_fast/attention.py tnt_fast/dispatch.py tnt_fast/reference.py", "torch timm"),
-    "tnt_fast/optimize.py": ("tnt_fast/tnt.py tnt_fast/dispatch.py tnt_fast/reference.py", "torch timm"),
+    "tnt_fast/optimize.py": ("tnt_fast/tnt.py tnt_fast/attention.py tnt_fast/dispatch.py tnt_fast/reference.py", "torch timm"),
     "tnt_fast/reading.py": ("", "torch safetensors"),
     "tnt_fast/writing.py": ("", ""),
     "tnt_fast/checkpoints.py": ("tnt_fast/tnt.py tnt_fast/reading.py tnt_fast/writing.py", "torch timm"),

@@ -38,6 +38,16 @@ NAMES = {  # what a size is called, or a product of sizes
 _LAYERS = {"norm1": "{0}", "qk": "2*{0} {0}", "v": "{0} {0}", "proj": "{0} {0}", "norm2": "{0}", "fc1": "M {0}", "fc2": "{0} M"}
 
 
+def is_watched() -> bool:
+    """Whether somebody looks at what is called: a mode, a trace, a transform."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def transformer_shapes(width: str) -> dict[str, str]:
     """Of ``reference.TransformerWeights`` over so many channels; a bias has a value for each row of its weight."""
     found: dict[str, str] = {}

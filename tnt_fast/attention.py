@@ -1,6 +1,7 @@
 """What computes the outer attention: PyTorch's fused attention, xformers', or plain products and a softmax.
 
-"auto" is "sdpa" on the fused path and "eager" on the reference path, whose bits are timm's.
+"auto" is "sdpa" on the fused path. On the reference path it is "eager", whose bits are timm's, but where ``only_infers``:
+"sdpa" there, too, with q, k and v in one product of oneDNN's.
 """
 
 from functools import cache
@@ -10,9 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
 
+from tnt_fast.arguments import is_watched
+
 BACKENDS = ("auto", "sdpa", "xformers", "eager")
+IN_A_ROW = 192  # channels that MKL adds up at once; of 384 at once oneDNN's error is 1.4 times as large
 
 
 def check_backend(backend: str) -> None:
@@ -30,6 +35,50 @@ def xformers() -> tuple[Any, str | None]:
         return import_module("xformers.ops"), None
     except (ImportError, OSError, RuntimeError) as error:
         return None, f"xformers does not load here ({(str(error).splitlines() or ['?'])[0]})"
+
+
+def only_infers(x: Tensor) -> bool:
+    """Whether ``x`` is in float32 on a CPU, outside of autocast, and nobody records or watches what is computed of it."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0 or is_watched():
+        return False
+    return type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def has_onednn(weight: Tensor) -> bool:
+    """Whether oneDNN computes a product with this weight here."""
+    available = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if not available or weight.device.type != "cpu" or weight.layout != torch.strided:
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return weight.dtype == torch.float32
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, plus: Tensor | None = None) -> Tensor:
+    """``F.linear`` by oneDNN, with GELU, or the sum with ``plus``, behind it; without gradients.
+
+    ``F.linear`` is MKL's, at half the speed on an AMD with AVX-512. ``weight`` in rows: oneDNN is very slow in another layout.
+    """
+    product = torch.ops.mkldnn._linear_pointwise
+    if plus is not None:
+        return product.binary(x, plus, weight, bias, "add")
+    return product.default(x, weight, bias, "gelu" if gelu else "none", [], "none")
+
+
+def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, ...]:
+    """``F.linear`` of ``x`` by each of the weights, by oneDNN in one product; without gradients, no less exact than MKL's."""
+    rows = [len(weight) for weight in weights]
+    bias = None
+    if any(b is not None for b in biases):
+        bias = torch.cat([x.new_zeros(n) if b is None else b for n, b in zip(rows, biases, strict=True)])
+    parts = -(-x.shape[-1] // IN_A_ROW)
+    out: Tensor | None = None
+    for part, *columns in zip(x.chunk(parts, -1), *(weight.chunk(parts, 1) for weight in weights), strict=True):
+        out = onednn_linear(part.contiguous(), torch.cat(columns), bias if out is None else None, plus=out)
+    assert out is not None
+    return out.split(rows, dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:

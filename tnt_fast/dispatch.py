@@ -308,6 +308,15 @@ def is_looked_at(drop: nn.Module) -> bool:
     return not plain or bool(_global_hook_reasons()) or is_hooked(drop) or "forward" in drop.__dict__
 
 
+def is_plain_linear(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer is a product of ``x`` with a weight, and a bias or none, and nobody looks at what goes in or out."""
+    if type(layer) is not nn.Linear or is_hooked(layer) or "forward" in layer.__dict__:
+        return False
+    weight, bias = layer.weight, layer.bias
+    parts = [(weight, (len(weight), x.shape[-1]))] + ([] if bias is None else [(bias, (len(weight),))])
+    return all([_is_plain(p) and p.shape == s and p.dtype == x.dtype and p.device == x.device for p, s in parts])
+
+
 def why_not_fused(model: Any, image: Tensor | None = None, gradients: bool = False) -> list[str]:
     """Every reason why ``model(image)`` would not take the fused path; an empty list if it would.
 

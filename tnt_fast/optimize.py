@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from tnt_fast import dispatch, reference
+from tnt_fast import attention, dispatch, reference
 from tnt_fast.tnt import TNT, Block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -81,17 +81,6 @@ def _check(model: Any, dtype: torch.dtype | None) -> None:
         )
 
 
-def _onednn(weight: Tensor) -> bool:
-    """Whether oneDNN computes a product with this weight here."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if weight.dtype == torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return weight.dtype == torch.float32
-
-
 def _frozen(x: Tensor, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(x.detach().to(dtype, copy=True).contiguous(), requires_grad=False)
 
@@ -112,14 +101,11 @@ class Product(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.weight, self.bias = _frozen(weight, dtype), None if bias is None else _frozen(bias, dtype)
-        self.by_onednn = _onednn(self.weight)
+        self.by_onednn = attention.has_onednn(self.weight)
 
     def forward(self, x: Tensor, gelu: bool = False, plus: Tensor | None = None) -> Tensor:
         if self.by_onednn and not torch.compiler.is_compiling():
-            product = torch.ops.mkldnn._linear_pointwise
-            if plus is not None:
-                return product.binary(x, plus, self.weight, self.bias, "add")
-            return product.default(x, self.weight, self.bias, "gelu" if gelu else "none", [], "none")
+            return attention.onednn_linear(x, self.weight, self.bias, gelu, plus)
         x = F.linear(x, self.weight, self.bias)
         x = F.gelu(x) if gelu else x
         return x if plus is None else plus + x

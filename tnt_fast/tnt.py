@@ -72,9 +72,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         """``fused``: on the fused path, where "auto" is PyTorch's fused attention."""
         if not torch.jit.is_scripting():
-            backend = self._backend(fused)
+            quick = not fused and self.attn_backend == "auto" and attention.only_infers(x)
+            backend = self._backend(fused or quick)
             if backend != "eager":
-                return self._attend(x, backend)
+                return self._attend(x, backend, quick)
         weights = self.attn_drop(reference.attention_weights(self.qk(x), self.num_heads))
         return self.proj_drop(self.proj(reference.attend(weights, self.v(x))))
 
@@ -87,12 +88,20 @@ class Attention(nn.Module):
         return "sdpa" if self.attn_backend == "auto" else self.attn_backend
 
     @torch.jit.unused
-    def _attend(self, x: Tensor, backend: str) -> Tensor:
+    def _attend(self, x: Tensor, backend: str, quick: bool) -> Tensor:
         (B, T, _), H = x.shape, self.num_heads
-        qk, v = self.qk(x), self.v(x)  # whatever these are: widths as the reference finds them
+        qk, v = self._at_once(x) if quick else (self.qk(x), self.v(x))  # whatever these are: widths as the reference finds them
         q, k = qk.reshape(B, T, 2, H, qk.shape[-1] // 2 // H).unbind(2)
         v = v.reshape(B, T, H, v.shape[-1] // H)
         return self.proj_drop(self.proj(attention.attend(q, k, v, backend).flatten(2)))
+
+    @torch.jit.unused
+    def _at_once(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What qk and v give, in one product where they are nothing but Linears that it takes."""
+        layers = (self.qk, self.v)
+        if all([dispatch.is_plain_linear(layer, x) and attention.has_onednn(layer.weight) for layer in layers]):
+            return attention.linears(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
+        return self.qk(x), self.v(x)
 
 
 class AttentionMaps(NamedTuple):
@@ -488,8 +497,9 @@ class TNT(nn.Module):
     Keyword Args:
         backend: "auto" (fused where it can be, else the reference with one warning), "fused" (or an error), "reference".
             Also an attribute.
-        attn_backend: of the outer attention: "auto" (PyTorch's scaled_dot_product_attention on the fused path, timm's
-            products and softmax on the reference path), "sdpa", "xformers", "eager". ``set_attn_backend`` changes it.
+        attn_backend: of the outer attention: "auto" (PyTorch's scaled_dot_product_attention on the fused path, and
+            without gradients in float32 on a CPU, q, k and v in one product; else timm's products and softmax), "sdpa",
+            "xformers", "eager". ``set_attn_backend`` changes it.
         recompute: what the gradients of the fused outer transformer compute again instead of keeping it: "none"; "mlp", the
             result of fc1, which GELU reads; "all" but the attention. An image of TNT-S keeps 20.8, 13.5 or 6.2 MB, then, under
             autocast in half precision. ``set_recompute`` changes it. A block whose outer submodules were replaced or hooked,
