@@ -421,7 +421,15 @@ def test_fused_attention_counts_as_many_flops_as_the_references(gradients):
     assert counts[0] == counts[1] > 0
 
 
-FREE = {"aten::empty", "aten::empty_like", "aten::view", "aten::unbind", "aten::permute", "aten::transpose", "aten::t"}  # launch nothing
+FREE = {
+    "aten::empty",
+    "aten::empty_like",
+    "aten::view",
+    "aten::unbind",
+    "aten::permute",
+    "aten::transpose",
+    "aten::t",
+}  # launch nothing
 
 
 def _called(event) -> list[str]:
