@@ -178,6 +178,7 @@ def test_options_go_over_a_file_over_a_preset_over_the_defaults(tmp_path):
         ("epochs: 3.5", ["epochs=3.5 must be a whole number"]),
         ("epochs:", ["epochs=None must be a whole number"]),
         ("compile: yes", ["compile='yes' must be True or False"]),
+        ("compile: true\ncompile_mode: fast", ["compile_mode='fast' is unknown", "accepted: default, reduce-overhead"]),
         ("smoothing: 1", ["smoothing=1 must be a number in [0, 1)"]),
         ("scale: [0.9, 0.2]", ["scale=(0.9, 0.2)", "smaller number first"]),
         ("amp: bf16", ["amp='bf16' is unknown", "accepted: off, bfloat16"]),

@@ -95,6 +95,15 @@ def whole(data, tmp_path_factory) -> Path:
     return out / "last.pt"
 
 
+def test_the_mode_of_compiling_is_handed_on(data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **how: asked.append(how))
+    assert main(arguments(data, tmp_path, "--epochs", 1, "--compile", "--compile-mode", "reduce-overhead")) == 0
+    assert asked == [{"mode": "reduce-overhead"}]
+    with pytest.raises(ValueError, match="compile_mode='reduce-overhead' is torch.compile's: set compile, too"):
+        recipe.Config("digits", compile_mode="reduce-overhead").check()
+
+
 # ---- interrupted and continued ----
 
 

@@ -43,12 +43,14 @@ MAY_EXTEND = (
     "amp",
     "threads",
     "compile",
+    "compile_mode",
     "tensorboard",
     "wandb",
 )  # if it is told to
 AMP = ("off", "bfloat16", "float16")
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "constant", "wsd", "rsqrt")  # those of timm that go by steps
-_CHOICES = {"amp": AMP, "class_weights": ("off", "balanced"), "sched": SCHEDULES}
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_CHOICES = {"amp": AMP, "compile_mode": COMPILE_MODES, "class_weights": ("off", "balanced"), "sched": SCHEDULES}
 POLICIES = ("rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "3a", "original", "originalr", "v0", "v0r")
 
 
@@ -142,6 +144,11 @@ class Config:
     workers: int = _field("machine", "processes that read images, for each rank; 0: none", 2, "[0, 512]")
     threads: int = _field("machine", "CPU threads of PyTorch; 0: its default. Tiny models are fastest with 1", 0, "[0, 1024]")
     compile: bool = _field("machine", "through torch.compile", False)
+    compile_mode: str = _field(
+        "machine",
+        "of torch.compile; reduce-overhead replays CUDA graphs, which pays where the GPU waits for the host",
+        "default",
+    )
     tensorboard: bool = _field("machine", "write the history for TensorBoard, too", False)
     wandb: str = _field("machine", "project of Weights & Biases that gets the history, too", "")
 
@@ -154,6 +161,10 @@ class Config:
         if self._multiple > 1:
             text = f"batch_size={self.batch_size} must be even for mixup and cutmix (set both to 0 to turn them off)"
             _require(self.batch_size % 2 == 0, text)
+        _require(
+            self.compile or self.compile_mode == "default",
+            f"compile_mode={self.compile_mode!r} is torch.compile's: set compile, too",
+        )
         _require(not (self.pretrained and self.initial), "pretrained and initial both name weights to start from; give one")
         # what TNT takes, and a run on colour images with one label each does not
         channels, pool = self.model_kwargs.get("in_chans", 3), self.model_kwargs.get("global_pool", "token")

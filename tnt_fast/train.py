@@ -171,7 +171,7 @@ class Run:
         self.criterion = criterion.to(self.device)
         metrics.check_packages(config)
         if config.compile:
-            self.model.compile()  # in place: parameters keep their names
+            self.model.compile(mode=config.compile_mode)  # in place: parameters keep their names
         self._training = ranks.parallel(self.model)
         # where the run stands: the next step is `step` of `epoch`
         self.epoch, self.step, self.loss_sum = 0, 0, 0.0
