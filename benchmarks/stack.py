@@ -21,7 +21,12 @@ PARTS = {
 COLOURS = ("C2", "C8", "C5", "C3", "C4", "C0", "C6", "0.85", "C1")
 MODELS = ("tnt_s", "deit_s", "tnt_b", "deit_b")
 TITLES = {"inference": "a forward", "train": "a training step"}
-MODES = {"inference": "inference", "train": "train", "latency_graph": "an image in a CUDA graph"}
+MODES = {
+    "inference": "inference",
+    "train": "train",
+    "train_graph": "train in CUDA graphs",
+    "latency_graph": "an image in a CUDA graph",
+}
 PROFILED = {"tnt_s/inference": "fused-eager", "tnt_s/train": "fused-compiled", "deit_s/train": "timm-compiled"}
 
 
