@@ -10,7 +10,7 @@ writes what the branch behind it is added to, with the biases of that branch, so
 q, k and v are one product; GELU belongs to fc1's.
 
 GELU in bfloat16 is cuBLAS's, of the tanh form: at most 4.7e-4 off the erf form, where rounding values near 1 to bfloat16
-makes 3.9e-3; in float16, in float32 and where gradients are recorded it is PyTorch's own.
+makes 3.9e-3; in float16, in float32 and where gradients are recorded it is a kernel of its own, of the form of tile.py.
 
 Backward, of each of the two branches r + scale · last(f(first(LN r))), f the attention or GELU, with g the gradient of the sum:
 
@@ -46,7 +46,7 @@ from tnt_fast.arguments import FOLD_SHAPES, transformer_shapes
 from tnt_fast.kernels import norm, operation
 from tnt_fast.kernels.fold import fold, product
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, launch, of_matrix, programs, remembered
-from tnt_fast.kernels.tile import gelu_gradient, load
+from tnt_fast.kernels.tile import gelu, gelu_gradient, load
 
 MATRICES = ("proj_weight", "fc1_weight", "fc2_weight")  # and that of q, k and v
 SCALES = ("attn_scale", "mlp_scale")
@@ -61,6 +61,17 @@ class Sizes(operation.Sizes):
     BLOCK: int
     COLUMNS: int
     GROUPS: int
+
+
+@triton.jit
+def _gelu_kernel(h_ptr, a_ptr, n_rows, Z: tl.constexpr):
+    group, member = tl.program_id(0) % Z.GROUPS, tl.program_id(0) // Z.GROUPS
+    col = group * Z.COLUMNS + tl.arange(0, Z.COLUMNS)
+    for tile in range(member, tl.cdiv(n_rows, Z.BLOCK), tl.num_programs(0) // Z.GROUPS):
+        row = tl.cast(tile, tl.int64) * Z.BLOCK + tl.arange(0, Z.BLOCK)
+        mask = (row < n_rows)[:, None] & (col < Z.M)[None, :]
+        a = gelu(load(h_ptr + row[:, None] * Z.M, col[None, :], mask), Z.FAST)  # [BLOCK, COLUMNS]
+        tl.store(a_ptr + row[:, None] * Z.M + col[None, :], a.to(Z.DTYPE), mask=mask)
 
 
 @triton.jit
@@ -85,21 +96,33 @@ def _gelu_bwd_kernel(h_ptr, dh_ptr, a_ptr, sums_ptr, n_rows, Z: tl.constexpr):
 
 
 @remembered
-def _specialise(dtype: torch.dtype, M: int) -> Launch:
+def _specialise(kernel: Any, dtype: torch.dtype, M: int) -> Launch:
     columns = min(256, triton.next_power_of_2(M))
     config = Config(norm.VALUES // columns, warps=1, per_sm=16)  # 32 values a thread, as norm.py has it
     sizes = Sizes.computed(dtype, M=M, BLOCK=config.rows, COLUMNS=columns, GROUPS=-(-M // columns))
-    return Launch(_gelu_bwd_kernel, {"Z": sizes}, config, config.rows / sizes.GROUPS)
+    return Launch(kernel, {"Z": sizes}, config, config.rows / sizes.GROUPS)
+
+
+def _members(spec: Launch, h: Tensor) -> int:
+    """How many programs share the rows of a group of columns."""
+    groups = spec.constants["Z"].GROUPS
+    return max(1, programs(h.device, -(-h.shape[0] // spec.config.rows) * groups, spec.config.per_sm) // groups)
+
+
+def _gelu(h: Tensor) -> Tensor:
+    """GELU of a contiguous matrix; PyTorch's waits longer for the error function than for memory."""
+    spec, result = _specialise(_gelu_kernel, h.dtype, h.shape[1]), torch.empty_like(h)
+    launch(spec, _members(spec, h) * spec.constants["Z"].GROUPS, h, result, h.shape[0])
+    return result
 
 
 def _gelu_backward(h: Tensor, dh: Tensor, has_result: bool, total: Tensor | None) -> Tensor | None:
     """``dh`` becomes the gradient of h, and ``total``, if it is there, its sum over the rows; GELU(h), if asked for."""
-    spec = _specialise(h.dtype, h.shape[1])
-    groups = spec.constants["Z"].GROUPS
-    members = max(1, programs(h.device, -(-h.shape[0] // spec.config.rows) * groups, spec.config.per_sm) // groups)
+    spec = _specialise(_gelu_bwd_kernel, h.dtype, h.shape[1])
+    members = _members(spec, h)
     result = torch.empty_like(h) if has_result else None
     sums = None if total is None else torch.empty(members, h.shape[1], dtype=torch.float32, device=h.device)
-    launch(spec, members * groups, h, dh, result, sums, h.shape[0])
+    launch(spec, members * spec.constants["Z"].GROUPS, h, dh, result, sums, h.shape[0])
     if sums is not None:
         torch.sum(sums, 0, out=total)
     return result
@@ -216,7 +239,7 @@ class Outer(Operation):
                 h = F.linear(h, fc1_weight, fc1_bias)
                 if recorded:
                     kept["hidden"] = h
-                h = F.gelu(h)
+                h = _gelu(h)
             _add(rest, h, fc2_weight, w.fc2_bias, mlp_scale)
 
         return run
@@ -265,7 +288,7 @@ class Outer(Operation):
                 h2 = norm.forward(x, w.norm2_weight, w.norm2_bias, a.eps)
                 hidden = F.linear(h2, _matrix(a, "fc1_weight"), _to(w.fc1_bias, x.dtype))
             if before == {"fc2_weight"}:
-                found["fc2_weight"] = of_matrix(d, F.gelu(hidden), matrix_dtype)
+                found["fc2_weight"] = of_matrix(d, _gelu(hidden), matrix_dtype)
         if before := before - {"fc2_weight"}:
             dh = d @ _matrix(a, "fc2_weight")
             activated = _gelu_backward(hidden, dh, "fc2_weight" in needed, of_fc1 if "fc1_bias" in needed else None)
