@@ -1,5 +1,5 @@
 # make demo · quick · test · test-newest · test-oldest · fuzz · check · check-compiled · docs · bench · tune · gpu · sanitize.
-# Everything is installed into $(VENV), at the versions of $(CONSTRAINTS).
+# Everything is installed into $(VENV), at the versions of $(CONSTRAINTS); what is imported is compiled then.
 PYTHON ?= python3
 CONSTRAINTS ?= .ci/constraints.txt
 VENV := .venv
@@ -22,7 +22,7 @@ KERNELS := $(foreach name,backward pixel_embed fold inner outer kernels approxim
 $(READY): setup.py pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install -q -e ".[dev]"
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install -q --no-compile -e ".[dev]"
 	touch $@
 
 # Train on real handwritten digits, classify the held-out image files with the checkpoint, and look into it beside the same model

@@ -351,7 +351,7 @@ def described(types: Any, place: tuple[int, ...] = ()) -> tuple[Any, dict[tuple[
 def compiled(launch: Any, kinds: dict[str, Any]) -> Kernel:
     """The IR of a launch after Triton's first stage, with each integer as "i32", as "i64" or as the constant 1.
 
-    Only for jit functions that were not made for the interpreter.
+    Launches that differ in nothing of that have one. Only for jit functions that were not made for the interpreter.
     """
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
@@ -359,6 +359,9 @@ def compiled(launch: Any, kinds: dict[str, Any]) -> Kernel:
     from triton.compiler.compiler import make_backend
 
     types, names = changed(launch.types, kinds), launch.kernel.arg_names
+    known = (launch.kernel, repr(types), repr(launch.constants), launch.config.warps, launch.config.stages)
+    if known in _compiled:
+        return _compiled[known]
     signature, constants = described(tuple(types.get(name, "constexpr") for name in names))
     constants |= {(names.index(name),): value for name, value in launch.constants.items()}
     source = ASTSource(launch.kernel, dict(zip(names, signature, strict=True)), constants, {})
@@ -380,7 +383,11 @@ def compiled(launch: Any, kinds: dict[str, Any]) -> Kernel:
     # newer Tritons want the target, too
     module = source.make_ir(*(given[name] for name in inspect.signature(source.make_ir).parameters))
     text = str(stages["ttir"](module, {}))
-    return Kernel(text, [name for name, kind in named(types).items() if isinstance(kind, str)])
+    _compiled[known] = Kernel(text, [name for name, kind in named(types).items() if isinstance(kind, str)])
+    return _compiled[known]
+
+
+_compiled: dict[Any, Kernel] = {}
 
 
 def _pieces(most: int) -> Iterator[Interval]:

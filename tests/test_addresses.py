@@ -21,6 +21,7 @@ from tnt_fast import TNT, kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SCRIPT = """
+import gc
 import json
 from itertools import product
 from pathlib import Path
@@ -135,6 +136,7 @@ def widest():
     yield "outer", tensors(patch=(2, 50, 16384), **weights(16384, 16)) | dict(num_heads=64)
 
 
+gc.freeze()  # what is there is no garbage
 results = []
 for operation, given in widest():
     for launch, far in product(map(typed, recorded(operation, given)), ("i32", "i64")):

@@ -63,7 +63,11 @@ def test_weights_gradients_are_sums_of_many_turns(path, dtype):
 
 
 @paths()
-@pytest.mark.parametrize("which", [("attn_scale", "mlp_scale"), ("attn_scale",), ("mlp_scale",)], ids="+".join)
+@pytest.mark.parametrize(
+    "which",
+    [("attn_scale", "mlp_scale"), pytest.param(("attn_scale",), marks=wide), pytest.param(("mlp_scale",), marks=wide)],
+    ids="+".join,
+)
 def test_inner_with_drop_path(which, path, dtype):
     tensors = inner_tensors(5, 16, 24, 96)
     scales = dict(attn_scale=torch.tensor([0, 2, 1, 0, 1.25]), mlp_scale=torch.tensor([2, 0, 1, 0, 1.25]))
@@ -91,16 +95,20 @@ def test_dropped_branches_leave_the_input_and_its_gradient_as_they_are(path, dty
     assert not torch.equal(out[0], given["pixel"][0])
 
 
-@pytest.mark.parametrize("absent", ["norm1_bias", "proj_bias", "norm2_bias", "fc1_bias", "fc2_bias", "all"])
+BIASES = ("norm1_bias", "proj_bias", "norm2_bias", "fc1_bias", "fc2_bias")
+
+
+@pytest.mark.parametrize("absent", [*(pytest.param(name, marks=wide) for name in BIASES), "all"])
 @paths("float32", "bfloat16 float32")
 def test_inner_without_biases(absent, path, dtype):
-    every = ("norm1_bias", "proj_bias", "norm2_bias", "fc1_bias", "fc2_bias")
-    tensors = inner_tensors(5, 16, 24, 96) | dict.fromkeys(every if absent == "all" else (absent,))
+    tensors = inner_tensors(5, 16, 24, 96) | dict.fromkeys(BIASES if absent == "all" else (absent,))
     check(path, "inner", tensors, dict(num_heads=4), dtype)
 
 
 @paths()
-@pytest.mark.parametrize(("S", "C", "H", "scale"), [(3, 63, 3, 45), (3, 24, 1, 20), (2, 12, 2, 30)], ids=str)
+@pytest.mark.parametrize(
+    ("S", "C", "H", "scale"), [pytest.param(3, 63, 3, 45, marks=wide), (3, 24, 1, 20), (2, 12, 2, 30)], ids=str
+)
 def test_gradients_of_saturated_attention(S, C, H, scale, path, dtype):
     """Where P is 1, what is taken off dP is dP itself. Few keys, or ties between two of them decide instead.
 
@@ -141,7 +149,11 @@ def test_gradients_of_saturated_attention_have_all_of_their_digits(S, C, H, scal
 
 @everywhere
 @paths("", "tf32")
-@pytest.mark.parametrize(("S", "C", "H", "scale"), [(3, 63, 3, 45), (3, 24, 1, 20), (2, 12, 2, 30)], ids=str)
+@pytest.mark.parametrize(
+    ("S", "C", "H", "scale"),
+    [pytest.param(3, 63, 3, 45, marks=wide), (3, 24, 1, 20), pytest.param(2, 12, 2, 30, marks=wide)],
+    ids=str,
+)
 def test_gradients_of_saturated_attention_in_tf32_where_pytorch_takes_none(S, C, H, scale, path, dtype, monkeypatch):
     """As cuBLAS does in small products. The weights are off by TF32's rounding nevertheless."""
     monkeypatch.setattr(path, "as_reference", nullcontext)
@@ -151,13 +163,13 @@ def test_gradients_of_saturated_attention_in_tf32_where_pytorch_takes_none(S, C,
 
 
 @paths()
-@pytest.mark.parametrize(("P", "S"), [(5, 9), (7, 16), (3, 4), (1, 1)], ids=str)
+@pytest.mark.parametrize(("P", "S"), [(5, 9), (7, 16), pytest.param(3, 4, marks=wide), (1, 1)], ids=str)
 def test_inner_without_an_eps(P, S, path, dtype):
     check(path, "inner", inner_tensors(P, S, 24, 96), dict(num_heads=4, eps=0.0), dtype)
 
 
 @paths("float16", "bfloat16")
-@pytest.mark.parametrize("scales", [False, True], ids=["", "drop-path"])
+@pytest.mark.parametrize("scales", [False, pytest.param(True, marks=wide)], ids=["", "drop-path"])
 @pytest.mark.parametrize(
     ("name", "factor", "gradients"),
     [
@@ -232,7 +244,7 @@ def test_bfloat16_takes_one_large_weight_a_channel(C, M, name, factor, path, dty
         tensors[name][5] = factor
     else:
         tensors = spiked(tensors, factor)
-    check(path, "inner", tensors, dict(num_heads=2), dtype)
+    check(path, "inner", tensors, dict(num_heads=2 if C == 12 else 4), dtype)  # of the sizes of test_inner
 
 
 @paths("", "bfloat16 float16")
