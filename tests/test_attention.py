@@ -253,6 +253,7 @@ def _globally_hooked(model, image):
     "way",
     [
         lambda model, image: torch.enable_grad()(model)(image),
+        lambda model, image: model.train()(image),  # of a reentrant checkpoint, which is computed again with gradients
         lambda model, image: model.double()(image.double()),
         lambda model, image: model.bfloat16()(image.bfloat16()),
         lambda model, image: torch.autocast("cpu", torch.bfloat16)(model)(image),
@@ -264,7 +265,7 @@ def _globally_hooked(model, image):
         _counted,
         _globally_hooked,
     ],
-    ids=["gradients", "float64", "bfloat16", "autocast", "fx", "trace", "compile", "vmap", "jvp", "modes", "hooks"],
+    ids=["gradients", "training", "float64", "bfloat16", "autocast", "fx", "trace", "compile", "vmap", "jvp", "modes", "hooks"],
 )
 def test_what_is_recorded_traced_or_in_another_dtype_stays_eager(way, sdpa, products):
     model, image = tiny(backend="reference", depth=1), images()

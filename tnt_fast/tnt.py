@@ -72,7 +72,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         """``fused``: on the fused path, where "auto" is PyTorch's fused attention."""
         if not torch.jit.is_scripting():
-            quick = not fused and self.attn_backend == "auto" and attention.only_infers(x)
+            quick = not (fused or self.training) and self.attn_backend == "auto" and attention.only_infers(x)
             backend = self._backend(fused or quick)
             if backend != "eager":
                 return self._attend(x, backend, quick)
@@ -497,7 +497,7 @@ class TNT(nn.Module):
     Keyword Args:
         backend: "auto" (fused where it can be, else the reference with one warning), "fused" (or an error), "reference".
             Also an attribute.
-        attn_backend: of the outer attention: "auto" (PyTorch's scaled_dot_product_attention on the fused path, and
+        attn_backend: of the outer attention: "auto" (PyTorch's scaled_dot_product_attention on the fused path, and in evaluation
             without gradients in float32 on a CPU, q, k and v in one product; else timm's products and softmax), "sdpa",
             "xformers", "eager". ``set_attn_backend`` changes it.
         recompute: what the gradients of the fused outer transformer compute again instead of keeping it: "none"; "mlp", the
