@@ -497,7 +497,7 @@ class TNT(nn.Module):
     Keyword Args:
         backend: "auto" (fused where it can be, else the reference with one warning), "fused" (or an error), "reference".
             Also an attribute.
-        attn_backend: of the outer attention: "auto" (PyTorch's scaled_dot_product_attention on the fused path, and in evaluation
+        attn_backend: of the outer attention: "auto" (PyTorch's scaled_dot_product_attention on the fused path, and to evaluate
             without gradients in float32 on a CPU, q, k and v in one product; else timm's products and softmax), "sdpa",
             "xformers", "eager". ``set_attn_backend`` changes it.
         recompute: what the gradients of the fused outer transformer compute again instead of keeping it: "none"; "mlp", the
