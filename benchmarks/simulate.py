@@ -51,8 +51,8 @@ class Gpu:
 
 
 # Of the peak of DRAM 88% are taken as reached: the H200's own copy, 4216 of 4800 GB/s (results/2026-11-26-0725, roofs). Clocks
-# under load: where nvidia-smi says 1980 MHz on an H100, Nsight Compute counts 1780 (github.com/smallscientist1/cutlass-kernels,
-# src/fmha-pipeline/myrun.md; it may hold clocks down itself, and nobody counted on our H200); consumer GPUs at their boost.
+# under load: where nvidia-smi says 1980 MHz, Nsight Compute counted 1780 to 1790 on our H200 while products run, of inner's
+# kernels, and 1960 while LayerNorms do (results/2026-11-26-1900/ncu.txt); consumer GPUs at their boost.
 # Products: 2048 multiply-adds by the peaks' rates; of Hopper's mma.sync reaches 63% (taken over from the first simulation here;
 # ptxas puts two of them 6 clocks apart, which is 67%).
 HOPPER = "peaks by NVIDIA's H100 and H200 data sheets; L2: assumed"
