@@ -35,11 +35,11 @@ from tnt_fast.kernels.operation import Operation, contiguous, of_matrix
 
 
 def product(
-    shape: tuple[int, ...], dtype: torch.dtype, norm_weight: Tensor, norm_bias: Tensor | None, eps: float
+    shape: tuple[int, ...], dtype: torch.dtype, norm_weight: Tensor, norm_bias: Tensor | None, eps: float, again: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """W · LN(pixel), a row a patch, of pixels of a shape and a dtype, and W in that, too."""
     (P, S, C), width = shape, norm_weight.shape[0]
-    normed = norm.prepared(P * S * C // width, width, dtype)
+    normed = norm.prepared(P * S * C // width, width, dtype, again)
     norm_weight, norm_bias = contiguous(norm_weight), contiguous(norm_bias)
 
     def projected(pixel: Tensor, weight: Tensor) -> Tensor:
@@ -80,13 +80,14 @@ class Fold(Operation):
     def empty(self, a: SimpleNamespace) -> Tensor:
         return torch.empty(a.patch.shape, dtype=torch.promote_types(a.pixel.dtype, a.patch.dtype), device=a.pixel.device)
 
-    def prepared(self, a: SimpleNamespace) -> Callable[..., None]:
+    def prepared(self, a: SimpleNamespace, again: bool = False) -> Callable[..., None]:
         if a.pixel.shape[0] == 0:
             return lambda out, pixel, patch: out.copy_(patch)
         dtype, weight = a.pixel.dtype, contiguous(a.proj_weight)
-        projected, cast = product(a.pixel.shape, dtype, a.norm1_weight, a.norm1_bias, a.eps), weight.dtype != dtype
+        projected = product(a.pixel.shape, dtype, a.norm1_weight, a.norm1_bias, a.eps, again)
+        cast = weight.dtype != dtype
         weights = contiguous(norm.Weights(a.proj_bias, a.norm2_weight, a.norm2_bias))
-        added = norm.adding(a.patch.shape, dtype, weights, a.eps)
+        added = norm.adding(a.patch.shape, dtype, weights, a.eps, again)
 
         def run(out: Tensor, pixel: Tensor, patch: Tensor) -> None:
             added(projected(pixel, weight.to(dtype) if cast else weight), patch, out)

@@ -713,10 +713,11 @@ class Inner(Operation):
         launch(spec, grid, pixel, *tensors, a.weights, *scales, *kept, P, a.eps)
         return None if found is None else found.sum(0)
 
-    def prepared(self, a: SimpleNamespace) -> Callable[..., None]:
+    def prepared(self, a: SimpleNamespace, again: bool = False) -> Callable[..., None]:
         (P, S, C), weights, eps = a.pixel.shape, contiguous(a.weights), a.eps
         spec = _specialise(_inner_fwd_kernel, a.pixel.dtype, S, C, a.num_heads, weights.fc1_weight.shape[0])
         grid = programs(a.pixel.device, -(-P // spec.patches), spec.config.per_sm)
+        spec = spec.again() if again else spec
 
         def run(out: Tensor, pixel: Tensor, attn_scale: Tensor | None = None, mlp_scale: Tensor | None = None) -> None:
             scales = [None if x is None else x.float().contiguous() for x in (attn_scale, mlp_scale)]

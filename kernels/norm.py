@@ -192,9 +192,10 @@ def forward(
     return prepared(*x.shape, x.dtype)(x, contiguous(weight), contiguous(bias), eps, rest, contiguous(later))
 
 
-def prepared(rows: int, W: int, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """``forward`` of matrices of a shape and a dtype, and contiguous weights."""
+def prepared(rows: int, W: int, dtype: torch.dtype, again: bool = False) -> Callable[..., Tensor]:
+    """``forward`` of matrices of a shape and a dtype, and contiguous weights; ``again``: of ever the same ones."""
     spec = specialise(_norm_kernel, dtype, W)
+    spec = spec.again() if again else spec
     tiles = -(-rows // spec.config.rows)
 
     def normed(
@@ -207,14 +208,16 @@ def prepared(rows: int, W: int, dtype: torch.dtype) -> Callable[..., Tensor]:
     return normed
 
 
-def adding(shape: tuple[int, ...], dtype: torch.dtype, weights: Weights, eps: float) -> Callable[..., Tensor | None]:
+def adding(
+    shape: tuple[int, ...], dtype: torch.dtype, weights: Weights, eps: float, again: bool
+) -> Callable[..., Tensor | None]:
     """Of z (B·(T − 1), W) of a dtype, and patches of a shape (B, T, W) and any strides: their sum, contiguous, into ``out``.
 
     z with its LayerNorm; with weights of a next LayerNorm that of the sum (B·T, W) comes back, and ``later`` is added to
     ``out``. ``weights`` are contiguous.
     """
-    B, T, W = shape
-    spec, rows = specialise(_norm_add_kernel, dtype, W), B * T
+    (B, T, W), spec = shape, specialise(_norm_add_kernel, dtype, shape[2])
+    spec, rows = spec.again() if again else spec, B * T
     tiles, has_next = -(-rows // spec.config.rows), weights.next_weight is not None
 
     def added(z: Tensor, patch: Tensor, out: Tensor) -> Tensor | None:

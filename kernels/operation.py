@@ -25,7 +25,8 @@ from tnt_fast import reference
 from tnt_fast.arguments import Arguments, is_watched
 from tnt_fast.reference import by_name
 
-PLAIN = {Tensor, Parameter, type(None)}  # no subclass, which may do something else when it is called
+TENSORS = {Tensor, Parameter}
+PLAIN = {*TENSORS, type(None)}  # no subclass, which may do something else when it is called
 LIBRARY = torch.library.Library("tnt_fast", "FRAGMENT")
 MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a tile more, in 32 bits
 MOST_LAUNCHERS = 4096  # that are remembered
@@ -48,7 +49,7 @@ def _seen(arguments: Sequence[Any]) -> list[Any]:
     for x in arguments:
         if x is None:
             found.append(None)
-        elif (kind := type(x)) is Tensor or kind is Parameter or isinstance(x, Tensor):
+        elif type(x) in TENSORS or isinstance(x, Tensor):
             found += (x.dtype, x.data_ptr() & 15)
         elif isinstance(x, tuple):
             found += _seen(x)
@@ -90,15 +91,19 @@ class Gpu:
         if arguments[0].is_cuda and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self.launch(spec, grid, arguments, options)
-        key = (id(spec), grid, device, options.get("arch"), *_seen(arguments))
-        known = self._launchers.get(key)
+        known: Any = spec.known
         if known is not None:
-            known[1](*arguments, *spec.constants.values())
+            key = tuple([x.data_ptr() & 15 if type(x) in TENSORS else x for x in arguments if not isinstance(x, tuple)])
+        else:
+            known, key = self._launchers, (id(spec), grid, device, options.get("arch"), *_seen(arguments))
+        found = known.get(key)
+        if found is not None:
+            found[1](*arguments, *spec.constants.values())
             return None
         compiled = spec.kernel[(grid,)](*arguments, **spec.constants, **options)
-        if len(self._launchers) >= MOST_LAUNCHERS:
-            self._launchers.clear()
-        self._launchers[key] = spec, compiled[grid, 1, 1]  # with spec, so that no other gets its id
+        if len(known) >= MOST_LAUNCHERS:
+            known.clear()
+        known[key] = spec, compiled[grid, 1, 1]  # with spec, so that no other gets its id
         return None
 
 
@@ -169,6 +174,7 @@ class Launch(NamedTuple):
 
     ``constants``: the constexprs by name; of our kernels Z alone. ``patches``: how many one turn of a program's main loop
     completes; where that loop walks over parts of patches instead, how many the program completes in ``turns`` of it.
+    ``known``: of ``again``, what runs it.
     """
 
     kernel: Any
@@ -176,6 +182,12 @@ class Launch(NamedTuple):
     config: Config
     patches: float
     turns: int = 1
+    known: dict[tuple[Any, ...], Any] | None = None
+
+    def again(self) -> "Launch":
+        """For one place that launches it over and over on one grid and device, with the same dtypes, and tuples of the same
+        tensors: of the rest it is seen which tensors there are, their alignment, and numbers."""
+        return self._replace(known={})
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -188,6 +200,11 @@ def precision(dtype: torch.dtype) -> str:
     except AttributeError:  # of older ones
         allowed = matmul.allow_tf32
     return "tf32" if allowed else "ieee"
+
+
+def surroundings() -> tuple[Any, str]:
+    """What else launches depend on."""
+    return runner, precision(torch.float32)
 
 
 def programs(device: torch.device, tiles: int, per_sm: int) -> int:
@@ -234,11 +251,11 @@ class Operation(Arguments):
     factors: tuple[str, ...] = ()  # drop-path's, which with the activations are what changes from call to call
     passes: str | None = None  # a tensor that the result is added to: its gradient is the result's
 
-    def prepared(self, a: SimpleNamespace) -> Callable[..., None]:
+    def prepared(self, a: SimpleNamespace, again: bool = False) -> Callable[..., None]:
         """What launches the forward, called with the result, as ``empty`` made it, and with what ``changing`` names.
 
-        It may be called again, with other tensors of such shapes, dtypes and devices; of the weights it has no views, which
-        would keep them alive after they were moved, and no copies but of those that are not contiguous.
+        ``again``: it will be called with other tensors of such shapes, dtypes and devices, too. Of the weights it has no
+        views, which would keep them alive after they were moved, and no copies but of those that are not contiguous.
 
         ``a``: the arguments by name, checked; the result has at least one value. ``a.kept``: where gradients are recorded and
         ``keeps`` names something, a dictionary that takes it; else None.
@@ -292,9 +309,9 @@ class Operation(Arguments):
         changing = [given.pop(name, None) for name in self.changing]
         return self.settled(given)(*changing)
 
-    def settled(self, given: dict[str, Any]) -> "Settled":
+    def settled(self, given: dict[str, Any], looked_at: bool = False) -> "Settled":
         """``trusted`` with such weights and numbers, again and again."""
-        return Settled(self, given)
+        return Settled(self, given, looked_at)
 
     def _computed(self, a: SimpleNamespace) -> Tensor:
         out = self.empty(a)
@@ -498,18 +515,20 @@ def _new(found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
 class Settled:
     """An operation with weights and numbers that ``dispatch.choose`` has accepted: called with what changes, in order.
 
-    What follows from all of them is found in the first call with such shapes. A later one sees for itself where the weights
-    lie; that they have the same types, shapes and dtypes is for whoever keeps this to know. Where nobody looks on, it goes
-    past PyTorch's dispatcher, which takes longer than a launch.
+    What follows from all of them is found in the first call with such shapes. Whoever keeps this knows that the weights have
+    the same types, shapes and dtypes, and where ``looked_at`` that they lie where they lay and the ``surroundings`` are the
+    same; else each call sees for itself. Where nobody looks on, it goes past PyTorch's dispatcher, which takes longer than a
+    launch.
     """
 
-    def __init__(self, operation: Operation, given: dict[str, Any]) -> None:
+    def __init__(self, operation: Operation, given: dict[str, Any], looked_at: bool) -> None:
         self.operation, self.given = operation, operation.defaults | given
         if "eps" in given:
             self.given["eps"] = float(given["eps"])  # as the dispatcher does
         self._at = [[*operation.kinds].index(name) for name in operation.changing]
         self._flat = [*by_name(self.given).values()]
         self._weights = [x for x in self._flat if isinstance(x, Tensor)]
+        self._looked_at = looked_at
         self._plans: dict[tuple[Any, ...], list[Any]] = {}
 
     def __reduce__(self) -> tuple:
@@ -543,7 +562,9 @@ class Settled:
         return flat
 
     def _about(self, dtype: torch.dtype) -> list[Any]:
-        """What a plan depends on besides shapes and dtypes."""
+        """What a plan depends on besides shapes and dtypes, and that whoever keeps this does not know."""
+        if self._looked_at:
+            return []
         weights = self._weights
         return [runner, precision(dtype), [*map(Tensor.data_ptr, weights)], all(map(Tensor.is_contiguous, weights))]
 
@@ -551,8 +572,8 @@ class Settled:
         operation = self.operation
         a = SimpleNamespace(**self.given | dict(zip(operation.changing, changing, strict=False)), kept=None)
         out = operation.empty(a)
-        plan = [operation.prepared(a) if out.numel() else None, out.shape, out.dtype, *self._about(out.dtype)]
-        if plan[-1]:  # what was copied would be another copy next time
+        plan = [operation.prepared(a, again=True) if out.numel() else None, out.shape, out.dtype, *self._about(out.dtype)]
+        if all(map(Tensor.is_contiguous, self._weights)):  # what was copied would be another copy next time
             self._plans[seen] = plan
         return plan
 

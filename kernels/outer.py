@@ -191,19 +191,19 @@ class Outer(Operation):
         cast = {name: x for name, x in _matrices(a).items() if x.dtype != dtype}
         return found | {name: (tuple(x.shape), dtype) for name, x in cast.items()}
 
-    def prepared(self, a: SimpleNamespace) -> Callable[..., None]:
+    def prepared(self, a: SimpleNamespace, again: bool = False) -> Callable[..., None]:
         (B, T, E), dtype, H, eps, kept = a.patch.shape, a.patch.dtype, a.num_heads, a.eps, a.kept
         w, f = contiguous(a.weights), a.fold_weights
         recorded, folds = kept is not None, _folds(a.pixel)
         attn_bias = w.proj_bias if a.attn_scale is None else None
         mlp_bias = w.fc2_bias if a.mlp_scale is None else None
-        normed = norm.prepared(B * T, E, dtype)
+        normed, normed_then = (norm.prepared(B * T, E, dtype, again) for _ in range(2))
         if folds:
-            projected = product(a.pixel.shape, dtype, f.fold_norm1_weight, f.fold_norm1_bias, eps)
+            projected = product(a.pixel.shape, dtype, f.fold_norm1_weight, f.fold_norm1_bias, eps, again)
             second = f.fold_proj_bias, f.fold_norm2_weight, f.fold_norm2_bias
             following = () if recorded else (w.norm1_weight, w.norm1_bias, attn_bias)
             weights = contiguous(norm.Weights(*second, *following))
-            added = norm.adding(a.patch.shape, dtype, weights, eps)
+            added = norm.adding(a.patch.shape, dtype, weights, eps, again)
         folding = contiguous(f.fold_proj_weight) if folds else None
         read, qkv_bias = _reading(w, folding, dtype, recorded), None if w.qk_bias is None else joining(w.qk_bias, w.v_bias)
         by_tanh = dtype == torch.bfloat16 and w.fc1_bias is not None and not recorded
@@ -232,7 +232,7 @@ class Outer(Operation):
                 attended = attention.attend_joined(heads)
             _add(x, attended.reshape(B * T, E), proj_weight, w.proj_bias, attn_scale)
 
-            h = normed(x, w.norm2_weight, w.norm2_bias, eps, rest, mlp_bias)
+            h = normed_then(x, w.norm2_weight, w.norm2_bias, eps, rest, mlp_bias)
             if by_tanh:
                 h = torch._addmm_activation(fc1_bias, h, fc1_weight.t(), use_gelu=True)
             else:

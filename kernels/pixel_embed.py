@@ -299,7 +299,7 @@ class PixelEmbed(Operation):
         spec = _specialise(kernel, a.image.dtype, channels, C, tuple(a.patch_size), a.stride, tuple(a.patch_stride), a.legacy)
         return spec, Image(a.image, height, width, *a.image.stride()), _grid(height, width, a.patch_size, a.patch_stride)
 
-    def prepared(self, a: SimpleNamespace) -> Callable[..., None]:
+    def prepared(self, a: SimpleNamespace, again: bool = False) -> Callable[..., None]:
         spec, (_, height, width, *_), (rows, columns) = self._launch(_pixel_embed_fwd_kernel, a)
         patches, S, _ = self._shape(a, a.image.shape, a.weight.shape[0])
         tokens = patches * S

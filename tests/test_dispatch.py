@@ -56,7 +56,7 @@ def stand_ins(monkeypatch):
             calls[self.name] += 1
             return getattr(reference, self.name)(*args, **kwargs)
 
-        def settled(self, given):
+        def settled(self, given, looked_at):
             def run(*changing):
                 return self.trusted(**dict(zip(CHANGING[self.name], changing, strict=False)), **given)
 
@@ -472,6 +472,45 @@ def test_a_change_between_forwards_is_in_the_next(stand_ins, what, gradients):
             found.append(model(image))
     assert relative_error(found[0], before) > 1e-7
     assert all(relative_error(x, found[0]) <= 1e-12 for x in found[1:])
+
+
+def _by_hand(module):
+    module._forward_hooks[0] = print
+
+
+SEEN = {
+    "mode": lambda b: b.attn_in.proj_drop.eval(),
+    "probability": lambda b: setattr(b.mlp.drop1, "p", 0.5),
+    "a forward on the instance": lambda b: setattr(b.mlp_in.act, "forward", torch.relu),
+    "a class": lambda b: setattr(b.proj, "__class__", Replaced),
+    "a child": lambda b: setattr(b.mlp_in, "act", nn.GELU()),
+    "the same parameter elsewhere": lambda b: setattr(b.norm_in, "weight", nn.Parameter(b.norm_in.weight.data)),
+    "a parameter's memory": lambda b: setattr(b.norm_in.weight, "data", b.norm_in.weight.data.clone()),
+    "a parameter's strides": lambda b: setattr(b.attn_in.v.weight, "data", b.attn_in.v.weight.data.t()),
+    "a parameter's dtype": lambda b: setattr(b.norm_in.weight, "data", b.norm_in.weight.data.view(torch.int32)),
+    "a parameter's class": lambda b: setattr(b.norm_in.weight, "__class__", type("Other", (nn.Parameter,), {})),
+    "a buffer": lambda b: setattr(b.norm_mlp_in, "weight", b.norm_mlp_in.weight.clone()),
+    "a hook": lambda b: b.mlp.act.register_full_backward_hook(print),
+    "a hook by hand": lambda b: _by_hand(b.mlp.drop2),
+    "a dictionary of hooks": lambda b: setattr(b.attn_out.v, "_forward_pre_hooks", {0: print}),
+}
+
+
+@pytest.mark.parametrize("what", SEEN)
+def test_a_look_sees_what_was_done(stand_ins, what):
+    model, image = tiny(depth=1).train(), torch.randn(1, 3, 32, 32)
+    block = model.blocks[0]
+    weight = block.norm_mlp_in.weight.data
+    del block.norm_mlp_in.weight
+    block.norm_mlp_in.register_buffer("weight", weight)
+    look = remembered(model, image)._look
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    model.requires_grad_(False)
+    assert look.still(model)
+    SEEN[what](block)
+    assert not look.still(model)
 
 
 def test_one_weight_of_another_shape_dtype_or_device_is_a_reason_between_forwards(stand_ins):

@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import gc
 import re
 import warnings
+import weakref
 from collections import namedtuple
 from itertools import product
 from types import SimpleNamespace
@@ -334,6 +336,63 @@ def _shapes(function, arguments: dict) -> SimpleNamespace:
     return function.packed([x.shape if isinstance(x, torch.Tensor) else x for x in flat])
 
 
+@OPERATIONS
+def test_what_was_found_of_weights_holds_as_long_as_they_lie_where_they_lay(operation, monkeypatch):
+    function, (tensors, others) = kernels.OPERATIONS[operation], given(operation)
+    tensors = {name: x if x is None or name in function.changing else torch.nn.Parameter(x) for name, x in tensors.items()}
+    weights = {name: x for name, x in reference.in_records({**tensors, **others}).items() if name not in function.changing}
+    settled, prepared, plans = function.settled(weights), function.prepared, []
+    monkeypatch.setattr(function, "prepared", lambda *given, **again: plans.append(1) or prepared(*given, **again))
+
+    def planned() -> int:
+        """How often, for a call with new activations, whose result is right."""
+        before, changing = len(plans), [None if tensors.get(n) is None else tensors[n] * 2 for n in function.changing]
+        found = settled(*changing)
+        new = len(plans) - before
+        expected = function.settled(weights)(*changing)
+        assert torch.equal(found, expected)
+        return new
+
+    weight = next(x for name, x in tensors.items() if name not in function.changing and x is not None and x.ndim >= 2)
+    with torch.no_grad():
+        memory = weight.numpy(force=True).copy()
+        weight.data = torch.from_numpy(memory).to(DEVICE)
+        assert planned() == 1
+        weight.mul_(2)
+        assert planned() == 0
+        weight.data, held, memory = weight.data.clone(), weakref.ref(memory), None
+        gc.collect()  # the interpreter's own
+        assert held() is None
+        assert planned() == 1
+        weight.data = weight.data.repeat_interleave(2, -1)[..., ::2]  # which is copied each time
+        assert planned() == 1
+        weight.mul_(2)
+        assert planned() == 1
+    assert copy.deepcopy([settled]) == [None]  # other weights begin anew
+
+
+def test_a_model_that_was_looked_at_computes_products_as_it_is_told(monkeypatch):
+    model, seen = perturb(TNT(**TINY | dict(depth=1), backend="fused")).to(DEVICE).eval(), set()
+    image, launch = torch.randn(1, 3, 32, 32, device=DEVICE), kernels.norm.launch
+
+    def looked(spec, *given):
+        seen.add(spec.constants["Z"].PRECISION)
+        launch(spec, *given)
+
+    monkeypatch.setattr(kernels.norm, "launch", looked)
+    monkeypatch.setattr(type(operation.runner), "nvidia", True)
+    with torch.no_grad():
+        for _ in range(3):
+            model(image)
+        assert seen == {"ieee"}
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            model(image)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+    assert seen == {"ieee", "tf32"}
+
+
 def test_a_launch_is_looked_up_by_all_that_triton_compiles_for():
     runner, looked, launched = Gpu(), [], []
 
@@ -370,6 +429,9 @@ def test_a_launch_is_looked_up_by_all_that_triton_compiles_for():
     assert [launch(**{"x": memory, **change}) for change in changes] == [False] * len(changes)
     assert [launch(**{"x": memory, **change}) for change in changes[:-1]] == [True] * (len(changes) - 1)
     assert launch(torch.ones(64)[4:])  # other memory, as well aligned
+    again, changes = spec.again(), changes[:5]  # of a plan, whose dtypes and tuples stay
+    assert [launch(**{"x": memory, "spec": again, **change}) for change in changes] == [False] * 5
+    assert [launch(**{"x": torch.ones(64), "spec": again, **change}) for change in changes] == [True] * 5
     for n in range(operation.MOST_LAUNCHERS):
         launch(memory, n=n + 100)
     assert len(runner._launchers) <= operation.MOST_LAUNCHERS

@@ -30,6 +30,7 @@ MOST_LOOKS = 64  # of one model: sizes of images, modes
 REQUIRED = ("pixel_embed", "inner", "fold")  # an operation outside of these runs through its modules where it has no kernel
 
 _warned: set[str] = set()
+_END = object()
 
 
 def check_backend(backend: str) -> None:
@@ -76,7 +77,7 @@ class Chosen:
         """An operation with what its owner, a module, gives it besides what changes from call to call."""
         found = self._settled.get((operation, owner))
         if found is None:
-            self._settled[operation, owner] = found = kernel(operation).settled(given())
+            self._settled[operation, owner] = found = kernel(operation).settled(given(), looked_at=True)
         return found
 
     def outer(self, block: Any, patch: Tensor) -> tuple[Any, Any]:
@@ -94,7 +95,8 @@ def _settled_outer(block: Any, patch: Tensor) -> tuple[Any, Any]:
         return None, None
     *weights, eps = block.fused_arguments()["fold"].values()
     folding = given | dict(fold_weights=FoldWeights(*weights)) if eps == given["eps"] else None
-    return kernel("outer").settled(given), None if folding is None else kernel("outer").settled(folding)
+    outer, folding = [x and kernel("outer").settled(x, looked_at=True) for x in (given, folding)]
+    return outer, folding
 
 
 class Look:
@@ -104,7 +106,14 @@ class Look:
     """
 
     _hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    _holders = ("_modules", "_parameters", "_buffers")
     _read = attrgetter("shape", "dtype", "device")
+    _dtype: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
+    _unread = {  # attributes of each module that no forward without hooks reads: nearly half of them
+        "_non_persistent_buffers_set", "_is_full_backward_hook", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+        "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+        "_load_state_dict_post_hooks",
+    }  # fmt: skip
 
     def __init__(self, met: bool = False) -> None:
         self.met = met  # before: the first forward may be the only one, as of DataParallel's copies
@@ -127,48 +136,63 @@ class Look:
         """Remember each module's attributes, children and parameters; False where there are hooks, which may change them."""
         self._modules = [*model.modules()]
         own = [*map(vars, self._modules)]
-        if any(chain.from_iterable(map(self._hooks, own))):
+        hooks = [*chain.from_iterable(map(self._hooks, own))]
+        if any(hooks):
             return False
-        self._types = [*map(type, self._modules)]
-        self._holding = [(kind, [x for x in own if x[kind]]) for kind in ("_modules", "_parameters")]
-        self._children, self._parameters = self._held()
-        self._tensors = [x for x in self._parameters if x is not None]
-        self._like = [*map(self._read, self._tensors)]
-        self._were = [*map(dict, own)]
+        self._types, self._hooked, self._counts = [*map(type, self._modules)], hooks, [*map(len, own)]
+        alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}  # of modules with the same attributes
+        for each in own:
+            # a dictionary of children or parameters that holds nothing now will hold nothing that is read
+            names = [name for name in each if name not in self._unread and (each[name] or name not in self._holders)]
+            alike.setdefault(tuple(names), []).append(each)
+        values = {names: itemgetter(*names) for names in alike}
+        self._attributes = [(values[names], each, [*map(values[names], each)]) for names, each in alike.items()]
+        self._holding = [each[name] for each in own for name in self._holders if each[name]]
+        self._children = [*chain.from_iterable(map(dict.values, self._holding)), _END]
+        self._tensors = [x for x in self._children if isinstance(x, Tensor)]
+        self._plain = [x for x in self._tensors if type(x) in (nn.Parameter, Tensor) and x.layout == torch.strided]
+        known = {*map(id, self._plain)}
+        self._others = [x for x in self._tensors if id(x) not in known]
+        self._are = self._described()
         self._own = own
         return True
 
-    def _held(self) -> list[list[Any]]:
-        held = (map(itemgetter(kind), holding) for kind, holding in self._holding)  # anew: a dictionary may be another
-        return [[*chain.from_iterable(map(dict.values, each))] for each in held]
+    def _described(self) -> tuple[list[Any], ...]:
+        """What the operations rely on of parameters and buffers; an address is of one device."""
+        plain = self._plain
+        return (
+            [*map(type, self._tensors)], [*map(self._read, self._others)], [*map(Tensor.size, plain)],
+            [*map(self._dtype, plain)], [*map(Tensor.data_ptr, plain)], [*map(Tensor.is_contiguous, plain)],
+        )  # fmt: skip
 
     def still(self, model: nn.Module) -> bool:
-        """Whether each attribute, child and parameter of each module is what it was, and none has hooks."""
+        """Whether each attribute, child and parameter of each module is what it was, and none has hooks.
+
+        It is hundreds of modules and parameters, and touching their memory takes the longest: so it looks at what may matter
+        only, in loops of the interpreter's own.
+        """
         if not self._own or not self.belongs_to(model):
             return False
-        children, parameters = self._held()
+        children = chain(chain.from_iterable(map(dict.values, self._holding)), (_END,))  # so that neither goes on
         try:
             return (
-                [*map(type, self._modules)] == self._types
-                and _same(children, self._children)
-                and _same(parameters, self._parameters)
-                and [*map(self._read, self._tensors)] == self._like
-                and not any(chain.from_iterable(map(self._hooks, self._own)))
-                and self._own == self._were
+                [*map(len, self._own)] == self._counts
+                and all([[*map(values, each)] == were for values, each, were in self._attributes])
+                and not any(self._hooked)
+                and [*map(type, self._modules)] == self._types
+                and all(map(is_, children, self._children))
+                and self._described() == self._are
             )
         except Exception:  # of values that do not say whether they are equal, as tensors do not
             return False
-
-
-def _same(some: list[Any], others: list[Any]) -> bool:
-    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def _about(image: Tensor) -> tuple:
     """What the choice depends on besides the model and the machine."""
     kind = image.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    around = (autocast, torch.is_grad_enabled(), bool(_global_hook_reasons()), tuple(kernels.OPERATIONS.values()))
+    launched = kernels.HAS_TRITON and kernels.operation.surroundings()
+    around = (autocast, torch.is_grad_enabled(), bool(_global_hook_reasons()), tuple(kernels.OPERATIONS.values()), launched)
     return (image.shape, image.dtype, image.device, type(image), *around)
 
 
