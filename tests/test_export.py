@@ -178,16 +178,16 @@ def test_torch_export_and_the_folder_load_in_a_process_without_tnt_fast(exported
 
 
 @pytest.mark.slow
-def test_an_aotinductor_package_runs_in_a_process_without_tnt_fast(checkpoint, model, tmp_path, monkeypatch):
+def test_an_aotinductor_package_runs_in_a_process_without_tnt_fast(checkpoint, model, tmp_path):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "vec_isa_ok", True)  # /proc/cpuinfo's word is enough; each trial is a process more
-    monkeypatch.setattr(config.aot_inductor, "precompile_headers", False)  # they are read once
     try:
         export.check("aoti", tmp_path / "a.pt2")
     except RuntimeError as error:
         pytest.skip(f"needs a C++ compiler: {error}")
-    package, text = export_as_the_page("aoti", checkpoint, tmp_path)
+    # /proc/cpuinfo's word is enough, each trial is a process more; headers are read once
+    with config.patch({"cpp.vec_isa_ok": True, "aot_inductor.precompile_headers": False}):
+        package, text = export_as_the_page("aoti", checkpoint, tmp_path)
     assert "built for cpu" in text
     torch.save(images(), tmp_path / "images.pt")
     code = (
