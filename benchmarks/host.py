@@ -68,7 +68,7 @@ class StandIn(operation.Gpu):
 def _attend_recorded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     heads = [x.transpose(1, 2) for x in (q, k, v)]
     out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads)
-    return out.transpose(1, 2).contiguous(), logsumexp
+    return out.transpose(1, 2).contiguous(), logsumexp.contiguous()
 
 
 def _attend_backward(*given: torch.Tensor) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ to fill in defaults that no argument has (python -m benchmarks.host).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -258,13 +258,14 @@ class Operation(Arguments):
         views, which would keep them alive after they were moved, and no copies but of those that are not contiguous.
 
         ``a``: the arguments by name, checked; the result has at least one value. ``a.kept``: where gradients are recorded and
-        ``keeps`` names something, a dictionary that takes it; else None.
+        ``keeps`` names something, a dictionary; then each call is given one last, which takes it. Else None.
         """
         raise NotImplementedError
 
     def forward(self, a: SimpleNamespace, out: Tensor) -> None:
         """Launch once."""
-        self.prepared(a)(out, *[getattr(a, name) for name in self.changing])
+        kept = () if a.kept is None else (a.kept,)
+        self.prepared(a)(out, *[getattr(a, name) for name in self.changing], *kept)
 
     def empty(self, a: SimpleNamespace) -> Tensor:
         """A tensor like the result; by itself like the first activation."""
@@ -410,13 +411,13 @@ class Operation(Arguments):
                 return operation.redispatch(keys & torch._C._after_autograd_keyset, *flat)
 
         def recorded(ctx, keys, *flat):
-            """``keys``: of the dispatcher, or None past it."""
-            if keys is not None:
-                found = below(recorded_operation, keys, *flat)
-            else:
+            """``keys``: of the dispatcher; past it what computes the result and what is kept."""
+            ctx.past = callable(keys)
+            if ctx.past:
                 with torch._C._AutoDispatchBelowAutograd():
-                    found = run((*flat, True), None)[0] if self.keeps is None else forward_recorded(*flat, True)
-            ctx.past = keys is None
+                    found = keys()
+            else:
+                found = below(recorded_operation, keys, *flat)
             out, *kept = [found] if self.keeps is None else found
             tensors = [flat[i] for i in saved]
             ctx.unread = self.unread(dict(zip(names, flat, strict=False)))
@@ -529,6 +530,7 @@ class Settled:
         self._flat = [*by_name(self.given).values()]
         self._weights = [x for x in self._flat if isinstance(x, Tensor)]
         self._looked_at = looked_at
+        self._seen: set[tuple[Any, ...]] = set()
         self._plans: dict[tuple[Any, ...], list[Any]] = {}
 
     def __reduce__(self) -> tuple:
@@ -541,18 +543,30 @@ class Settled:
             dtype, count = torch.get_autocast_dtype(device), len(operation.activations)
             changing = (*[x if x is None else x.to(dtype) for x in changing[:count]], *changing[count:])
         seen = tuple([None if x is None else (x.shape, x.dtype, x.device, type(x)) for x in changing])
-        plan = None if _watched() else self._plans.get(seen)
-        if plan is None:
+        if _watched() or seen not in self._seen:
             return self._looked(seen, changing, device)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*(flat := self._all(changing))):
-            return operation._recorded(None, *flat)
-        compute, shape, dtype, *about = plan or self._planned(seen, changing)
-        if about != self._about(dtype):
-            compute, shape, dtype, *about = self._planned(seen, changing)
-        out = torch.empty(shape, dtype=dtype, device=first.device)  # type: ignore[union-attr]
+            recorded = operation.keeps is not None
+            return operation._recorded(partial(self._computed, seen, changing, recorded), *flat)
+        return self._computed(seen, changing)
+
+    def _computed(self, seen: tuple[Any, ...], changing: tuple[Tensor | None, ...], recorded: bool = False) -> Any:
+        """The result; where gradients are ``recorded`` a list of it and of what is kept."""
+        plan = self._plans.get((recorded, seen)) or self._planned(seen, changing, recorded)
+        if plan[4:] != self._about(plan[2]):
+            plan = self._planned(seen, changing, recorded)
+        compute, shape, dtype, keeps, *_ = plan
+        out = torch.empty(shape, dtype=dtype, device=changing[0].device)  # type: ignore[union-attr]
+        if not recorded:
+            if compute is not None:
+                compute(out, *changing)
+            return out
+        kept: dict[str, Tensor] = {}
         if compute is not None:
-            compute(out, *changing)
-        return out
+            compute(out, *changing, kept)
+        else:
+            kept = {name: torch.empty(shape, dtype=dtype, device=out.device) for name, (shape, dtype) in keeps.items()}
+        return [out, *map(kept.__getitem__, keeps)]
 
     def _all(self, changing: tuple[Tensor | None, ...]) -> list[Any]:
         """As the dispatcher takes them."""
@@ -568,13 +582,15 @@ class Settled:
         weights = self._weights
         return [runner, precision(dtype), [*map(Tensor.data_ptr, weights)], all(map(Tensor.is_contiguous, weights))]
 
-    def _planned(self, seen: tuple[Any, ...], changing: tuple[Tensor | None, ...]) -> list[Any]:
+    def _planned(self, seen: tuple[Any, ...], changing: tuple[Tensor | None, ...], recorded: bool) -> list[Any]:
         operation = self.operation
-        a = SimpleNamespace(**self.given | dict(zip(operation.changing, changing, strict=False)), kept=None)
-        out = operation.empty(a)
-        plan = [operation.prepared(a, again=True) if out.numel() else None, out.shape, out.dtype, *self._about(out.dtype)]
+        kept: dict[str, Tensor] | None = {} if recorded else None
+        a = SimpleNamespace(**self.given | dict(zip(operation.changing, changing, strict=False)), kept=kept)
+        out, keeps = operation.empty(a), operation.keeps(a) if recorded else {}  # type: ignore[misc]
+        compute = operation.prepared(a, again=True) if out.numel() else None
+        plan = [compute, out.shape, out.dtype, keeps, *self._about(out.dtype)]
         if all(map(Tensor.is_contiguous, self._weights)):  # what was copied would be another copy next time
-            self._plans[seen] = plan
+            self._plans[recorded, seen] = plan
         return plan
 
     def _looked(self, seen: tuple[Any, ...], changing: tuple[Tensor | None, ...], device: str) -> Tensor:
@@ -586,9 +602,10 @@ class Settled:
             operation._accepted.add(accepted)
         if device == "meta" or _watched() or not {*map(type, changing), *map(type, self._weights)} <= PLAIN:
             return operation._operation(*flat, True)
-        if len(self._plans) >= MOST_PLANS:
+        if len(self._seen) >= MOST_PLANS:
             self._plans.clear()
-        self._plans[seen] = []
+            self._seen.clear()
+        self._seen.add(seen)
         return self(*changing)
 
 

@@ -192,9 +192,9 @@ class Outer(Operation):
         return found | {name: (tuple(x.shape), dtype) for name, x in cast.items()}
 
     def prepared(self, a: SimpleNamespace, again: bool = False) -> Callable[..., None]:
-        (B, T, E), dtype, H, eps, kept = a.patch.shape, a.patch.dtype, a.num_heads, a.eps, a.kept
+        (B, T, E), dtype, H, eps = a.patch.shape, a.patch.dtype, a.num_heads, a.eps
         w, f = contiguous(a.weights), a.fold_weights
-        recorded, folds = kept is not None, _folds(a.pixel)
+        recorded, folds = a.kept is not None, _folds(a.pixel)
         attn_bias = w.proj_bias if a.attn_scale is None else None
         mlp_bias = w.fc2_bias if a.mlp_scale is None else None
         normed, normed_then = (norm.prepared(B * T, E, dtype, again) for _ in range(2))
@@ -209,8 +209,9 @@ class Outer(Operation):
         by_tanh = dtype == torch.bfloat16 and w.fc1_bias is not None and not recorded
 
         def run(
-            out: Tensor, patch: Tensor, pixel: Any = None, attn_scale: Tensor | None = None, mlp_scale: Tensor | None = None
-        ) -> None:
+            out: Tensor, patch: Tensor, pixel: Any = None, attn_scale: Tensor | None = None, mlp_scale: Tensor | None = None,
+            kept: Any = None,
+        ) -> None:  # fmt: skip
             qkv_weight, proj_weight, fc1_weight, fc1_bias, fc2_weight, fold_proj_weight = read()
             rest = out.view(B * T, E)
             x = torch.empty_like(rest) if recorded else rest  # what the MLP reads; kept
