@@ -264,7 +264,7 @@ class Operation(Arguments):
 
     def forward(self, a: SimpleNamespace, out: Tensor) -> None:
         """Launch once."""
-        kept = () if a.kept is None else (a.kept,)
+        kept = () if self.keeps is None or a.kept is None else (a.kept,)
         self.prepared(a)(out, *[getattr(a, name) for name in self.changing], *kept)
 
     def empty(self, a: SimpleNamespace) -> Tensor:

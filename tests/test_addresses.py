@@ -337,7 +337,7 @@ def _launched(monkeypatch, run):
             return lambda *given, **more: running.append(name) or function(*given, **more)
 
         prepared = operation.prepared
-        monkeypatch.setattr(operation, "prepared", lambda a, _f=prepared, _told=told: _told(_f(a)))
+        monkeypatch.setattr(operation, "prepared", lambda a, _f=prepared, _told=told, **again: _told(_f(a, **again)))
         monkeypatch.setattr(operation, "backward", told(operation.backward))
     run()
     return seen
