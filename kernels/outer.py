@@ -64,14 +64,14 @@ class Sizes(operation.Sizes):
 
 
 @triton.jit
-def _gelu_kernel(h_ptr, a_ptr, n_rows, Z: tl.constexpr):
+def _gelu_kernel(h_ptr, y_ptr, n_rows, Z: tl.constexpr):
     group, member = tl.program_id(0) % Z.GROUPS, tl.program_id(0) // Z.GROUPS
     col = group * Z.COLUMNS + tl.arange(0, Z.COLUMNS)
     for tile in range(member, tl.cdiv(n_rows, Z.BLOCK), tl.num_programs(0) // Z.GROUPS):
         row = tl.cast(tile, tl.int64) * Z.BLOCK + tl.arange(0, Z.BLOCK)
         mask = (row < n_rows)[:, None] & (col < Z.M)[None, :]
         a = gelu(load(h_ptr + row[:, None] * Z.M, col[None, :], mask), Z.FAST)  # [BLOCK, COLUMNS]
-        tl.store(a_ptr + row[:, None] * Z.M + col[None, :], a.to(Z.DTYPE), mask=mask)
+        tl.store(y_ptr + row[:, None] * Z.M + col[None, :], a.to(Z.DTYPE), mask=mask)
 
 
 @triton.jit
