@@ -102,9 +102,10 @@ def _backend(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:
     """Which of PyTorch's kernels ``scaled_dot_product_attention`` takes here on a GPU; MATH: products and a softmax.
 
     So are kernels that would pad the heads, do not take wide ones' gradients everywhere, or are not PyTorch's own. On a CPU,
-    which is for tests, all are; and for one token, where only products find gradients of 0, and NaN where one came in.
+    which is for tests, all are; for one token, where only products find gradients of 0, and NaN where one came in; and in
+    float32, whose gradients by PyTorch's kernels are less accurate than those of a softmax (``attend_recorded``).
     """
-    if not q.is_cuda or q.shape[-2] == 1:
+    if not q.is_cuda or q.shape[-2] == 1 or q.dtype == torch.float32:
         return SDPBackend.MATH
     found = SDPBackend(torch._fused_sdp_choice(q, k, v))
     known = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
