@@ -5,8 +5,8 @@
 
 TNT (ours), timm's TNT and timm's DeiT, by the same rules: what is launched comes from the graphs themselves (graphs.py),
 compiled by Inductor, bf16, training under autocast with the loss and AdamW; "latency_graph" is one image in a CUDA graph,
-"train_graph" a step that torch.compile's mode reduce-overhead replays: what the GPU takes, and a copy of the images. Every
-row says how often it is launched, the microseconds of one, and how they are known:
+"inference_graph" and "train_graph" are what torch.compile's mode reduce-overhead replays: what the GPU takes, and a copy of the
+images. Every row says how often it is launched, the microseconds of one, and how they are known:
 
 - simulated: our kernels' machine code on one multiprocessor (simulate.py), with the band of its checks;
 - looked up: library products, attention and what Inductor writes, by operations and bytes, at rates that were measured on one
@@ -46,7 +46,8 @@ from benchmarks.test_models import DEITS, TNTS
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "budget"
-MODES = ("inference", "train", "train_graph", "latency_graph")
+MODES = ("inference", "inference_graph", "train", "train_graph", "latency_graph")
+REPLAYED = {"inference_graph": "inference", "train_graph": "train"}
 Row = dict[str, Any]
 
 
@@ -304,15 +305,15 @@ def composed(name: str, mode: str, batch: int, gpu: simulate.Gpu, results: "Iter
         ValueError: what has no time.
     """
     batch = 1 if mode == "latency_graph" else batch
-    found = plan(name, mode.removesuffix("_graph") if mode == "train_graph" else mode, batch, gpu)
+    found = plan(name, REPLAYED.get(mode, mode), batch, gpu)
     rows = costed(found["calls"], gpu)
     launches = sum(row["launches"] for row in rows)
     for each in results:
         rows = [each.instead(row, batch) for row in rows]
     host = host_us(rows, found["operations"])
     rows.append(_own("between launches", "assumed", SOURCES["gap"], GAP, launches))
-    if mode == "train_graph":
-        us = 2 * 4 * batch * 3 * IMAGE**2 / gpu.dram / 1e3  # read and written, in float32
+    if mode in REPLAYED:
+        us = 2 * (4 if mode == "train_graph" else 2) * batch * 3 * IMAGE**2 / gpu.dram / 1e3  # read and written
         rows.append(_own("images copied into the graph", "looked up", SOURCES["memory"], (us, us, us)))
     if not mode.endswith("_graph"):
         rows.append(_own("start of the call", "assumed", SOURCES["start"], (0.7 * CALL, CALL, 1.3 * CALL)))
@@ -391,8 +392,8 @@ class Measured:
     def whole(self, name: str, mode: str, batch: int) -> float | None:
         """The measured ms of a whole model; of ours only where no kernel has changed since."""
         whose, which, _ = MODELS[name]
-        path, way = "fused" if whose == "ours" else "timm", "graphed" if mode == "train_graph" else "compiled"
-        id = f"{which}/{mode.removesuffix('_graph') if way == 'graphed' else mode}/bf16/{batch}/{path}-{way}"
+        path, way = "fused" if whose == "ours" else "timm", "graphed" if mode in REPLAYED else "compiled"
+        id = f"{which}/{REPLAYED.get(mode, mode)}/bf16/{batch}/{path}-{way}"
         if id not in self.rows:
             return None
         if whose == "ours" and (since := changed(self.sources)):

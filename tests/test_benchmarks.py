@@ -798,7 +798,9 @@ def test_the_budgets_ratios_come_first_until_a_gpu_has_measured_its_commit(tmp_p
 
     deit = {"inference": mode(6.0, 0, 256), "train": mode(20.0, 0, 256), "latency_graph": mode(0.3, 0, 1)}
     tnt = {"inference": mode(5.0, 0, 256, vs_deit_compiled=1.2), "train": mode(25.0, 15.0, 256, vs_deit_compiled=0.5)}
-    tnt["latency_graph"] = mode(0.6, 0, 1, vs_deit_compiled=0.5)
+    for name in ("inference", "train"):
+        deit[f"{name}_graph"] = deit[name]
+        tnt[f"{name}_graph"] = mode(tnt[name]["gpu_ms"], 0, 256, vs_deit_compiled=deit[name]["ms"] / tnt[name]["gpu_ms"])
     budget = {"about": {"gpu": "some gpu", "commit": "1234567"}, "tnt_s": tnt, "deit_s": deit, "tnt_b": tnt, "deit_b": deit}
     errors = {"published": (-12.0, 3.0), "measured": (-20.0, 1.0)}
     checks = [{"kind": kind, "error_percent": error} for kind, both in errors.items() for error in both]
@@ -807,8 +809,9 @@ def test_the_budgets_ratios_come_first_until_a_gpu_has_measured_its_commit(tmp_p
         _written(tmp_path / f"{name}.json", found)
     devices = report.read([_written(tmp_path / "gpu.json", _gpu_result())])
     head, _, row, _, told = report.first_block(devices, tmp_path).splitlines()[:5]
-    assert head == "| img/s over compiled DeiT's | S, inference | S, train | S, CUDA graph | B, inference |"
-    assert row == "| simulated, commit 1234567 | 1.20 | 0.50 (0.80 without the host) | 0.50 | 1.20 |"
+    columns = [f"{size}, {name}" for size in "SB" for name in ("inference", "inference, graph", "train", "train, graphs")]
+    assert head == f"| img/s over compiled DeiT's | {' | '.join(columns)} |"
+    assert row == "| simulated, commit 1234567 | 1.20 | 1.20 | 0.50 | 0.80 | 1.20 | 1.20 | 0.50 | 0.80 |"
     assert told.endswith("published times of kernels within 12%, measured ones -20 to +1%, whole DeiTs within 20%.")
     budget["about"]["commit"] = "abc"  # the GPU's
     _written(tmp_path / "budget.json", budget)
