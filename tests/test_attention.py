@@ -453,7 +453,7 @@ def test_launches_of_a_block(dtype, most, monkeypatch):
     with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiled:
         block.outer(torch.randn(2, 5, 24, dtype=dtype), True)
     (outer,) = (event for event in profiled.events() if event.name == "tnt_fast::outer")
-    assert launched == ["_norm_kernel"] * 2
+    assert launched == ["_norm_kernel"] * 2 + ["_gelu_kernel"] * (dtype == torch.float32)
     called = _called(outer)
     assert "aten::scaled_dot_product_attention" in called
     assert len(called) + len(launched) <= most, called

@@ -583,7 +583,7 @@ def test_a_run_without_progress_stops_early_stays_so_and_goes_on_if_it_is_told_t
 def test_a_compiled_run_saves_the_names_of_a_plain_one(data, tmp_path, monkeypatch):
     compiled, compile_ = [], torch.nn.Module.compile
 
-    def eagerly(module):  # traced as ever, and run without a compiler, which takes a minute
+    def eagerly(module, mode):  # traced as ever, and run without a compiler, which takes a minute
         compiled.append(module)
         compile_(module, backend="eager")
 
