@@ -201,10 +201,11 @@ def rounded_softmax(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """The reference with PyTorch's fused attention, whose kernels outer takes on a GPU: PyTorch's own error is theirs, too.
+    """The reference with PyTorch's fused attention: PyTorch's own error is that of its kernels, too.
 
-    Their backwards have P = exp(score − logsumexp), off by eps·|logsumexp|, and gradient·out for ΣP·dP, off by a rounding of
-    ``out``. Where the errors of a softmax cancel, of large scores in float32 or of values that are alike, these do not.
+    Outer takes them on a GPU in half precision, and a module that is called beside kernels takes them in float32, too. Their
+    backwards have P = exp(score − logsumexp), off by eps·|logsumexp|, and gradient·out for ΣP·dP, off by a rounding of ``out``.
+    Where the errors of a softmax cancel, of large scores or of values that are alike, these do not.
     """
 
     def as_heads(qk: Tensor, num_heads: int) -> tuple[Tensor, ...]:
@@ -328,9 +329,9 @@ class Call:
         casts = [None] + [self.half] * self.autocast[0] + [torch.float32] * (self.dtype in HALVES)
         found = [self.compute(function, cast, draw=draw) for draw in (0, *DRAWS) for cast in casts]
         found += [self.compute(function, cast, recomputed=True) for cast in casts if cast == torch.float32]
-        if self.operation == "outer" and DEVICE == "cuda":
+        if self.operation == "outer" and self.dtype in HALVES and DEVICE == "cuda":
             with fused_attention():
-                found += [self.compute(function, cast) for cast in casts]
+                found += [self.compute(function, cast) for cast in casts if cast != torch.float32]
         with rounded_softmax(self.dtype):
             return [*found, *(self.compute(function, torch.float64, draw=draw) for draw in DRAWS)]
 

@@ -83,11 +83,14 @@ def test_the_reference_in_the_place_of_a_kernel_is_right(monkeypatch, operation)
     assert examine(SEED, operation, index) == ("right", "")
 
 
-def test_pytorchs_fused_attention_is_among_its_own_where_outer_takes_it(monkeypatch):
+@pytest.mark.parametrize("half", [True, False], ids=["half", "float32"])
+def test_pytorchs_fused_attention_is_among_its_own_where_outer_takes_it(monkeypatch, half):
     takes = find(
         "outer", lambda call: "qk_weight" in call.wanted and "pixel" not in call.tensors and call.activation.shape[1] > 1
     )
     call, calls, right = draw(SEED, "outer", takes), [], fuzz.attention.attend
+    if half:
+        call.tensors = {name: x.half() if isinstance(x, torch.Tensor) else x for name, x in call.tensors.items()}
     monkeypatch.setattr(fuzz.attention, "attend", lambda *heads: calls.append(1) or right(*heads))
     exact = call.compute(fuzz.reference.outer, torch.float64)
     with fuzz.fused_attention():
@@ -95,7 +98,7 @@ def test_pytorchs_fused_attention_is_among_its_own_where_outer_takes_it(monkeypa
             torch.testing.assert_close(x, exact[name], rtol=1e-9, atol=1e-11)
     assert len(calls) == 1
     call.own()
-    assert len(calls) == 1 + (fuzz.DEVICE == "cuda")
+    assert len(calls) == 1 + (half and fuzz.DEVICE == "cuda")
 
 
 class OffByALittle(torch.autograd.Function):

@@ -211,8 +211,7 @@ def test_the_bytes_that_a_training_step_of_tnt_s_keeps(recompute, most):
 
 
 KERNELS = {
-    SDPBackend.FLASH_ATTENTION: torch.bfloat16, SDPBackend.CUDNN_ATTENTION: torch.float16,
-    SDPBackend.EFFICIENT_ATTENTION: torch.float32, SDPBackend.MATH: torch.bfloat16,
+    SDPBackend.FLASH_ATTENTION: torch.bfloat16, SDPBackend.CUDNN_ATTENTION: torch.float16, SDPBackend.MATH: torch.bfloat16,
 }  # fmt: skip
 
 

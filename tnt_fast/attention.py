@@ -101,14 +101,15 @@ def attend_joined(qkv: Tensor) -> Tensor:
 def _backend(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:
     """Which of PyTorch's kernels ``scaled_dot_product_attention`` takes here on a GPU; MATH: products and a softmax.
 
-    So are kernels that would pad the heads, do not take wide ones' gradients everywhere, or are not PyTorch's own. On a CPU,
-    which is for tests, all are; for one token, where only products find gradients of 0, and NaN where one came in; and in
-    float32, whose gradients by PyTorch's kernels are less accurate than those of a softmax (``attend_recorded``).
+    So are kernels that would pad the heads, do not take wide ones' gradients everywhere, or are not PyTorch's own; and the one
+    that PyTorch calls efficient, which it takes in float32, and in half precision only where the two others are switched off.
+    On a CPU, which is for tests, all are; for one token, where only products find gradients of 0, and NaN where one came in;
+    and in float32, whose gradients by PyTorch's kernels are less accurate than those of a softmax (``attend_recorded``).
     """
     if not q.is_cuda or q.shape[-2] == 1 or q.dtype == torch.float32:
         return SDPBackend.MATH
     found = SDPBackend(torch._fused_sdp_choice(q, k, v))
-    known = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+    known = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
     return found if found in known and q.shape[-1] in range(0, 193, 8) else SDPBackend.MATH
 
 
@@ -124,20 +125,18 @@ def attend_recorded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     the bit where values are alike. The former is seen in float32 only: there a score of 1,000 costs three digits of the
     gradients. Products and a softmax are as exact as the reference.
     """
-    aten, T = torch.ops.aten, q.shape[1]
+    aten = torch.ops.aten
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     match _backend(q, k, v):
         case SDPBackend.FLASH_ATTENTION:
             out, logsumexp = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
         case SDPBackend.CUDNN_ATTENTION:
             out, logsumexp = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]  # (B, H, T, 1)
-        case SDPBackend.EFFICIENT_ATTENTION:
-            out, logsumexp = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]  # whole blocks of 32
         case _:
             scores = _scores(q, k)
             logsumexp = scores.logsumexp(-1)
             out = scores.softmax(-1).to(v.dtype) @ v
-    return out.transpose(1, 2).contiguous(), logsumexp.flatten(2)[:, :, :T].contiguous()
+    return out.transpose(1, 2).contiguous(), logsumexp.flatten(2).contiguous()
 
 
 def attend_backward(
@@ -146,23 +145,17 @@ def attend_backward(
     """Gradients of q, k and v, from that of ``out``; all but ``logsumexp`` are ``(B, T, H, D)``."""
     aten, T = torch.ops.aten, q.shape[1]
     gradient, q, k, v, out = (x.transpose(1, 2) for x in (gradient, q, k, v, out))
-    match backend := _backend(q, k, v):
+    match _backend(q, k, v):
         case SDPBackend.FLASH_ATTENTION:
             state = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
             found = aten._scaled_dot_product_flash_attention_backward(
                 gradient, q, k, v, out, logsumexp, None, None, T, T, 0.0, False, state, state[0]
             )
-        case SDPBackend.CUDNN_ATTENTION | SDPBackend.EFFICIENT_ATTENTION:
+        case SDPBackend.CUDNN_ATTENTION:
             state = torch.empty((), dtype=torch.int64, device=q.device)
-            if backend == SDPBackend.CUDNN_ATTENTION:
-                found = aten._scaled_dot_product_cudnn_attention_backward(
-                    gradient, q, k, v, out, logsumexp[..., None], state, state, None, None, None, T, T, 0.0, False
-                )
-            else:
-                logsumexp = F.pad(logsumexp, (0, -T % 32), value=torch.inf)
-                found = aten._scaled_dot_product_efficient_attention_backward(
-                    gradient, q, k, v, None, out, logsumexp, state, state, 0.0, [True, True, True, False]
-                )
+            found = aten._scaled_dot_product_cudnn_attention_backward(
+                gradient, q, k, v, out, logsumexp[..., None], state, state, None, None, None, T, T, 0.0, False
+            )
         case _:
             weights = _scores(q, k).softmax(-1)
             of_weights = (gradient @ v.transpose(-2, -1)).float()
