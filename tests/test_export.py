@@ -328,7 +328,7 @@ def test_an_image_that_cannot_be_read_ends_the_comparison(checkpoint, tmp_path, 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--to", "onnxx", "--out", "a.onnx"], "'onnxx' is unknown; accepted: onnx, pt2, aoti, huggingface, int8; did you"),
+        (["--to", "onnxx", "--out", "a.onnx"], "'onnxx' is unknown; nearest: onnx; accepted: onnx, pt2, aoti, "),
         (["--to", "onnx", "--out", "a.pt2"], "must end in .onnx"),
         (["--to", "onnx", "--out", "no/a.onnx"], "there is no directory"),
         (["--to", "pt2", "--out", "file/a.pt2"], "there is no directory"),

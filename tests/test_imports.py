@@ -21,14 +21,16 @@ ALLOWED = {
     "tnt_fast/optimize.py": ("tnt_fast/tnt.py tnt_fast/attention.py tnt_fast/dispatch.py tnt_fast/reference.py", "torch timm"),
     "tnt_fast/reading.py": ("", "torch safetensors"),
     "tnt_fast/writing.py": ("", ""),
+    "tnt_fast/terminal.py": ("", ""),
     "tnt_fast/checkpoints.py": ("tnt_fast/tnt.py tnt_fast/reading.py tnt_fast/writing.py", "torch timm"),
     "tnt_fast/variants.py": (
-        "tnt_fast/tnt.py tnt_fast/attention.py tnt_fast/reference.py tnt_fast/checkpoints.py tnt_fast/reading.py",
+        "tnt_fast/tnt.py tnt_fast/attention.py tnt_fast/reference.py tnt_fast/checkpoints.py tnt_fast/reading.py "
+        "tnt_fast/terminal.py",
         "torch timm huggingface_hub",
     ),
     "tnt_fast/vit.py": ("tnt_fast/tnt.py", "torch timm"),
     "tnt_fast/export.py": (
-        "tnt_fast/tnt.py tnt_fast/dispatch.py tnt_fast/writing.py",
+        "tnt_fast/tnt.py tnt_fast/dispatch.py tnt_fast/terminal.py tnt_fast/writing.py",
         "torch timm safetensors onnx onnxruntime onnxscript",
     ),
     "tnt_fast/__init__.py": (
@@ -64,7 +66,8 @@ ALLOWED = {
         "torch timm numpy sklearn PIL",
     ),
     "tnt_fast/recipe.py": (
-        "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/images.py",
+        "tnt_fast/dispatch.py tnt_fast/tnt.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/images.py "
+        "tnt_fast/terminal.py",
         "torch timm yaml",
     ),
     "tnt_fast/metrics.py": ("tnt_fast/recipe.py tnt_fast/writing.py", "torch wandb"),
@@ -91,7 +94,8 @@ ALLOWED = {
         "torch timm",
     ),
     "tnt_fast/validate.py": (
-        "tnt_fast/check.py tnt_fast/classify.py tnt_fast/images.py tnt_fast/visualize.py tnt_fast/writing.py",
+        "tnt_fast/check.py tnt_fast/classify.py tnt_fast/images.py tnt_fast/terminal.py tnt_fast/visualize.py "
+        "tnt_fast/writing.py",
         "torch timm numpy scipy tqdm",
     ),
     "tnt_fast/ablate.py": (
@@ -100,7 +104,6 @@ ALLOWED = {
         "tnt_fast/writing.py",
         "torch",
     ),
-    "tnt_fast/terminal.py": ("", ""),
     "tnt_fast/__main__.py": ("tnt_fast/cli.py", ""),
     "tnt_fast/cli.py": (
         "kernels/__init__.py "

@@ -81,7 +81,7 @@ def config_with(name: str, value) -> recipe.Config:
         (["--opt", "adahessian"], ["opt='adahessian' is unknown"]),
         (["--sched", "cosin"], ["sched='cosin' is unknown", "nearest: cosine", "constant"]),
         (["--sched", "plateau"], ["sched='plateau' is unknown", "accepted: cosine"]),
-        (["--auto-augment", "ran-m9"], ["auto_augment='ran-m9'", "nearest: rand-m9", "'' turns it off"]),
+        (["--auto-augment", "ran-m9"], ["auto_augment='ran-m9'", "nearest: rand; accepted: rand-m9", "'' turns it off"]),
         (["--auto-augment", "rand-m9-q3"], ["auto_augment='rand-m9-q3'", "rand-m9-mstd0.5-inc1"]),
         (["--model-kwargs", "features_only=True"], ["features_only is no argument of the model"]),
         (["--model-kwargs", "dept=1"], ["dept is no argument of the model", "depth"]),

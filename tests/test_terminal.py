@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 from tnt_fast import terminal
-from tnt_fast.terminal import LIMIT, complain, guarded, printable, say, say_json
+from tnt_fast.terminal import LIMIT, complain, guarded, nearest, printable, say, say_json
 
 HOSTILE = {
     "clear the screen": "cat\x1b[2J",
@@ -107,3 +107,12 @@ def test_a_line_goes_above_a_progress_bar(monkeypatch):
         bar.update()
         terminal.say("a.png  cat", error=True)
     assert any(line.rpartition("\r")[2] == "a.png  cat" for line in screen.getvalue().split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("Adamv", "; nearest: adam, AdamW"), ("sdg", "; nearest: sgd"), ("nothing like it", ""), ("", ""), (3, "")],
+    ids=str,
+)
+def test_an_error_names_what_is_nearest(name, expected):
+    assert nearest(name, ["AdamW", "sgd", "adam"]) == expected

@@ -212,7 +212,7 @@ BAD = {
     "no such folder": ([], "no directory 'data'; expected DATA/val/CLASS/*.jpg"),
     "no pictures": (["data/n01440764/notes.txt"], "'data' holds no images; accepted: .bmp"),
     "no class folders": (["data/a.png"], "lie in no class folder; say what they show with --ground-truth FILE"),
-    "a folder with a typo": (["data/n01440764/a.png", "data/n0144O764/b.png"], "such as 'n0144O764'; nearest: 'n01440764'"),
+    "a folder with a typo": (["data/n01440764/a.png", "data/n0144O764/b.png"], "such as 'n0144O764'; nearest: n01440764"),
 }
 
 

@@ -7,13 +7,11 @@ What needs torch is imported where it runs: --help, --version and completion do 
 import argparse
 import ast
 import dataclasses
-import difflib
 import os
 import platform
 import re
 import sys
 import traceback
-from collections.abc import Iterable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any, NoReturn, cast, get_args, get_origin
 
 import tnt_fast
 from tnt_fast import recipe
-from tnt_fast.terminal import complain, guarded, one_line, say, say_json
+from tnt_fast.terminal import complain, guarded, nearest, one_line, say, say_json
 
 # errors that carry a message for the user; anything else is a defect
 FOR_USER = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError, MemoryError)
@@ -124,7 +122,7 @@ def _parsed(argv: list[str] | None) -> argparse.Namespace:
     args, unknown = _parser()[0].parse_known_args(argv)
     if unknown:
         name = unknown[0].partition("=")[0]
-        args.parser.error(f"unknown argument {unknown[0]!r}{_nearest(name, _options(args.parser))}")
+        args.parser.error(f"unknown argument {unknown[0]!r}{nearest(name, _options(args.parser))}")
     return args
 
 
@@ -134,11 +132,6 @@ def _examples(*lines: str) -> str:
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
     return ["--help", *re.findall(r"--[a-z][a-z-]*", parser.format_usage())]
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, 3)
-    return f"; nearest: {', '.join(close)}" if close else ""
 
 
 # ---- train ----
@@ -477,7 +470,7 @@ def _validate(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
     if args.amp not in recipe.AMP:
-        raise ValueError(f"--amp {args.amp!r} is unknown{_nearest(args.amp, recipe.AMP)}; accepted: {', '.join(recipe.AMP)}")
+        raise ValueError(f"--amp {args.amp!r} is unknown{nearest(args.amp, recipe.AMP)}; accepted: {', '.join(recipe.AMP)}")
     if args.out and args.out.exists() and not args.out.is_dir():
         raise FileExistsError(f"--out {str(args.out)!r} is a file; expected a folder, which is made where there is none")
     try:
@@ -742,7 +735,7 @@ def _bench(args: argparse.Namespace) -> int:
     batch = (256 if on_gpu else 4) if args.batch_size is None else args.batch_size
     for name, value, accepted in (("--size", args.size, bench.PAIRS), ("--dtype", dtype, bench.DTYPES)):
         if value not in accepted:
-            raise ValueError(f"{name} {value!r} is unknown{_nearest(value, accepted)}; accepted: {', '.join(accepted)}")
+            raise ValueError(f"{name} {value!r} is unknown{nearest(value, accepted)}; accepted: {', '.join(accepted)}")
     if not 1 <= batch <= 100_000 or not 0 < args.seconds < 1e6:
         raise ValueError(f"--batch-size {batch} must be in [1, 100000], and --seconds {args.seconds} in (0, 1e6)")
     rows = bench.bench(args.size, str(device), dtype, batch, args.seconds, args.compile)
@@ -807,7 +800,7 @@ def describe(models: list[str]) -> dict[str, Any]:
     known = sorted(variants.__all__)
     for name in models:
         if name not in known:
-            raise ValueError(f"model {name!r} is unknown{_nearest(name, known)}; accepted: {', '.join(known)}")
+            raise ValueError(f"model {name!r} is unknown{nearest(name, known)}; accepted: {', '.join(known)}")
         model = timm.create_model(name, device="meta").eval()
         reasons = why_not_fused(model)
         found[name] = {

@@ -7,7 +7,6 @@ them into no file (pytorch issue 145394).
 """
 
 import copy
-import difflib
 import inspect
 import json
 import logging
@@ -25,6 +24,7 @@ from timm.data import resolve_data_config
 from torch import Tensor
 
 from tnt_fast import dispatch
+from tnt_fast.terminal import nearest
 from tnt_fast.tnt import TNT
 from tnt_fast.writing import replacing_by_path
 
@@ -124,9 +124,7 @@ def check(to: str, out: str | os.PathLike, *, overwrite: bool = False, backend: 
         as ``export_model``.
     """
     if to not in TARGETS:
-        near = difflib.get_close_matches(str(to)[:100], TARGETS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"the target {str(to)!r:.100} is unknown; accepted: {', '.join(TARGETS)}{hint}")
+        raise ValueError(f"the target {str(to)!r:.100} is unknown{nearest(to, TARGETS)}; accepted: {', '.join(TARGETS)}")
     if backend not in ("reference", "fused"):
         raise ValueError(f"backend={backend!r} is not accepted; accepted: reference, or with pt2 and aoti fused")
     if backend == "fused" and to not in ("pt2", "aoti"):

@@ -8,10 +8,11 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_origin
+
+from tnt_fast.terminal import nearest
 
 if TYPE_CHECKING:
     from timm.data import Mixup
@@ -321,9 +322,7 @@ def _check_meaning(name: str, value: Any) -> None:
 
 def unknown(what: str, name: str, known: Collection[str], see: str = "") -> ValueError:
     """Few accepted values are all named; of many the nearest, and where the rest stands."""
-    near = get_close_matches(name.lower(), known, 3, 0.5)
-    listed = f"nearest: {', '.join(near)}; " if near else ""
-    return ValueError(f"{what}={name!r:.100} is unknown; {listed}accepted: {see or ', '.join(known)}")
+    return ValueError(f"{what}={name!r:.100} is unknown{nearest(name, known)}; accepted: {see or ', '.join(known)}")
 
 
 def _check_optimizer(name: str) -> None:
@@ -342,9 +341,8 @@ def _check_policy(name: str) -> None:
         _require(not name or name.split("-")[0] in kinds, "no such policy")
         transforms_imagenet_train(auto_augment=name or None)
     except (AssertionError, ValueError, KeyError) as error:  # timm's ways to refuse one
-        near = get_close_matches(name.lower(), POLICIES, 1, 0.4)
         raise ValueError(
-            f"auto_augment={name!r:.100} is no policy of timm ({error}); {f'nearest: {near[0]}; ' if near else ''}accepted: "
+            f"auto_augment={name!r:.100} is no policy of timm ({error}){nearest(name.split('-')[0], kinds)}; accepted: "
             f"{', '.join(POLICIES)}, their numbers as you like; '' turns it off"
         ) from error
 

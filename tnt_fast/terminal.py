@@ -1,15 +1,17 @@
 """What ``tnt-fast`` prints. Names and messages come from strangers' files: a terminal shows them, and never obeys them.
 
-All of it passes ``printable``: the command's own lines in ``say``, and in ``guarded`` what Python prints for other libraries.
+An error about an unknown name says which are ``nearest``, wherever it is raised. All that is printed passes ``printable``: the
+command's own lines in ``say``, and in ``guarded`` what Python prints for other libraries.
 """
 
+import difflib
 import io
 import json
 import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -31,6 +33,13 @@ def printable(text: object, limit: int | None = None) -> str:
     if limit is not None and len(line) > limit:
         line = f"{line[: limit // 2 - 2]} … {line[len(line) - (limit - limit // 2 - 1) :]}"
     return line
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """``"; nearest: A, B"`` for an error about a name that is none of these: the most alike, at most 3. ``""``: none is."""
+    spelt = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(str(name)[:100].lower(), spelt, 3)
+    return f"; nearest: {', '.join(spelt[each] for each in near)}" if near else ""
 
 
 def say(text: object = "", *, error: bool = False) -> None:

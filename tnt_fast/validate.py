@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from tnt_fast.check import find
 from tnt_fast.classify import Classifier
 from tnt_fast.images import EXTENSIONS, NO_IMAGE, DataError, find_images, is_image_name, is_leftover
+from tnt_fast.terminal import nearest
 from tnt_fast.writing import table, write
 
 BINS = 15  # of the confidence, as Guo et al. 2017 (https://arxiv.org/abs/1706.04599) count the calibration error
@@ -172,11 +172,10 @@ def indices(found: Labelled, classifier: Classifier) -> tuple[list[int], str]:
             return [index[label] for label in found.labels], kind
     kind, index = max(known.items(), key=lambda item: sum(name in item[1] for name in names))
     wrong = [name for name in names if name not in index]
-    near = get_close_matches(wrong[0], index, 2, 0.5)
     listed = ", ".join(map(repr, list(index)[:5])) + (", …" if count > 5 else "")
     raise DataError(
         f"{len(wrong):,} of {len(names):,} labels name none of the model's {count:,} classes, such as {wrong[0]!r}"
-        f"{f'; nearest: {near[0]!r}' if near else ''}; accepted: {kind}, {listed}"
+        f"{nearest(wrong[0], index)}; accepted: {kind}, {listed}"
     )
 
 

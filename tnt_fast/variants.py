@@ -4,7 +4,6 @@ The model knows neither the registry nor files of weights; this file joins the t
 """
 
 import contextlib
-import difflib
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
@@ -20,6 +19,7 @@ from tnt_fast import attention
 from tnt_fast.checkpoints import FORMAT, checkpoint_filter_fn, fit, head_classes
 from tnt_fast.reading import IN_FOLDERS, CheckpointError, read_checkpoint, read_config, shown
 from tnt_fast.reference import RECOMPUTE
+from tnt_fast.terminal import nearest
 from tnt_fast.tnt import TNT
 
 __all__: list[str] = []  # register_model adds the names
@@ -162,11 +162,8 @@ def check_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in given.items():
         if name not in SIZES:
-            near = difflib.get_close_matches(str(name)[:100], SIZES, 1)
-            raise ValueError(
-                f"{shown(name)} is no argument of the model that can be set here"
-                + (f"; did you mean {near[0]}?" if near else f"; accepted: {', '.join(SIZES)}")
-            )
+            listed = nearest(name, SIZES) or f"; accepted: {', '.join(SIZES)}"
+            raise ValueError(f"{shown(name)} is no argument of the model that can be set here{listed}")
         try:
             found[name] = SIZES[name](value)
         except ValueError:
@@ -195,10 +192,7 @@ def variant(name: str) -> str:
     base, _, tag = name.partition(".")
     known = timm.list_models("tnt_fast_*")
     if base not in known:
-        near = difflib.get_close_matches(base[:100], known, 1)
-        raise ValueError(
-            f"model {shown(name)!r} is unknown; accepted: {', '.join(known)}{f'; did you mean {near[0]}?' if near else ''}"
-        )
+        raise ValueError(f"model {shown(name)!r} is unknown{nearest(base, known)}; accepted: {', '.join(known)}")
     if tag and f"{base}.{tag}" not in _tags():
         raise ValueError(f"model {shown(name)!r} is unknown; accepted tags: {', '.join(_tags())}")
     return base
