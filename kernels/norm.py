@@ -2,7 +2,7 @@
 
     y = LN(x), rest = x + later                                forward: the next product's input, and what it is added to
     y[b, 0] = patch[b, 0], y[b, 1 + n] = patch[b, 1 + n] + LN(z[b·N + n] + shift)          add: of fold, with or without LN,
-                                                          and then, for outer, LN(y) and y + later
+                                                          and then, for outer, LN(y) and y + later, or both sums
     dx = rstd · (γg − mean(γg) − x̂ · mean(γg · x̂)) + rest, dγ = Σ g · x̂, dβ = Σ g, Σ dx, Σ rest     backward of LN(x + shift)
 
 with x̂ a normalised row, g the gradient of y, rest that of what else reads x: of outer, the branch's and the residual's. Σ dx is
@@ -90,9 +90,10 @@ def _norm_kernel(x_ptr, y_ptr, weight_ptr, bias_ptr, rest_ptr, later_ptr, n_rows
 
 @triton.jit
 def _norm_add_kernel(
-    z_ptr, w, patch_ptr, y_ptr, h_ptr, n_rows, n_tokens, stride_image, stride_token, eps, Z: tl.constexpr
+    z_ptr, w, patch_ptr, y_ptr, h_ptr, rest_ptr, n_rows, n_tokens, stride_image, stride_token, eps, Z: tl.constexpr
 ):  # fmt: skip
-    """Rows are those of y; without ``w.weight`` z is added as it is; ``h_ptr``: for LN(y), where y is stored with ``later``."""
+    """Rows are those of y; without ``w.weight`` z is added as it is; ``h_ptr``: for LN(y), and then y + later in its place, or
+    beside it in ``rest_ptr``."""
     row = tl.program_id(0).to(tl.int64) * Z.BLOCK + tl.arange(0, Z.BLOCK)
     col = tl.arange(0, Z.W_PAD)
     real = col < Z.W
@@ -107,10 +108,16 @@ def _norm_add_kernel(
     y = patch + tl.where((token > 0)[:, None], z, 0.0)
     at = row[:, None] * Z.W + col[None, :]
     if h_ptr is not None:
+        if rest_ptr is not None:
+            y = y.to(Z.DTYPE).to(tl.float32)  # what is kept, from which the backward makes LN(y) again
         h, _ = _standardised(tl.where(real[None, :], y, 0.0), eps, Z)  # known zeros
         h = h * load(w.next_weight, col, real)[None, :] + load(w.next_bias, col, real)[None, :]
         tl.store(h_ptr + at, h.to(Z.DTYPE), mask=mask)
-        y += load(w.later, col, real)[None, :]
+        rest = y + load(w.later, col, real)[None, :]
+        if rest_ptr is None:
+            y = rest
+        else:
+            tl.store(rest_ptr + at, rest.to(Z.DTYPE), mask=mask)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -214,19 +221,19 @@ def adding(
     """Of z (B·(T − 1), W) of a dtype, and patches of a shape (B, T, W) and any strides: their sum, contiguous, into ``out``.
 
     z with its LayerNorm; with weights of a next LayerNorm that of the sum (B·T, W) comes back, and ``later`` is added to
-    ``out``. ``weights`` are contiguous.
+    ``out``, or beside it to ``rest`` (B·T, W). ``weights`` are contiguous.
     """
     (B, T, W), spec = shape, specialise(_norm_add_kernel, dtype, shape[2])
     spec, rows = spec.again() if again else spec, B * T
     tiles, has_next = -(-rows // spec.config.rows), weights.next_weight is not None
 
-    def added(z: Tensor, patch: Tensor, out: Tensor) -> Tensor | None:
+    def added(z: Tensor, patch: Tensor, out: Tensor, rest: Tensor | None = None) -> Tensor | None:
         h = z.new_empty((rows, W)) if has_next else None
         image, token, value = patch.stride()
         if value != 1:
             patch = patch.contiguous()
             image, token, _ = patch.stride()
-        launch(spec, tiles, z, weights, patch, out, h, rows, T, image, token, eps)
+        launch(spec, tiles, z, weights, patch, out, h, rest, rows, T, image, token, eps)
         return h
 
     return added

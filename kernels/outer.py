@@ -19,7 +19,7 @@ Backward, of each of the two branches r + scale · last(f(first(LN r))), f the a
 
 The kernels of GELU and LN also make f(h) and LN(r) again, which are not kept, and sum dh, g and dr over their rows: gradients
 of the biases of fc1, fc2 and proj, the latter two if there is no scale. Nine launches of the forward and sixteen, of a fold
-three and eight more. Where weights have another dtype, as under autocast, a cast of all of them before the products, whose
+two and eight more. Where weights have another dtype, as under autocast, a cast of all of them before the products, whose
 gradients are products in float32 (on the CPU casts, too), biases of q, k and v one each way, a scale three of its branch.
 
 This one operation keeps more than its input: the attention's q, k and v, result and logsumexp, x, and fc1's result; and its
@@ -201,8 +201,7 @@ class Outer(Operation):
         if folds:
             projected = product(a.pixel.shape, dtype, f.fold_norm1_weight, f.fold_norm1_bias, eps, again)
             second = f.fold_proj_bias, f.fold_norm2_weight, f.fold_norm2_bias
-            following = () if recorded else (w.norm1_weight, w.norm1_bias, attn_bias)
-            weights = contiguous(norm.Weights(*second, *following))
+            weights = contiguous(norm.Weights(*second, w.norm1_weight, w.norm1_bias, attn_bias))
             added = norm.adding(a.patch.shape, dtype, weights, eps, again)
         folding = contiguous(f.fold_proj_weight) if folds else None
         read, qkv_bias = _reading(w, folding, dtype, recorded), None if w.qk_bias is None else joining(w.qk_bias, w.v_bias)
@@ -215,11 +214,10 @@ class Outer(Operation):
             qkv_weight, proj_weight, fc1_weight, fc1_bias, fc2_weight, fold_proj_weight = read()
             rest = out.view(B * T, E)
             x = torch.empty_like(rest) if recorded else rest  # what the MLP reads; kept
-            h = None
             if folds:
                 folded = torch.empty_like(out) if recorded else out
-                h, patch = added(projected(_to(pixel, dtype), fold_proj_weight), patch, folded), folded
-            if h is None:
+                h = added(projected(_to(pixel, dtype), fold_proj_weight), patch, folded, x if recorded else None)
+            else:
                 h = normed(patch.contiguous().view(B * T, E), w.norm1_weight, w.norm1_bias, eps, x, attn_bias)
             qkv = F.linear(h, qkv_weight, None if qkv_bias is None else _to(qkv_bias(), dtype))
             heads = qkv.view(B, T, 3, H, E // H)
@@ -228,7 +226,7 @@ class Outer(Operation):
                 kept.update(x=x, attended=attended.view(B * T, E), logsumexp=logsumexp, qkv=qkv, qkv_weight=qkv_weight)
                 kept.update(proj_weight=proj_weight, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
                 if folds:
-                    kept.update(fold_proj_weight=fold_proj_weight, folded=patch.view(B * T, E))
+                    kept.update(fold_proj_weight=fold_proj_weight, folded=folded.view(B * T, E))
             else:
                 attended = attention.attend_joined(heads)
             _add(x, attended.reshape(B * T, E), proj_weight, w.proj_bias, attn_scale)
