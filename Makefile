@@ -1,5 +1,7 @@
 # make demo · quick · test · test-newest · test-oldest · fuzz · check · check-compiled · docs · bench · tune · gpu · sanitize.
-# Everything is installed into $(VENV), at the versions of $(CONSTRAINTS); what is imported is compiled then.
+# Everything is installed into $(VENV), at the versions of $(CONSTRAINTS); what is imported is compiled then, and kept: without,
+# as images of containers like to have it, each process compiles PyTorch and timm anew, 8 of the 13 s of importing them.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 CONSTRAINTS ?= .ci/constraints.txt
 VENV := .venv
