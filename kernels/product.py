@@ -1,0 +1,237 @@
+"""product: products of few rows with the LayerNorm before them in one launch, for what outer computes of a few images.
+
+    y = activation(LN(x) Wᵀ + b), rest = x + later                     GELU, the bias and the rest where they are asked for
+    x[b, 0] = patch[b, 0], x[b, 1 + n] = patch[b, 1 + n] + LN(z[b·N + n] + shift)             as fold ends, where that is x
+
+At few rows a launch waits: to begin, for memory, and for the launch of the LayerNorm before it. Here a program has BLOCK rows,
+which it holds in registers in pieces of CHUNK columns, and COLUMNS columns of the result: it asks for all of its part of the
+matrix before it looks at its rows. Programs of the same rows normalise them each for itself; those of the first columns store
+``rest``. The matrix is read in its own dtype, under autocast float32, and may be two, the second of which has the last columns:
+those of q and k, and that of v. Statistics are float32, of two passes, as norm.py's; one rounding, at the store.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tnt_fast.kernels import operation
+from tnt_fast.kernels.operation import Config, Launch, derived, launch, remembered
+from tnt_fast.kernels.tile import dot, gelu, load
+
+# Tiles (rows, columns), of which the first is taken that makes no more programs than an H200 has multiprocessors, their warps,
+# and how many columns of a row are a piece: by simulation of an image of TNT-Ti and TNT-S
+TILES, PROGRAMS, WARPS, CHUNK = ((16, 32), (16, 64), (16, 128), (32, 64), (32, 128)), 132, 8, 128
+OTHER_BYTES = 40 << 10  # on the chip besides a program's part of the matrix, at most
+WIDEST = 512  # row that a program holds in registers; of TNT-B's 640 channels the library's products are faster
+MOST = 2 * 197  # rows; of more the library's are faster
+
+
+class Weights(NamedTuple):
+    """The product's matrix and bias, in one or two parts, the norm before it, and of x its end as fold's; any may be None."""
+
+    weight: Any
+    bias: Any
+    second_weight: Any
+    second_bias: Any
+    norm_weight: Any
+    norm_bias: Any
+    later: Any = None
+    shift: Any = None
+    sum_weight: Any = None
+    sum_bias: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes(operation.Sizes):
+    """Rows of K values to N, of which FIRST are the first matrix's, in GROUPS of columns, OWN of them the first's."""
+
+    K: int
+    N: int
+    FIRST: int
+    BLOCK: int
+    COLUMNS: int
+    CHUNK: int
+    GELU: bool
+    SUM: bool  # x is made of z and patches
+    OWN: int = derived(lambda Z: -(-Z.FIRST // Z.COLUMNS))
+    GROUPS: int = derived(lambda Z: Z.OWN + -(-(Z.N - Z.FIRST) // Z.COLUMNS))
+    PIECES: int = derived(lambda Z: -(-Z.K // Z.CHUNK))
+
+
+@triton.jit
+def _columns(i: tl.constexpr, Z: tl.constexpr):
+    """Those of a piece, and which of them are real."""
+    col = i * Z.CHUNK + tl.arange(0, Z.CHUNK)
+    return col, col < Z.K
+
+
+@triton.jit
+def _rows(ptr, start, alive, Z: tl.constexpr):
+    """Rows that begin at ``start``, in float32: a tuple of PIECES, [BLOCK, CHUNK] each, 0 past K and in rows not alive."""
+    PIECES: tl.constexpr = Z.PIECES
+    found = ()
+    for i in tl.static_range(PIECES):
+        col, real = _columns(i, Z)
+        found = found + (load(ptr + start[:, None], col[None, :], alive[:, None] & real[None, :]),)
+    return found
+
+
+@triton.jit
+def _vector(ptr, Z: tl.constexpr):
+    """K values, in such pieces, [1, CHUNK] each."""
+    PIECES: tl.constexpr = Z.PIECES
+    found = ()
+    for i in tl.static_range(PIECES):
+        col, real = _columns(i, Z)
+        found = found + (load(ptr, col, real)[None, :],)
+    return found
+
+
+@triton.jit
+def _sum(x, y, Z: tl.constexpr):
+    """x + y, piece by piece."""
+    PIECES: tl.constexpr = Z.PIECES
+    found = ()
+    for i in tl.static_range(PIECES):
+        found = found + (x[i] + y[i],)
+    return found
+
+
+@triton.jit
+def _centred(x, Z: tl.constexpr):
+    """x less the mean of its rows, 0 past K."""
+    PIECES: tl.constexpr = Z.PIECES
+    total = x[0]
+    for i in tl.static_range(1, PIECES):
+        total += x[i]
+    mean = tl.div_rn(tl.sum(total, 1), tl.full((Z.BLOCK,), Z.K, tl.float32))
+    found = ()
+    for i in tl.static_range(PIECES):
+        _, real = _columns(i, Z)
+        found = found + (tl.where(real[None, :], x[i] - mean[:, None], 0.0),)
+    return found
+
+
+@triton.jit
+def _normed(x, weight, bias, eps, Z: tl.constexpr):
+    """LN of rows that are 0 past K, there 0, too; centred twice in float32, as tile.centred."""
+    PIECES: tl.constexpr = Z.PIECES
+    x = _centred(x, Z)
+    if Z.EXACT:
+        x = _centred(x, Z)
+    total = x[0] * x[0]
+    for i in tl.static_range(1, PIECES):
+        total += x[i] * x[i]
+    rstd = tl.rsqrt(tl.sum(total, 1) * (1.0 / Z.K) + eps)
+    found = ()
+    for i in tl.static_range(PIECES):
+        found = found + (x[i] * rstd[:, None] * weight[i] + bias[i],)
+    return found
+
+
+@triton.jit
+def _product_kernel(
+    x_ptr, w, y_ptr, patch_ptr, rest_ptr, n_rows, n_tokens, stride_image, stride_token, eps, Z: tl.constexpr
+):  # fmt: skip
+    """With SUM ``x_ptr`` is z, and ``patch_ptr`` has any strides."""
+    PIECES: tl.constexpr = Z.PIECES
+    group = tl.program_id(0) % Z.GROUPS
+    row = (tl.program_id(0) // Z.GROUPS).to(tl.int64) * Z.BLOCK + tl.arange(0, Z.BLOCK)
+    alive = row < n_rows
+    own = group < Z.OWN
+    col = tl.where(own, group, group - Z.OWN) * Z.COLUMNS + tl.arange(0, Z.COLUMNS)  # of its matrix
+    used = col < tl.where(own, Z.FIRST, Z.N - Z.FIRST)
+    weight_ptr = w.weight if Z.FIRST == Z.N else tl.where(own, w.weight, w.second_weight)
+    bias = load(w.bias, col, used & own) + load(w.second_bias, col, used & (group >= Z.OWN))
+    matrix = ()
+    for i in tl.static_range(PIECES):
+        at, real = _columns(i, Z)
+        part = tl.load(weight_ptr + col[None, :] * Z.K + at[:, None], mask=real[:, None] & used[None, :], other=0.0)
+        matrix = matrix + (part.to(Z.DTYPE),)
+
+    norm_weight, norm_bias = _vector(w.norm_weight, Z), _vector(w.norm_bias, Z)
+    if Z.SUM:
+        sum_weight, sum_bias, shift = _vector(w.sum_weight, Z), _vector(w.sum_bias, Z), _vector(w.shift, Z)
+        image, token = (row.to(tl.int32) // n_tokens).to(tl.int64), row.to(tl.int32) % n_tokens
+        folded = token > 0  # the class token has no pixels
+        z = _sum(_rows(x_ptr, (row - image - 1) * Z.K, alive & folded, Z), shift, Z)
+        x = _rows(patch_ptr, image * stride_image + token.to(tl.int64) * stride_token, alive, Z)
+        if w.sum_weight is not None:
+            z = _normed(z, sum_weight, sum_bias, eps, Z)
+        added = ()
+        for i in tl.static_range(PIECES):
+            added = added + (x[i] + tl.where(folded[:, None], z[i], 0.0),)
+        x = added
+    else:
+        x = _rows(x_ptr, row * Z.K, alive, Z)
+    if rest_ptr is not None:
+        rest = _sum(x, _vector(w.later, Z), Z)
+        for i in tl.static_range(PIECES):
+            at, real = _columns(i, Z)
+            mask = (alive & (group == 0))[:, None] & real[None, :]
+            tl.store(rest_ptr + (row * Z.K)[:, None] + at[None, :], rest[i].to(Z.DTYPE), mask=mask)
+    x = _normed(x, norm_weight, norm_bias, eps, Z)
+
+    total = tl.full((Z.BLOCK, Z.COLUMNS), 0.0, tl.float32)
+    for i in tl.static_range(PIECES):
+        total += dot(x[i].to(Z.DTYPE), matrix[i], Z)
+    total += bias[None, :]
+    if Z.GELU:
+        total = gelu(total, Z.FAST)
+    out = tl.where(own, 0, Z.FIRST) + col
+    tl.store(y_ptr + (row * Z.N)[:, None] + out[None, :], total.to(Z.DTYPE), mask=alive[:, None] & used[None, :])
+
+
+# ---- on the host ----
+
+
+def takes(rows: int, width: int) -> bool:
+    """Whether products of so many rows of such a width are faster here."""
+    return rows <= MOST and width <= WIDEST
+
+
+@remembered
+def specialise(dtype: torch.dtype, K: int, N: int, first: int, tile: tuple[int, int], gelu: bool, sums: bool) -> Launch:
+    block, columns = tile
+    chunk = min(CHUNK if -K % CHUNK < CHUNK // 2 else CHUNK // 2, max(16, triton.next_power_of_2(K)))
+    sizes = Sizes.computed(dtype, K=K, N=N, FIRST=first, BLOCK=block, COLUMNS=columns, CHUNK=chunk, GELU=gelu, SUM=sums)
+    return Launch(_product_kernel, {"Z": sizes}, Config(block, warps=WARPS), block / sizes.GROUPS)
+
+
+def _tile(rows: int, K: int, N: int, itemsize: int, device: torch.device) -> tuple[int, int]:
+    shared = operation.runner.shared_memory(device) or 227 << 10
+    fitting = [tile for tile in TILES if tile[1] * K * itemsize <= shared - OTHER_BYTES] or [TILES[0]]
+    return next((tile for tile in fitting if -(-rows // tile[0]) * -(-N // tile[1]) <= PROGRAMS), fitting[-1])
+
+
+def prepared(
+    rows: int, dtype: torch.dtype, weights: Weights, eps: float, gelu: bool = False, tokens: int = 0, again: bool = False
+) -> Callable[..., Tensor]:
+    """The product of matrices of so many rows and a dtype, with contiguous ``weights``.
+
+    ``tokens``: of an image, where a row is made of z (images · (tokens − 1), K) and of patches (images, tokens, K) of any
+    strides. ``again``: as ``Launch.again`` has it.
+    """
+    first, K = weights.weight.shape
+    N = first if weights.second_weight is None else first + len(weights.second_weight)
+    spec = specialise(dtype, K, N, first, _tile(rows, K, N, dtype.itemsize, weights.weight.device), gelu, tokens > 0)
+    grid = -(-rows // spec.config.rows) * spec.constants["Z"].GROUPS
+    spec = spec.again() if again else spec
+
+    def product(x: Tensor, rest: Tensor | None = None, patch: Tensor | None = None) -> Tensor:
+        y = torch.empty(rows, N, dtype=dtype, device=x.device)
+        image = token = 0
+        if patch is not None:
+            image, token, value = patch.stride()
+            if value != 1:
+                patch = patch.contiguous()
+                image, token, _ = patch.stride()
+        launch(spec, grid, x, weights, y, patch, rest, rows, tokens, image, token, eps)
+        return y
+
+    return product
