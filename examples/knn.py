@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from PIL.Image import Image
 from sklearn.manifold import TSNE
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
@@ -24,9 +25,14 @@ from tnt_fast.data import evaluation_transform, write_digits
 from tnt_fast.dispatch import find_device, settle
 from tnt_fast.images import named_images, open_image
 from tnt_fast.optimize import optimize_for_inference
+from tnt_fast.shards import Picture
 from tnt_fast.writing import replacing
 
 THUMBNAILS = 400  # at most so many images in the picture, those of one class among each other in the data's order
+
+
+def opened(file: Path | Picture, at_most: int | None = None) -> Image:
+    return open_image(file.open() if isinstance(file, Picture) else file, at_most)
 
 
 class Embedder:
@@ -41,17 +47,17 @@ class Embedder:
         self.transform, self.batch_size = evaluation_transform(loaded.data_config), args.batch_size
 
     @torch.inference_mode()
-    def __call__(self, files: Sequence[Path]) -> np.ndarray:
+    def __call__(self, files: Sequence[Path | Picture]) -> np.ndarray:
         """Raises: DataError: a file that cannot be read; it is named."""
         features = []
         for start in tqdm(range(0, len(files), self.batch_size), "features", disable=None):
-            images = torch.stack([self.transform(open_image(file)) for file in files[start : start + self.batch_size]])
+            images = torch.stack([self.transform(opened(file)) for file in files[start : start + self.batch_size]])
             tokens = self.model.forward_features(images.to(self.device))
             features.append(self.model.forward_head(tokens, pre_logits=True).float().cpu())
         return torch.nn.functional.normalize(torch.cat(features), dim=-1).numpy()
 
 
-def picture(features: np.ndarray, files: Sequence[Path], labels: Sequence[str], path: Path) -> None:
+def picture(features: np.ndarray, files: Sequence[Picture], labels: Sequence[str], path: Path) -> None:
     """t-SNE (van der Maaten and Hinton 2008) of the features by scikit-learn, each image where its feature is."""
     chosen = np.unique(np.linspace(0, len(files) - 1, THUMBNAILS).astype(int))
     perplexity = min(30.0, (len(files) - 1) / 3)
@@ -62,7 +68,7 @@ def picture(features: np.ndarray, files: Sequence[Path], labels: Sequence[str], 
     of_label = dict(zip(classes, colors, strict=False))
     axes.scatter(*places.T, c=[of_label[label] for label in labels], s=60, alpha=0.6, linewidths=0)
     for i in chosen:
-        image = OffsetImage(np.asarray(open_image(files[i], at_most=48).resize((24, 24))), zoom=1)
+        image = OffsetImage(np.asarray(opened(files[i], at_most=48).resize((24, 24))), zoom=1)
         frame = dict(edgecolor=of_label[labels[i]], linewidth=1.5)
         axes.add_artist(AnnotationBbox(image, places[i], pad=0.1, bboxprops=frame))
     if len(classes) <= 30:
@@ -91,11 +97,11 @@ def knn(args: argparse.Namespace) -> int:
     embed = Embedder(args)
     print(f"weights: {embed.said}")
 
-    files, labels = [picture.path for picture in train], [picture.label for picture in train]
-    features = embed(files)
+    labels = [picture.label for picture in train]
+    features = embed(train)
     neighbours = KNeighborsClassifier(args.k, metric="cosine", algorithm="brute", weights="distance")
     if val:
-        answers = neighbours.fit(features, labels).predict(embed([picture.path for picture in val]))
+        answers = neighbours.fit(features, labels).predict(embed(val))
         truth, how = [picture.label for picture in val], "held-out images"
     else:
         answers = cross_val_predict(neighbours, features, labels, cv=LeaveOneOut())
@@ -107,16 +113,16 @@ def knn(args: argparse.Namespace) -> int:
         neighbours.fit(features, labels)
         distances, nearest = neighbours.kneighbors(of_queries)
         for file, name, d, near in zip(queries, neighbours.predict(of_queries), distances, nearest, strict=True):
-            like = [{"file": str(files[i]), "label": labels[i], "cosine": 1 - float(x)} for i, x in zip(near, d, strict=True)]
+            like = [{"file": str(train[i]), "label": labels[i], "cosine": 1 - float(x)} for i, x in zip(near, d, strict=True)]
             rows.append({"file": str(file), "label": str(name), "nearest": like})
             print(f"{file}: {name} (nearest {like[0]['file']}, cosine {like[0]['cosine']:.3f})")
 
     args.out.mkdir(parents=True, exist_ok=True)
     with replacing(args.out / "features.npz") as file:
-        np.savez(file, features=features, labels=labels, files=[str(path) for path in files])
+        np.savez(file, features=features, labels=labels, files=[str(file) for file in train])
     with replacing(args.out / "result.json") as file:
         file.write(json.dumps({"k": args.k, "accuracy": accuracy, "queries": rows}, indent=1).encode())
-    picture(features, files, labels, args.out / "picture.png")
+    picture(features, train, labels, args.out / "picture.png")
     print(f"{args.k}-NN: {accuracy:.2%} of {len(truth)} {how}; {args.out / 'picture.png'}, {args.out / 'features.npz'}")
     return 0
 
@@ -126,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = command.add_argument
-    add("data", help="folders of classes, a CSV file or 'digits', as 'tnt-fast train' takes them")
+    add("data", help="folders of classes, a CSV file, wds:PATH, hfds:PATH or 'digits', as 'tnt-fast train' takes them")
     add("--checkpoint", help="file of 'tnt-fast train', or of timm or the authors with --model")
     add("--model", help="such as tnt_s_patch16_224.in1k, whose hosted weights are taken where there is no checkpoint")
     add("--query", nargs="+", metavar="PATH", help="images, folders or patterns to name by their nearest neighbours")

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -290,6 +291,21 @@ def test_neighbours_name_held_out_and_new_images(trained, checkpoint, tmp_path, 
     assert torch.cosine_similarity(a, b, dim=0).item() == pytest.approx(first["nearest"][0]["cosine"], abs=1e-4)
     assert f"{result['accuracy']:.2%} of 9 held-out images" in capsys.readouterr().out
     assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_pictures_in_shards_have_the_features_of_their_files(trained, checkpoint, tmp_path):
+    found = []
+    for part in ("train", "val"):
+        with tarfile.open(tmp_path / f"{part}.tar", "w") as tar:
+            tar.add(trained / "data" / part, ".")
+    for data, out in ((str(trained / "data"), tmp_path / "files"), (f"wds:{tmp_path}", tmp_path / "shards")):
+        assert knn.main([data, "--checkpoint", checkpoint, "--out", str(out)]) == 0
+        saved = np.load(out / "features.npz")
+        order = np.argsort([f"{label}/{Path(file).name}" for file, label in zip(saved["files"], saved["labels"], strict=True)])
+        found.append((saved["features"][order], saved["labels"][order], json.loads((out / "result.json").read_text())))
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-5)
+    assert found[0][1].tolist() == found[1][1].tolist()
+    assert found[0][2] == found[1][2]
 
 
 def test_more_neighbours_than_images_are_refused(trained, checkpoint, tmp_path, capsys):

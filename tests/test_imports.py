@@ -90,12 +90,12 @@ ALLOWED = {
     "tnt_fast/classify.py": (
         "tnt_fast/optimize.py "
         "tnt_fast/dispatch.py tnt_fast/checkpoints.py tnt_fast/variants.py tnt_fast/data.py tnt_fast/images.py "
-        "tnt_fast/writing.py",
+        "tnt_fast/shards.py tnt_fast/writing.py",
         "torch timm",
     ),
     "tnt_fast/validate.py": (
-        "tnt_fast/check.py tnt_fast/classify.py tnt_fast/images.py tnt_fast/terminal.py tnt_fast/visualize.py "
-        "tnt_fast/writing.py",
+        "tnt_fast/check.py tnt_fast/classify.py tnt_fast/images.py tnt_fast/shards.py tnt_fast/terminal.py "
+        "tnt_fast/visualize.py tnt_fast/writing.py",
         "torch timm numpy scipy tqdm",
     ),
     "tnt_fast/ablate.py": (

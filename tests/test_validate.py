@@ -2,7 +2,9 @@
 
 import csv
 import json
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +20,11 @@ from timm.data import ImageNetInfo, create_dataset, create_loader
 
 from tnt_fast import validate
 from tnt_fast.checkpoints import FORMAT, save_checkpoint
+from tnt_fast.classify import Classifier
 from tnt_fast.cli import main
 from tnt_fast.data import evaluation_transform
 from tnt_fast.images import open_image
+from tnt_fast.shards import Picture, Tar
 from tnt_fast.tnt import TNT
 
 SIZES = dict(img_size=16, embed_dim=24, inner_dim=12, depth=1, num_heads_outer=2, num_heads_inner=2)
@@ -208,6 +212,38 @@ def test_a_broken_picture_is_named_and_the_others_count(imagenet, tmp_path, caps
     assert "notes.txt" not in err
 
 
+@pytest.mark.parametrize("kind", ["wds", "hfds"])
+def test_shards_have_the_figures_of_the_files_in_them(kind, imagenet, tmp_path, capsys):
+    root, shards = imagenet / "data" / "val", tmp_path / "shards"
+    if kind == "wds":
+        shards.mkdir()
+        with tarfile.open(shards / "val.tar", "w") as tar:
+            tar.add(root, ".")
+    else:
+        datasets = pytest.importorskip("datasets")
+        files = sorted(root.rglob("*.JPEG"))
+        names = sorted({file.parent.name for file in files}, reverse=True)  # its classes are in an order of their own
+        rows = {
+            "image": [{"bytes": file.read_bytes(), "path": None} for file in files],
+            "label": [names.index(file.parent.name) for file in files],
+        }
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        datasets.Dataset.from_dict(rows, features).save_to_disk(str(shards))
+    expected, found = (figures(imagenet, capsys, data) for data in (root, f"{kind}:{shards}"))
+    assert found["images"] == COUNT
+    assert {name: found[name] for name in ("top1", "top5", "classes")} == {
+        name: expected[name] for name in ("top1", "top5", "classes")
+    }
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_a_shard_that_is_gone_is_named_with_its_picture():
+    picture = Picture("a.png", "gone.tar/a.png", "a", 1, 0, Tar("gone.tar"))
+    (((named, error),),) = Classifier.read(SimpleNamespace(transform=None), [picture], 1)
+    assert named is picture
+    assert str(error) == "cannot read the image 'gone.tar/a.png': No such file or directory"
+
+
 BAD = {
     "no such folder": ([], "no directory 'data'; expected DATA/val/CLASS/*.jpg"),
     "no pictures": (["data/n01440764/notes.txt"], "'data' holds no images; accepted: .bmp"),
@@ -256,6 +292,8 @@ def refused(imagenet: Path, capsys, message: str, *argv: object) -> None:
 
 
 def test_what_cannot_be_compared_or_named_is_one_line(imagenet, tmp_path, capsys):
+    refused(imagenet, capsys, "no file or directory 'nowhere'", "wds:nowhere")
+    refused(imagenet, capsys, "'wds:nowhere' has its labels in it", "wds:nowhere", "--ground-truth", "truth.txt")
     refused(imagenet, capsys, "--amp 'float15' is unknown; nearest: float16", imagenet / "data", "--amp", "float15")
     options = ["--reference", "--backend", "reference"]
     refused(imagenet, capsys, "compares the fused path with the reference", imagenet / "data", *options)

@@ -114,8 +114,8 @@ def find(data: str | os.PathLike) -> Files:
     Raises:
         DataError: no data set is there, one without classes, with one class alone, or whose parts have different classes.
     """
-    kind, _, path = os.fspath(data).partition(":")
-    if kind in SHARDS and path:
+    if in_shards(data):
+        kind, _, path = os.fspath(data).partition(":")
         root = Path(path)
         files = Files(root, same=[], **SHARDS[kind](root)._asdict())
         _check_classes(files)
@@ -143,6 +143,12 @@ def find(data: str | os.PathLike) -> Files:
         raise DataError(f"{len(twice):,} files are to be trained on and held out: {', '.join(map(repr, twice[:5]))}")
     _check_classes(files)
     return files
+
+
+def in_shards(data: str | os.PathLike) -> bool:
+    """Whether a data set is named as one of shards, ``wds:PATH`` or ``hfds:PATH``."""
+    kind, _, path = os.fspath(data).partition(":")
+    return kind in SHARDS and bool(path)
 
 
 def _part(root: Path, part: str) -> Path | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.data import ImageNetInfo
@@ -19,7 +19,10 @@ from tnt_fast.data import evaluation_transform
 from tnt_fast.dispatch import find_device, settle
 from tnt_fast.images import DataError, open_image
 from tnt_fast.optimize import optimize_for_inference
+from tnt_fast.shards import Picture
 from tnt_fast.variants import check_sizes, load_tnt
+
+F = TypeVar("F", bound=Path | Picture)
 
 READERS = min(8, os.cpu_count() or 1)  # threads that decode; Pillow lets the others run meanwhile
 
@@ -120,22 +123,25 @@ class Classifier:
                 yield row
 
     def read(
-        self, files: Sequence[Path], batch_size: int, as_stored: bool = False
-    ) -> Iterator[list[tuple[Path, Tensor | DataError]]]:
+        self, files: Sequence[F], batch_size: int, as_stored: bool = False
+    ) -> Iterator[list[tuple[F, Tensor | DataError]]]:
         """Batches of files with their inputs, or why there are none; the next batch is read while one is computed with.
 
         ``as_stored``: as ``open_image`` has it.
         """
 
-        def read(file: Path) -> Tensor | DataError:
+        def read(file: F) -> Tensor | DataError:
             try:
-                return self.transform(open_image(file, as_stored=as_stored))
+                opened = file.open() if isinstance(file, Picture) else file
+                return self.transform(open_image(opened, as_stored=as_stored))
             except DataError as error:
                 return error
+            except OSError as error:  # of the shard that a picture lies in
+                return DataError(f"cannot read the image {str(file)!r}: {error.strerror or error}")
 
         pool = ThreadPoolExecutor(READERS)
         try:
-            ahead: list[tuple[Path, Future]] = []
+            ahead: list[tuple[F, Future]] = []
             for start in range(0, len(files) + batch_size, batch_size):
                 batch, ahead = ahead, [(file, pool.submit(read, file)) for file in files[start : start + batch_size]]
                 if batch:

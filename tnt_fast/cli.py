@@ -454,7 +454,8 @@ def _add_validate(commands: Any) -> None:
         ),
     )
     validate.set_defaults(command=_validate, less_memory="to need less memory, lower --batch-size")
-    validate.add_argument("data", metavar="DATA", help="[val/]CLASS/*.jpg, a CSV file file,label, or images and --ground-truth")
+    accepted = "[val/]CLASS/*.jpg, a CSV file, wds:PATH, hfds:PATH, or images and --ground-truth"
+    validate.add_argument("data", metavar="DATA", help=accepted)
     validate.add_argument(
         "--ground-truth", metavar="FILE", help="NAME LABEL a line, as ImageNet's; or a label a line, in the order of names"
     )

@@ -49,6 +49,9 @@ class Picture:
             return self.path
         return Named(self.source.read(self.place, min(self.size, MAX_BYTES + 1)), self.path)
 
+    def __str__(self) -> str:
+        return self.path
+
 
 class Named(io.BytesIO):
     """Bytes with the name of the file that they would be."""

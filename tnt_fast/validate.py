@@ -1,8 +1,8 @@
 """How right, and how sure of it, a model is on labelled images: ``tnt-fast validate``.
 
 Top-1 and top-5 are those of timm's ``validate.py`` for the same weights, to the last image: the same pixels, transform and
-classes. Labels are the names of folders, of a CSV file or of ImageNet's ground truth; which output of the model a name means
-is found once for all of them, so that a part of ImageNet's folders is counted right, too.
+classes. Labels are the names of folders, of a CSV file, of shards or of ImageNet's ground truth; which output of the model a
+name means is found once for all of them, so that a part of ImageNet's folders is counted right, too.
 """
 
 import re
@@ -21,16 +21,20 @@ from timm.utils import natural_key
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tnt_fast.check import find
+from tnt_fast.check import find, in_shards
 from tnt_fast.classify import Classifier
 from tnt_fast.images import EXTENSIONS, NO_IMAGE, DataError, find_images, is_image_name, is_leftover
+from tnt_fast.shards import Picture
 from tnt_fast.terminal import nearest
 from tnt_fast.writing import table, write
 
 BINS = 15  # of the confidence, as Guo et al. 2017 (https://arxiv.org/abs/1706.04599) count the calibration error
 KEPT = 5  # predictions an image
 PARTS = ("val", "validation")  # where timm looks, too
-ACCEPTED = "DATA/val/CLASS/*.jpg, DATA/CLASS/*.jpg, a CSV file with the columns file,label, or a folder and --ground-truth FILE"
+ACCEPTED = (
+    "DATA/val/CLASS/*.jpg, DATA/CLASS/*.jpg, a CSV file with the columns file,label, a folder and --ground-truth FILE, or of "
+    "shards wds:PATH or hfds:PATH"
+)
 
 
 # ---- which images there are, and what they show ----
@@ -39,18 +43,26 @@ ACCEPTED = "DATA/val/CLASS/*.jpg, DATA/CLASS/*.jpg, a CSV file with the columns 
 class Labelled(NamedTuple):
     """Images with the names of what they show."""
 
-    files: list[Path]
+    files: Sequence[Path | Picture]
     labels: list[str]
     others: dict[Path, str]  # what was passed over, with the reason
     in_order: bool  # whether the order of the names may stand for that of the classes, as with folders
 
 
 def labelled(data: str | Path, ground_truth: str | Path | None = None) -> Labelled:
-    """The images of a folder ``[val/]CLASS/…``, of a CSV file ``file,label``, or of a folder with a file of ground truth.
+    """The images of a folder ``[val/]CLASS/…``, of a CSV file ``file,label``, of a folder with a file of ground truth, or of
+    shards, ``wds:PATH`` and ``hfds:PATH`` (of several parts the one that is held out).
 
     Raises:
         DataError: there are none, or nothing says what they show.
     """
+    if in_shards(data):
+        if ground_truth is not None:
+            raise DataError(f"{str(data)!r} has its labels in it; --ground-truth is for a folder of images")
+        shards = find(data)
+        pictures = shards.parts.get("val") or shards.pictures
+        others = {Path(name): why for name, why in shards.bad.items()}
+        return Labelled(pictures, [picture.label for picture in pictures], others, not shards.order)
     root = Path(data)
     if root.is_file() and ground_truth is None:
         found = find(root)
@@ -336,7 +348,7 @@ def validate(
     autocast = partial(torch.autocast, device.type, None if amp == "off" else getattr(torch, amp), enabled=amp != "off")
     label = dict(zip(found.files, truth, strict=True))
     errors = {str(file): why for file, why in found.others.items() if why != NO_IMAGE}
-    files: list[Path] = []
+    files: list[Path | Picture] = []
     tops, probabilities, losses = [], [], []
     times, sizes = [], []
     differences, largest = [], 0.0
