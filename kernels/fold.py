@@ -13,12 +13,13 @@ outputs in a program so that LN_E sees them, reads all weights in each program: 
 
 Backward, from the inputs alone (nothing else is saved), with g the gradient of y[:, 1:]:
 
-    h = LN(pixel),  z = h · Wᵀ + bias                  recomputed
+    h = LN(pixel),  z = h · Wᵀ + bias                  recomputed; without LN_E h alone, by LN's backward
     dz = LN_E's backward of g (or g),  dbias = Σ dz
     dW = dzᵀ · h,  dh = dz · W
     dpixel = LN's backward of dh
 
-The patch's gradient is that of y. Bytes moved at most: pixel and dh read twice, z, dz and h as often, each written once.
+The patch's gradient is that of y. What programs leave of the sums is added up in one launch (totals.py). Bytes moved at most:
+pixel and dh read twice, z, dz and h as often, each written once.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from tnt_fast import reference
 from tnt_fast.arguments import FOLD_SHAPES, beyond
 from tnt_fast.kernels import norm, operation
 from tnt_fast.kernels.operation import Operation, contiguous, of_matrix
+from tnt_fast.kernels.totals import totals
 
 
 def product(
@@ -94,32 +96,35 @@ class Fold(Operation):
 
         return run
 
-    def backward(
-        self, gradient: Tensor, a: SimpleNamespace, needed: set[str], dtype: torch.dtype | None = None
-    ) -> dict[str, Tensor]:
-        """``dtype``: of the matrix, where ``a`` has it in another one."""
-        P, dtype = a.pixel.shape[0], dtype or a.proj_weight.dtype
+    def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
+        parts: dict[tuple[str, ...], Tensor] = {}
         found = {"patch": gradient.clone()} if "patch" in needed else {}
+        found |= self.begun(gradient, a, needed - {"patch"}, a.proj_weight.dtype, parts)
+        return found | totals(parts, a.norm1_weight.dtype)
+
+    def begun(
+        self, gradient: Tensor, a: SimpleNamespace, needed: set[str], dtype: torch.dtype, parts: dict[tuple[str, ...], Tensor]
+    ) -> dict[str, Tensor]:
+        """Of all but the patch; some of them ``totals`` finds in what is left in ``parts``.
+
+        ``gradient``: of any strides, only read. ``dtype``: of the matrix, which ``a`` may have in another one.
+        """
+        if a.pixel.shape[0] == 0:
+            return {name: torch.zeros_like(getattr(a, name)) for name in needed}
+        found: dict[str, Any] = {}
         if a.norm2_weight is None and "norm2_bias" in needed:
             found["norm2_bias"] = torch.zeros_like(a.norm2_bias)
-        if P == 0:
-            found |= {name: torch.zeros_like(getattr(a, name)) for name in needed - {"patch"}}
-        elif needed - {"patch"}:
-            found |= self._matrix_gradients(gradient[:, 1:], a, needed, dtype)
-        return found
-
-    def _matrix_gradients(
-        self, gradient: Tensor, a: SimpleNamespace, needed: set[str], dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """Of all but the patch; ``gradient``: (B, N, E) of any strides, only read."""
+            needed = needed - {"norm2_bias"}
+        if not needed:
+            return found
+        gradient = gradient[:, 1:]  # (B, N, E)
         # in one layout, whatever the caller's: for another one the library may take another product, with other bits
         pixel, weight, eps = a.pixel.contiguous(), contiguous(a.proj_weight).to(a.pixel.dtype), a.eps
         rows, E = pixel.shape[0], weight.shape[0]
         width = a.norm1_weight.shape[0]  # S·C, or legacy C: then a matrix of more, shorter rows
         of_first, of_second = {"norm1_weight", "norm1_bias"}, {"proj_bias", "norm2_weight", "norm2_bias"}
-        found: dict[str, Any] = {}
-        h = None
-        if "proj_weight" in needed or a.norm2_weight is not None:
+        deeper, h = needed & ({"pixel"} | of_first), None
+        if a.norm2_weight is not None or ("proj_weight" in needed and not deeper):
             h = norm.forward(pixel.view(-1, width), a.norm1_weight, a.norm1_bias, eps).view(rows, -1)
         if a.norm2_weight is None:
             dz = gradient.reshape(rows, E).to(pixel.dtype).contiguous()
@@ -127,23 +132,29 @@ class Fold(Operation):
                 found["proj_bias"] = dz.sum(0, dtype=torch.float32)
         else:
             z = torch.mm(h, weight.t())
-            dz = torch.empty_like(z) if needed - of_second - {"patch"} else None
-            sums = norm.partial_sums(z, 2 if a.proj_bias is None else 3) if needed & of_second else None
+            dz = torch.empty_like(z) if needed - of_second else None
+            summed = ("norm2_weight", "norm2_bias") if a.proj_bias is None else ("norm2_weight", "norm2_bias", "proj_bias")
+            sums = norm.partial_sums(z, len(summed)) if needed & of_second else None
             norm.backward(gradient, z, a.norm2_weight, eps, dz, sums, shift=a.proj_bias)
             if sums is not None:
-                found |= zip(("norm2_weight", "norm2_bias", "proj_bias"), sums.sum(1), strict=False)
+                parts[summed] = sums
             del z
+        y, x = None, pixel.view(-1, width)
         if "proj_weight" in needed:
-            found["proj_weight"] = of_matrix(dz, h, dtype)
+            if h is None:  # it is made again below
+                y = torch.empty_like(x)
+            else:
+                found["proj_weight"] = of_matrix(dz, h, dtype)
         del h
-        if needed & ({"pixel"} | of_first):
+        if deeper:
             dh = torch.mm(dz, weight).view(1, -1, width)
-            x = pixel.view(-1, width)
             found["pixel"] = torch.empty_like(pixel) if "pixel" in needed else None
             sums = norm.partial_sums(x, 2) if needed & of_first else None
-            norm.backward(dh, x, a.norm1_weight, eps, found["pixel"], sums)
+            norm.backward(dh, x, a.norm1_weight, eps, found["pixel"], sums, y=y, bias=a.norm1_bias)
+            if y is not None:
+                found["proj_weight"] = of_matrix(dz, y.view(rows, -1), dtype)
             if sums is not None:
-                found |= zip(("norm1_weight", "norm1_bias"), sums.sum(1), strict=True)
+                parts["norm1_weight", "norm1_bias"] = sums
         return found
 
 

@@ -21,9 +21,9 @@ keeps the instructions few:
 
 Backward: two launches that start again from the pixels. The first computes the attention once more and does the MLP's half, the
 second updates its result by the attention's half. Every program keeps the sums of its weights' gradients in float32 registers
-and writes them once; they are added in one reduction, so the same input gives the same bits. The sums belong to the weights
-with LayerNorm folded in; a third, small launch takes LayerNorm's scale and shift out of them again, for all weights at once:
-by PyTorch that were 33 launches, which took the host longer than the two of the backward.
+and writes them once; a third launch adds them up (totals.py), so the same input gives the same bits. The sums belong to the
+weights with LayerNorm folded in; a fourth, small launch takes LayerNorm's scale and shift out of them again, for all weights at
+once: by PyTorch that were 33 launches, which took the host longer than the two of the backward.
 
 The products are synchronous mma instructions everywhere: two warps get them by themselves, four by compiling Hopper's code as
 Ampere's (Config.mma_arch). The asynchronous ones with a left operand in registers, which the compiler would choose, are
@@ -44,6 +44,7 @@ from tnt_fast import reference
 from tnt_fast.arguments import beyond, transformer_shapes
 from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
+from tnt_fast.kernels.totals import totals
 
 from tnt_fast.kernels.tile import (  # isort: skip
     accumulators, centred, dot, dot_onto, exp2, exponent, gelu_gradient, gelu_pairs, load, power_of_two, reciprocal,
@@ -604,41 +605,41 @@ def _unfold(d_norm, sums_ptr, lane, used, LANES: tl.constexpr, factor, out, weig
 
 @triton.jit
 def _inner_weights_kernel(mlp_ptr, attention_ptr, w, d, Z: tl.constexpr):
-    """Gradients ``d`` of the weights from the totals of the backward's sums, by one program."""
+    """Gradients ``d`` of the weights from the totals of the backward's sums, by two programs: the MLP's, the attention's."""
     SUM: tl.constexpr = Z.C_PAD * Z.LANES
     ch = tl.arange(0, Z.C_PAD)
     real = ch < Z.C
     zero = tl.full((Z.C_PAD,), 0.0, tl.float32)
-    norm = load(w.norm2_weight, ch, real), load(w.norm2_bias, ch, real)
     d_norm = zero, zero
-    for start in range(0, Z.HIDDEN, Z.CHUNK):
-        hid = start + tl.arange(0, Z.CHUNK)
-        used = hid < Z.M
-        fc1 = (w.fc1_weight, d.fc1_weight, d.fc1_bias)
-        d_norm = _unfold(d_norm, mlp_ptr, hid, used, Z.HIDDEN, 1.0, hid, fc1, norm, Z)
-        mask = real[:, None] & used[None, :]
-        fc2 = load(mlp_ptr + Z.C_PAD * Z.HIDDEN, ch[:, None] * Z.HIDDEN + hid[None, :], mask)
-        store(d.fc2_weight, ch[:, None] * Z.M + hid[None, :], fc2, mask)
-    store(d.fc2_bias, ch, load(mlp_ptr + 2 * Z.C_PAD * Z.HIDDEN, ch, real), real)
-    store(d.norm2_weight, ch, d_norm[0], real)
-    store(d.norm2_bias, ch, d_norm[1], real)
-
-    norm = load(w.norm1_weight, ch, real), load(w.norm1_bias, ch, real)
-    d_norm = zero, zero
-    for start in range(0, Z.LANES, Z.W):
-        lane = start + tl.arange(0, Z.W)
-        out = lane // Z.D_PAD * Z.D + lane % Z.D_PAD  # as _head_weights has it
-        used = (lane % Z.D_PAD < Z.D) & (lane // Z.D_PAD < Z.H)
-        for i in tl.static_range(3):  # q, whose weight had log2 e/√D, k and v, log2 e times as large themselves
-            factor = 1.0 / Z.D**0.5 if i == 0 else 0.6931471805599453
-            of = (w.v_weight, d.v_weight, d.v_bias) if i == 2 else (w.qk_weight, d.qk_weight, d.qk_bias)
-            d_norm = _unfold(d_norm, attention_ptr + i * SUM, lane, used, Z.LANES, factor, i % 2 * Z.C + out, of, norm, Z)
-        mask = real[:, None] & used[None, :]
-        proj = load(attention_ptr + 3 * SUM, ch[:, None] * Z.LANES + lane[None, :], mask)
-        store(d.proj_weight, ch[:, None] * Z.C + out[None, :], proj, mask)
-    store(d.proj_bias, ch, load(attention_ptr + 4 * SUM, ch, real), real)
-    store(d.norm1_weight, ch, d_norm[0], real)
-    store(d.norm1_bias, ch, d_norm[1], real)
+    if tl.program_id(0) == 0:
+        norm = load(w.norm2_weight, ch, real), load(w.norm2_bias, ch, real)
+        for start in range(0, Z.HIDDEN, Z.CHUNK):
+            hid = start + tl.arange(0, Z.CHUNK)
+            used = hid < Z.M
+            fc1 = (w.fc1_weight, d.fc1_weight, d.fc1_bias)
+            d_norm = _unfold(d_norm, mlp_ptr, hid, used, Z.HIDDEN, 1.0, hid, fc1, norm, Z)
+            mask = real[:, None] & used[None, :]
+            fc2 = load(mlp_ptr + Z.C_PAD * Z.HIDDEN, ch[:, None] * Z.HIDDEN + hid[None, :], mask)
+            store(d.fc2_weight, ch[:, None] * Z.M + hid[None, :], fc2, mask)
+        store(d.fc2_bias, ch, load(mlp_ptr + 2 * Z.C_PAD * Z.HIDDEN, ch, real), real)
+        store(d.norm2_weight, ch, d_norm[0], real)
+        store(d.norm2_bias, ch, d_norm[1], real)
+    else:
+        norm = load(w.norm1_weight, ch, real), load(w.norm1_bias, ch, real)
+        for start in range(0, Z.LANES, Z.W):
+            lane = start + tl.arange(0, Z.W)
+            out = lane // Z.D_PAD * Z.D + lane % Z.D_PAD  # as _head_weights has it
+            used = (lane % Z.D_PAD < Z.D) & (lane // Z.D_PAD < Z.H)
+            for i in tl.static_range(3):  # q, whose weight had log2 e/√D, k and v, log2 e times as large themselves
+                factor = 1.0 / Z.D**0.5 if i == 0 else 0.6931471805599453
+                of = (w.v_weight, d.v_weight, d.v_bias) if i == 2 else (w.qk_weight, d.qk_weight, d.qk_bias)
+                d_norm = _unfold(d_norm, attention_ptr + i * SUM, lane, used, Z.LANES, factor, i % 2 * Z.C + out, of, norm, Z)
+            mask = real[:, None] & used[None, :]
+            proj = load(attention_ptr + 3 * SUM, ch[:, None] * Z.LANES + lane[None, :], mask)
+            store(d.proj_weight, ch[:, None] * Z.C + out[None, :], proj, mask)
+        store(d.proj_bias, ch, load(attention_ptr + 4 * SUM, ch, real), real)
+        store(d.norm1_weight, ch, d_norm[0], real)
+        store(d.norm1_bias, ch, d_norm[1], real)
 
 
 # ---- on the host ----
@@ -694,25 +695,6 @@ class Inner(Operation):
         P, S, C = a.pixel
         return P * S * (4 * C * C + 2 * C * a.weights.fc1_weight[0] + 2 * S * C)
 
-    def _read(self, a: SimpleNamespace) -> SimpleNamespace:
-        """The arguments as the kernels read them."""
-        scales = [None if x is None else x.float().contiguous() for x in (a.attn_scale, a.mlp_scale)]
-        return SimpleNamespace(
-            pixel=a.pixel.contiguous(), weights=contiguous(a.weights), num_heads=a.num_heads, eps=a.eps, attn_scale=scales[0],
-            mlp_scale=scales[1],
-        )  # fmt: skip
-
-    def _launch(self, kernel: Any, a: SimpleNamespace, *tensors: Tensor, sums: int = 0) -> Tensor | None:
-        """One kernel over all patches, of what ``_read`` gives; ``sums``: how many a program keeps, whose totals come back."""
-        (P, S, C), pixel = a.pixel.shape, a.pixel
-        spec = _specialise(kernel, pixel.dtype, S, C, a.num_heads, a.weights.fc1_weight.shape[0])
-        grid = programs(pixel.device, -(-P // spec.patches), spec.config.per_sm)
-        scales = (a.attn_scale,) if kernel is _inner_bwd_attention_kernel else (a.attn_scale, a.mlp_scale)
-        found = torch.empty(grid, sums, dtype=torch.float32, device=pixel.device) if sums else None
-        kept = () if kernel is _inner_fwd_kernel else (found,)
-        launch(spec, grid, pixel, *tensors, a.weights, *scales, *kept, P, a.eps)
-        return None if found is None else found.sum(0)
-
     def prepared(self, a: SimpleNamespace, again: bool = False) -> Callable[..., None]:
         (P, S, C), weights, eps = a.pixel.shape, contiguous(a.weights), a.eps
         spec = _specialise(_inner_fwd_kernel, a.pixel.dtype, S, C, a.num_heads, weights.fc1_weight.shape[0])
@@ -720,33 +702,48 @@ class Inner(Operation):
         spec = spec.again() if again else spec
 
         def run(out: Tensor, pixel: Tensor, attn_scale: Tensor | None = None, mlp_scale: Tensor | None = None) -> None:
-            scales = [None if x is None else x.float().contiguous() for x in (attn_scale, mlp_scale)]
-            launch(spec, grid, pixel.contiguous(), out, weights, *scales, P, eps)
+            launch(spec, grid, pixel.contiguous(), out, weights, _factors(attn_scale), _factors(mlp_scale), P, eps)
 
         return run
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         """By PyTorch for the sizes of ``gradients_unsupported``, and where the gradient of a scale is asked for."""
-        (_, S, C), H = a.pixel.shape, a.num_heads
+        (P, S, C), H = a.pixel.shape, a.num_heads
         M, weights = a.weights.fc1_weight.shape[0], needed != {"pixel"}
         reasons = self.gradients_unsupported(dict(S=S, C=C, H=H, M=M), a.pixel.dtype, a.pixel.device)
         if reasons or needed & {"attn_scale", "mlp_scale"}:
             return self.recomputed(gradient, a, needed)
-        a = self._read(a)
-        spec = _specialise(_inner_weights_kernel, a.pixel.dtype, S, C, H, M)
+        pixel, gradient, w = a.pixel.contiguous(), gradient.to(a.pixel.dtype).contiguous(), contiguous(a.weights)
+        attn_scale, mlp_scale, dx = _factors(a.attn_scale), _factors(a.mlp_scale), self.empty(a)
+        spec = _specialise(_inner_weights_kernel, pixel.dtype, S, C, H, M)
         Z = spec.constants["Z"]
-        dx, gradient, x = self.empty(a), gradient.to(a.pixel.dtype).contiguous(), a
+
+        def launched(kernel: Any, count: int, x: Tensor, *given: Any) -> Tensor:
+            """One over all patches, of ``count`` sums a program, which come back: a row each."""
+            spec = _specialise(kernel, pixel.dtype, S, C, H, M)
+            grid = programs(pixel.device, -(-P // spec.patches), spec.config.per_sm)
+            sums = torch.empty(grid, count, dtype=torch.float32, device=pixel.device) if weights else None
+            launch(spec, grid, x, *given, sums, P, a.eps)
+            return sums  # type: ignore[return-value]
+
+        x = pixel
         if Z.WIDE:  # the attention's weights have no room beside the MLP's: its result by a forward of no hidden channels
-            of_attention = a.weights._replace(fc1_weight=a.weights.fc1_weight[:0], fc2_bias=None)
-            self._launch(_inner_fwd_kernel, SimpleNamespace(**vars(a) | dict(weights=of_attention, mlp_scale=None)), dx)
-            x = SimpleNamespace(**vars(a) | dict(pixel=dx))
-        of_mlp = self._launch(_inner_bwd_mlp_kernel, x, gradient, dx, sums=weights * (2 * Z.HIDDEN + 1) * Z.C_PAD)
-        of_attention = self._launch(_inner_bwd_attention_kernel, a, dx, sums=weights * (4 * Z.LANES + 1) * Z.C_PAD)
+            none = w._replace(fc1_weight=w.fc1_weight[:0], fc2_bias=None)
+            self.prepared(SimpleNamespace(**vars(a) | dict(weights=none)))(dx, pixel, attn_scale)
+            x = dx
+        of_mlp = launched(_inner_bwd_mlp_kernel, (2 * Z.HIDDEN + 1) * Z.C_PAD, x, gradient, dx, w, attn_scale, mlp_scale)
+        of_attention = launched(_inner_bwd_attention_kernel, (4 * Z.LANES + 1) * Z.C_PAD, pixel, dx, w, attn_scale)
         if not weights:
             return {"pixel": dx}
-        new = type(a.weights)(*[None if x is None else torch.empty_like(x) for x in a.weights])
-        launch(spec, 1, of_mlp, of_attention, a.weights, new)
+        new = type(w)(*[None if x is None else torch.empty_like(x) for x in w])
+        summed = totals({("mlp",): of_mlp, ("attention",): of_attention}, torch.float32)
+        launch(spec, 2, summed["mlp"], summed["attention"], w, new)
         return {"pixel": dx} | new._asdict()
+
+
+def _factors(scale: Tensor | None) -> Tensor | None:
+    """As the kernels read them."""
+    return None if scale is None else scale.float().contiguous()
 
 
 inner = Inner()

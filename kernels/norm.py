@@ -7,7 +7,7 @@
 
 with x̂ a normalised row, g the gradient of y, rest that of what else reads x: of outer, the branch's and the residual's. Σ dx is
 the gradient of shift, and of a bias that is added before. Statistics are float32. Bytes moved: each tensor once. Sums over rows
-are kept in float32 by a program over all its tiles and reduced in one launch: no atomics, the same input gives the same bits.
+are kept in float32 by a program over all its tiles, for totals.py: no atomics, the same input gives the same bits.
 """
 
 from collections.abc import Callable
@@ -170,14 +170,13 @@ def _norm_bwd_kernel(
             if out.dx is not None:
                 tl.store(out.dx + start + col[None, :], dx.to(Z.DTYPE), mask=mask)
     if Z.SUMS > 0:
-        sums = out.sums + tl.program_id(0).to(tl.int64) * Z.W + col
-        step = tl.num_programs(0).to(tl.int64) * Z.W
+        sums = out.sums + tl.program_id(0).to(tl.int64) * (Z.SUMS * Z.W) + col
         tl.store(sums, tl.sum(d_weight, 0), mask=real)
-        tl.store(sums + step, tl.sum(d_bias, 0), mask=real)
+        tl.store(sums + Z.W, tl.sum(d_bias, 0), mask=real)
         if Z.SUMS > 2:
-            tl.store(sums + 2 * step, tl.sum(d_x, 0), mask=real)
+            tl.store(sums + 2 * Z.W, tl.sum(d_x, 0), mask=real)
         if Z.SUMS > 3:
-            tl.store(sums + 3 * step, tl.sum(d_rest, 0), mask=real)
+            tl.store(sums + 3 * Z.W, tl.sum(d_rest, 0), mask=real)
 
 
 # ---- on the host ----
@@ -187,8 +186,9 @@ def _norm_bwd_kernel(
 def specialise(kernel: Any, dtype: torch.dtype, W: int, grouped: bool = False, sums: int = 0) -> Launch:
     pad = triton.next_power_of_2(W)
     block = max(1, VALUES // pad)
-    config = Config(block, warps=min(16, max(1, block * pad // (32 * EACH))), per_sm=PER_SM, stages=STAGES)
-    sizes = Sizes.computed(dtype, W=W, W_PAD=pad, BLOCK=block, STAGES=STAGES, GROUPED=grouped, SUMS=sums)
+    per_sm, stages = (PER_SM, STAGES) if kernel is _norm_bwd_kernel else (0, 1)  # the others take one tile a program
+    config = Config(block, warps=min(16, max(1, block * pad // (32 * EACH))), per_sm=per_sm, stages=stages)
+    sizes = Sizes.computed(dtype, W=W, W_PAD=pad, BLOCK=block, STAGES=stages, GROUPED=grouped, SUMS=sums)
     return Launch(kernel, {"Z": sizes}, config, block)
 
 
@@ -240,9 +240,10 @@ def adding(
 
 
 def partial_sums(x: Tensor, count: int) -> Tensor:
-    """For ``backward`` of the rows of x: (``count``, programs, W) in float32."""
+    """For ``backward`` of the rows of x: (programs, ``count`` · W) in float32, whose rows ``totals`` adds up."""
     spec = specialise(_norm_bwd_kernel, x.dtype, x.shape[1])
-    return x.new_empty((count, programs(x.device, -(-x.shape[0] // spec.config.rows), PER_SM), x.shape[1]), dtype=torch.float32)
+    rows = programs(x.device, -(-x.shape[0] // spec.config.rows), PER_SM)
+    return x.new_empty((rows, count * x.shape[1]), dtype=torch.float32)
 
 
 def backward(
@@ -255,7 +256,8 @@ def backward(
         dx: like x; may be ``rest``. sums: ``partial_sums`` of dγ, dβ and, where there is room, Σ dx and Σ rest.
         rest: a gradient like x that is added to dx. y: like x; LN(x + shift) again, for which ``bias`` is read.
     """
-    spec = specialise(_norm_bwd_kernel, x.dtype, x.shape[1], gradient.shape[0] > 1, 0 if sums is None else sums.shape[0])
+    count = 0 if sums is None else sums.shape[1] // x.shape[1]
+    spec = specialise(_norm_bwd_kernel, x.dtype, x.shape[1], gradient.shape[0] > 1, count)
     grid = programs(x.device, -(-x.shape[0] // spec.config.rows), PER_SM)
     gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
     weights, out = contiguous(Weights(shift, weight, bias)), Gradients(dx, y, sums)

@@ -18,9 +18,10 @@ Backward, of each of the two branches r + scale · last(f(first(LN r))), f the a
     dW_first = dhᵀ · LN(r),  dr = g + LN's backward of dh · W_first
 
 The kernels of GELU and LN also make f(h) and LN(r) again, which are not kept, and sum dh, g and dr over their rows: gradients
-of the biases of fc1, fc2 and proj, the latter two if there is no scale. Nine launches of the forward and sixteen, of a fold
-two and eight more. Where weights have another dtype, as under autocast, a cast of all of them before the products, whose
-gradients are products in float32 (on the CPU casts, too), biases of q, k and v one each way, a scale three of its branch.
+of the biases of fc1, fc2 and proj, the latter two if there is no scale; totals.py adds up what their programs leave, a fold's,
+too. Nine launches of the forward and fourteen, of a fold two and six more. Where weights have another dtype, as under autocast,
+a cast of all of them before the products, whose gradients are products in float32 (on the CPU casts, too), biases of q, k and v
+one each way, a scale three of its branch.
 
 This one operation keeps more than its input: the attention's q, k and v, result and logsumexp, x, and fc1's result; and its
 matrices where they were cast or joined. From the input alone all products and the attention would run twice, half as much
@@ -47,10 +48,10 @@ from tnt_fast.kernels import norm, operation
 from tnt_fast.kernels.fold import fold, product
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, launch, of_matrix, programs, remembered
 from tnt_fast.kernels.tile import gelu, gelu_gradient, load
+from tnt_fast.kernels.totals import totals
 
 MATRICES = ("proj_weight", "fc1_weight", "fc2_weight")  # and that of q, k and v
 SCALES = ("attn_scale", "mlp_scale")
-SUMS = ("norm2_weight", "norm2_bias", "proj_bias", "fc2_bias", "norm1_weight", "norm1_bias")  # by the LayerNorms' launches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,16 +117,14 @@ def _gelu(h: Tensor) -> Tensor:
     return result
 
 
-def _gelu_backward(h: Tensor, dh: Tensor, has_result: bool, total: Tensor | None) -> Tensor | None:
-    """``dh`` becomes the gradient of h, and ``total``, if it is there, its sum over the rows; GELU(h), if asked for."""
+def _gelu_backward(h: Tensor, dh: Tensor, has_result: bool, has_sums: bool) -> tuple[Tensor | None, Tensor | None]:
+    """``dh`` becomes the gradient of h; if asked for, GELU(h), and what ``totals`` adds up: of dh over its rows."""
     spec = _specialise(_gelu_bwd_kernel, h.dtype, h.shape[1])
     members = _members(spec, h)
     result = torch.empty_like(h) if has_result else None
-    sums = None if total is None else torch.empty(members, h.shape[1], dtype=torch.float32, device=h.device)
+    sums = torch.empty(members, h.shape[1], dtype=torch.float32, device=h.device) if has_sums else None
     launch(spec, members * spec.constants["Z"].GROUPS, h, dh, result, sums, h.shape[0])
-    if sums is not None:
-        torch.sum(sums, 0, out=total)
-    return result
+    return result, sums
 
 
 class Outer(Operation):
@@ -256,24 +255,24 @@ class Outer(Operation):
             h1 = norm.forward(patch, w.norm1_weight, w.norm1_bias, a.eps, x, later)
             _add(x, attended, _matrix(a, "proj_weight"), w.proj_bias, a.attn_scale)
         found: dict[str, Any] = {}
-        sums = norm.partial_sums(patch, len(SUMS))
-        totals = torch.empty(len(SUMS) * E + w.fc1_weight.shape[0], dtype=torch.float32, device=patch.device)
-        of_norms, of_fc1 = totals[: len(SUMS) * E].view(-1, E), totals[len(SUMS) * E :]
+        parts: dict[tuple[str, ...], Any] = {}  # for ``totals``
 
         def branch(gradient: Tensor, scale: Tensor | None) -> Tensor:
             return gradient if scale is None else (gradient.view(B, T, E) * _factors(scale, gradient)).view(B * T, E)
 
         def begun(
-            dh: Tensor, name: str, h: Tensor | None, r: Tensor, layer: str, out: Tensor | None, weight: bool, **more: Any
+            dh: Tensor, name: str, h: Any, r: Tensor, layer: str, out: Tensor | None, weight: bool, rest: Any, *biases: str
         ) -> Any:
             """Of a product with LN(r): into ``out``, if it is there, the gradient of r; returned, if asked for, the matrix's.
 
-            ``h``: LN(r), if it is there.
+            ``h``: LN(r), if it is there. ``biases``: whose gradients are the sums of r's and of ``rest``.
             """
-            scale, shift = getattr(w, f"{layer}_weight"), getattr(w, f"{layer}_bias")
+            names = f"{layer}_weight", f"{layer}_bias", *biases
+            scale, shift = (getattr(w, each) for each in names[:2])
             if out is not None:
                 y = torch.empty_like(r) if weight and h is None else None
-                norm.backward((dh @ _matrix(a, name)).view(1, B * T, E), r, scale, a.eps, out, y=y, bias=shift, **more)
+                sums = parts[names] = norm.partial_sums(r, len(names))
+                norm.backward((dh @ _matrix(a, name)).view(1, B * T, E), r, scale, a.eps, out, sums, rest=rest, y=y, bias=shift)
                 h = y if h is None else h
             elif weight and h is None:
                 h = norm.forward(r, scale, shift, a.eps)
@@ -290,7 +289,9 @@ class Outer(Operation):
                 found["fc2_weight"] = of_matrix(d, _gelu(hidden), matrix_dtype)
         if before := before - {"fc2_weight"}:
             dh = d @ _matrix(a, "fc2_weight")
-            activated = _gelu_backward(hidden, dh, "fc2_weight" in needed, of_fc1 if "fc1_bias" in needed else None)
+            activated, sums = _gelu_backward(hidden, dh, "fc2_weight" in needed, "fc1_bias" in needed)
+            if sums is not None:
+                parts["fc1_bias",] = sums
             del hidden
             if activated is not None:
                 found["fc2_weight"] = of_matrix(d, activated, matrix_dtype)
@@ -298,7 +299,7 @@ class Outer(Operation):
             before -= {"fc1_weight", "fc1_bias"}
             dx = torch.empty_like(x) if before else None
             found["fc1_weight"] = begun(
-                dh, "fc1_weight", h2, x, "norm2", dx, "fc1_weight" in needed, rest=dy, sums=sums[:4]
+                dh, "fc1_weight", h2, x, "norm2", dx, "fc1_weight" in needed, dy, "proj_bias", "fc2_bias"
             )  # fmt: skip
             del dh, h2
         if "fc2_bias" in needed and (dx is None or a.mlp_scale is not None):
@@ -320,21 +321,18 @@ class Outer(Operation):
                 found["qk_bias"], found["v_bias"] = dh.sum(0, dtype=w.qk_bias.dtype).split((2 * E, E))
             before -= {"qk_bias", "v_bias"}
             deeper = before - {"qk_weight", "v_weight"}
-            of_qkv = begun(
-                dh, "qkv_weight", h1, patch, "norm1", dx if deeper else None, before > deeper, rest=dx, sums=sums[4:]
-            )  # fmt: skip
+            of_qkv = begun(dh, "qkv_weight", h1, patch, "norm1", dx if deeper else None, before > deeper, dx)
             found["patch"] = dx.view(B, T, E)
             of_fold = {name.removeprefix("fold_"): name for name in deeper if name == "pixel" or name.startswith("fold_")}
             if of_fold:
                 matrix = _matrix(a, "fold_proj_weight") if _folds(a.pixel) else a.fold_weights.fold_proj_weight
-                behind = fold.backward(found["patch"], _of_fold(a, matrix), {*of_fold}, matrix_dtype)
+                summed: dict[tuple[str, ...], Tensor] = {}
+                behind = fold.begun(found["patch"], _of_fold(a, matrix), {*of_fold}, matrix_dtype, summed)
                 found |= {of_fold[name]: x for name, x in behind.items() if name in of_fold}
+                parts |= {tuple([f"fold_{name}" for name in names]): x for names, x in summed.items()}
             if of_qkv is not None:
                 found["qk_weight"], found["v_weight"] = of_qkv.split((2 * E, E))
-        if dx is not None:
-            torch.sum(sums, 1, out=of_norms)
-        totals = _to(totals, w.norm2_weight.dtype)
-        return dict(zip(SUMS, totals.split(E), strict=False)) | {"fc1_bias": totals[len(SUMS) * E :]} | found
+        return totals(parts, w.norm2_weight.dtype) | found
 
 
 def _folds(pixel: Tensor | None) -> bool:

@@ -301,22 +301,27 @@ class Kernel:
             known[value] = interval
 
 
+def _fields(types: Any) -> dict[str, Any]:
+    if type(types) is tuple:
+        return {str(at): kind for at, kind in enumerate(types)}
+    return types._asdict() if hasattr(types, "_asdict") else types
+
+
 def named(types: Any, prefix: str = "") -> dict[str, Any]:
-    """The types of a launch's arguments by name, those in a tuple by its name, a dot and their own."""
+    """The types of a launch's arguments by name, those in a tuple by its name, a dot and their own, or their number."""
     found = {}
-    for name, kind in (types._asdict() if hasattr(types, "_asdict") else types).items():
+    for name, kind in _fields(types).items():
         found |= named(kind, f"{prefix}{name}.") if isinstance(kind, tuple) else {f"{prefix}{name}": kind}
     return found
 
 
 def changed(types: Any, kinds: dict[str, Any], prefix: str = "") -> Any:
     """The types with some of them, by name as in ``named``, exchanged."""
-    fields = types._asdict() if hasattr(types, "_asdict") else types
     found = {
         name: changed(kind, kinds, f"{prefix}{name}.") if isinstance(kind, tuple) else kinds.get(f"{prefix}{name}", kind)
-        for name, kind in fields.items()
+        for name, kind in _fields(types).items()
     }
-    return type(types)(**found)
+    return tuple(found.values()) if type(types) is tuple else type(types)(**found)
 
 
 def typed(launch: Any) -> Typed:
@@ -324,7 +329,7 @@ def typed(launch: Any) -> Typed:
 
     def kind(x: Any) -> Any:
         if isinstance(x, tuple):
-            return type(x)(*map(kind, x))  # all of them have names
+            return type(x)(*map(kind, x)) if hasattr(x, "_fields") else tuple(map(kind, x))
         if isinstance(x, torch.Tensor):
             return {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[x.dtype]
         return {int: "i32", float: "fp32", type(None): None}[type(x)]
@@ -451,11 +456,18 @@ def _of_norm(launch: Any) -> Iterator[dict[str, Interval]]:
         }
 
 
+def _of_totals(launch: Any) -> Iterator[dict[str, Interval]]:
+    """Of what programs leave: a row each; as many columns as gradients, of a matrix at most."""
+    for columns in _pieces(ROWS):
+        programs = len(launch.types["parts"]) * -(-columns.high // launch.constants["Z"].COLUMNS)
+        yield {"n_rows": Interval(1, RESIDENT), "n_columns": columns, "programs": programs}
+
+
 COUNTS = ("n_rows", "n_tokens", "n_cells", "n_patches")  # what a kernel's tiles are cut from: the first that it has
 OPTIONAL = {
     "pixel_embed": {"bias_ptr", "pixel_pos_ptr"},
     "inner": {"qk_bias", "v_bias", "attn_scale_ptr", "mlp_scale_ptr", "sums_ptr"},
-    "fold": {"bias_ptr", "shift", "bias", "dx"},
+    "fold": {"bias_ptr", "shift", "bias", "dx", "y"},
     "outer": {"a_ptr", "bias_ptr", "rest_ptr", "later_ptr", "shift", "bias", "next_bias", "later", "dx", "y"},
 }
 PASSED = {"pixel_embed": _of_pixel_embed, "inner": _of_inner, "fold": _of_norm, "outer": _of_norm}
@@ -468,7 +480,8 @@ def ranges(operation: str, launch: Any, kinds: dict[str, Any]) -> Iterator[dict[
         raise ValueError(f"say in tests/intervals.py in what ranges the launchers of {operation} pass their integers")
     Z, passed = launch.constants["Z"], integers(launch)
     count = next((name for name in COUNTS if name in passed), None)  # none: one program
-    for piece in PASSED[operation](launch):
+    for piece in (_of_totals if "parts" in launch.types else PASSED[operation])(launch):
+        programs = piece.pop("programs", None)
         piece = {name: piece[name.rpartition(".")[2]] for name in passed}
         for name, kind in kinds.items():
             low, high = piece[name]
@@ -479,7 +492,7 @@ def ranges(operation: str, launch: Any, kinds: dict[str, Any]) -> Iterator[dict[
                 piece[name] = Interval(low, min(high, most, 2**31 - 1 if kind == "i32" else high))
         if all(low <= high for low, high in piece.values()):
             high = piece[count].high if count else 1
-            programs = -(-high // getattr(Z, "BLOCK", getattr(Z, "G", None)))
+            programs = programs or -(-high // getattr(Z, "BLOCK", getattr(Z, "G", None)))
             if launch.config.per_sm:
                 programs = min(programs, RESIDENT)
             programs *= getattr(Z, "GROUPS", 1)

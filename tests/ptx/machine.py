@@ -400,11 +400,19 @@ class State:
 
     # global memory
 
-    def _find(self, lanes, address, size, number, align=None) -> tuple[Storage, np.ndarray]:
+    def _by_tensor(self, lanes, address, number) -> list[np.ndarray]:
+        """Which of the threads access a tensor, for each that there is: of a program, all the same one."""
         index = address >> np.uint64(SPACE)
-        first = int(index[0])
-        if (wrong := index != first).any():
+        if (index == index[0]).all():
+            return [np.ones(len(lanes), bool)]
+        of_program = np.zeros(len(self.programs), index.dtype)
+        of_program[self.place[lanes]] = index
+        if (wrong := of_program[self.place[lanes]] != index).any():
             raise self.fault(number, "one access to two tensors", lanes[wrong])
+        return [index == each for each in np.unique(index)]
+
+    def _find(self, lanes, address, size, number, align=None) -> tuple[Storage, np.ndarray]:
+        first = int(address[0] >> np.uint64(SPACE))
         if not 0 < first <= len(self.memory.storages):
             raise self.fault(number, f"address {int(address[0]):#x} is in no tensor", lanes)
         storage = self.memory.storages[first - 1]
@@ -417,6 +425,15 @@ class State:
         return storage, offset
 
     def _global_read(self, lanes, address, size, number, align=None) -> np.ndarray:
+        unit = min(size & -size, 4)
+        found = np.zeros((len(lanes), size // unit), UNSIGNED[8 * unit])
+        for some in self._by_tensor(lanes, address, number):
+            found[some] = self._read_of_one(lanes[some], address[some], size, unit, number, align)
+        if self.costs is not None:
+            self._count_global(lanes, address, size, number)
+        return found
+
+    def _read_of_one(self, lanes, address, size, unit, number, align) -> np.ndarray:
         storage, offset = self._find(lanes, address, size, number, align)
         g = offset[:, None] // storage.granule + np.arange(-(-size // storage.granule))
         me = (self.program[lanes] + 1)[:, None]
@@ -425,9 +442,6 @@ class State:
         reader = storage.reader[g]
         storage.reader[g] = np.where((reader == 0) | (reader == me), me, -1)
         storage.reader[g[storage.reader[g] != me]] = -1
-        unit = min(size & -size, 4)
-        if self.costs is not None:
-            self._count_global(lanes, address, size, number)
         return storage.words[unit][offset[:, None] // unit + np.arange(size // unit)]
 
     def load_global(self, address, width, count, mask, number):
@@ -440,10 +454,16 @@ class State:
         lanes = self._on(mask)
         if not len(lanes):
             return
-        words = self._words([self._unsigned(v) for v in values], lanes)
+        words, address = self._words([self._unsigned(v) for v in values], lanes), address[lanes]
+        for some in self._by_tensor(lanes, address, number):
+            self._store_to_one(lanes[some], address[some], words[some], number)
+        if self.costs is not None:
+            self._count_global(lanes, address, words.dtype.itemsize * words.shape[1], number)
+
+    def _store_to_one(self, lanes, address, words, number):
         unit = words.dtype.itemsize
         size = unit * words.shape[1]
-        storage, offset = self._find(lanes, address[lanes], size, number)
+        storage, offset = self._find(lanes, address, size, number)
         g = offset[:, None] // storage.granule + np.arange(size // storage.granule)
         me = (self.program[lanes] + 1)[:, None]
         if (wrong := (storage.writer[g] > 0) & (storage.writer[g] != me)).any():
@@ -458,8 +478,6 @@ class State:
         memory[where] = words
         if (wrong := memory[where] != words).any():
             raise self.fault(number, "threads write different values to one place", lanes[wrong.any(1)])
-        if self.costs is not None:
-            self._count_global(lanes, address[lanes], size, number)
 
     # between threads
 

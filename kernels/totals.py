@@ -1,0 +1,90 @@
+"""totals: sums over the rows of several matrices in one launch; what is left of a backward whose programs summed by themselves.
+
+    y[part, j] = Σᵢ x[part][i, j]
+
+A program of a backward keeps its sums of the gradients of weights and biases over all its tiles and writes them once, as a row
+in float32; these rows are some hundreds, of matrices that differ in rows and width. A program here takes COLUMNS columns of
+one of them, BLOCK rows at once: each adds up its own, and only then they are summed among one another. So the same input gives
+the same bits, and a long sum is no less accurate than one in pairs. By PyTorch it is a launch for each matrix, and one more
+where another dtype is asked for: six of 9.8 µs a block of TNT-S that trains, on an H200 (results/2026-11-26-2039/kernels.txt).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tnt_fast.kernels import operation
+from tnt_fast.kernels.operation import Config, Launch, launch, remembered
+
+COLUMNS = 32  # 128 bytes of a row
+CONFIG = Config(64, warps=4, stages=3)  # among the best of 13 by simulation for an H200
+
+
+class Part(NamedTuple):
+    """A kernel's argument: one of the matrices, contiguous."""
+
+    ptr: Any
+    n_rows: Any
+    n_columns: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes(operation.Sizes):
+    """Rows and columns of a tile."""
+
+    BLOCK: int
+    COLUMNS: int
+
+
+@triton.jit
+def _totals_kernel(y_ptr, parts, Z: tl.constexpr):
+    """Each part begins with a program of its own, and so y has it."""
+    block, ptr, n_rows, n_columns = tl.program_id(0).to(tl.int64), parts[0].ptr, parts[0].n_rows, parts[0].n_columns
+    for i in tl.static_range(1, len(parts)):
+        left = block - tl.cdiv(n_columns, Z.COLUMNS)  # below 0, too, for what comes behind the part that is sought
+        there, part = left >= 0, parts[i]
+        block, ptr = tl.where(there, left, block), tl.where(there, part.ptr, ptr)
+        n_rows, n_columns = tl.where(there, part.n_rows, n_rows), tl.where(there, part.n_columns, n_columns)
+    col = block * Z.COLUMNS + tl.arange(0, Z.COLUMNS)
+    real = col < n_columns
+    total = tl.full((Z.BLOCK, Z.COLUMNS), 0.0, tl.float32)
+    for first in tl.range(0, n_rows, Z.BLOCK, num_stages=Z.STAGES):
+        row = first + tl.arange(0, Z.BLOCK)
+        start = row.to(tl.int64)[:, None] * n_columns
+        total += tl.load(ptr + start + col[None, :], mask=(row < n_rows)[:, None] & real[None, :], other=0.0)
+    at = tl.program_id(0).to(tl.int64) * Z.COLUMNS + tl.arange(0, Z.COLUMNS)
+    tl.store(y_ptr + at, tl.sum(total, 0).to(y_ptr.dtype.element_ty), mask=real)
+
+
+# ---- on the host ----
+
+
+@remembered
+def _specialise(dtype: torch.dtype, turns: int) -> Launch:
+    Z = Sizes.computed(dtype, BLOCK=CONFIG.rows, COLUMNS=COLUMNS, STAGES=CONFIG.stages)
+    # as inner's kernel of the weights it stands for a call of batch 256 with 196 patches an image
+    return Launch(_totals_kernel, {"Z": Z}, CONFIG, 256 * 196, turns)
+
+
+def totals(parts: Mapping[tuple[str, ...], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Sums over the rows of matrices, which are contiguous in float32, in a ``dtype``; by the names of equal parts of a row.
+
+    They are vectors that lie in one memory.
+    """
+    if not parts:
+        return {}
+    given = tuple(Part(x, *x.shape) for x in parts.values())
+    blocks = [-(-x.n_columns // COLUMNS) for x in given]
+    result = torch.empty(sum(blocks) * COLUMNS, dtype=dtype, device=given[0].ptr.device)
+    spec = _specialise(torch.float32, -(-max(x.n_rows for x in given) // CONFIG.rows))
+    launch(spec, sum(blocks), result, given)
+    found: dict[str, Tensor] = {}
+    sums = result.split([count * COLUMNS for count in blocks])
+    for names, part, total in zip(parts, given, sums, strict=True):
+        found |= zip(names, total[: part.n_columns].split(part.n_columns // len(names)), strict=True)
+    return found
