@@ -7,7 +7,7 @@ On a GPU the compiled kernels run; without one Triton's interpreter runs them, a
 """
 
 import torch
-from fuzz import off_by_rounding
+from fuzz_rule import off_by_rounding
 from helpers import KernelPath, results
 
 from tnt_fast import kernels, reference

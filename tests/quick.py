@@ -27,6 +27,8 @@ HOLDS = {
     "test_backward": ["kernels/*.py"],
     "test_benchmarks": ["benchmarks/*.py", "tnt_fast/bench.py"],
     "test_cli": ["tnt_fast/__init__.py", "tnt_fast/__main__.py"],
+    "test_fuzz": ["tests/fuzz_*.py"],
+    "test_mutations": ["tests/mutants.py"],
     "test_ptx_machine": ["tests/ptx/*.py"],
     "test_simulate": ["benchmarks/machine_code.py", "benchmarks/simulation_checks.py"],
     "test_static_cost": ["benchmarks/launched.py"],

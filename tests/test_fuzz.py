@@ -14,7 +14,11 @@ import torch
 pytest.importorskip("triton")
 
 import fuzz
-from fuzz import Wrong, compare, draw, examine, kernels, kind_of, replay
+import fuzz_cases
+import fuzz_rule
+from fuzz import examine, kind_of, replay
+from fuzz_cases import draw
+from fuzz_rule import Wrong, compare, kernels, reference
 from helpers import perturb
 
 SEED, CASES, CHUNK = 1, 200, 10
@@ -57,7 +61,7 @@ def instead(monkeypatch, operation: str, function) -> None:
 
 def replace(monkeypatch, operation: str, change) -> None:
     """The operation is the reference, whose arguments and result ``change`` sees: right, until that does something."""
-    function = getattr(fuzz.reference, operation)
+    function = getattr(reference, operation)
 
     def changed(*args, **kwargs):
         return change(function(*args, **kwargs), kwargs)
@@ -88,17 +92,17 @@ def test_pytorchs_fused_attention_is_among_its_own_where_outer_takes_it(monkeypa
     takes = find(
         "outer", lambda call: "qk_weight" in call.wanted and "pixel" not in call.tensors and call.activation.shape[1] > 1
     )
-    call, calls, right = draw(SEED, "outer", takes), [], fuzz.attention.attend
+    call, calls, right = draw(SEED, "outer", takes), [], fuzz_rule.attention.attend
     if half:
         call.tensors = {name: x.half() if isinstance(x, torch.Tensor) else x for name, x in call.tensors.items()}
-    monkeypatch.setattr(fuzz.attention, "attend", lambda *heads: calls.append(1) or right(*heads))
-    exact = call.compute(fuzz.reference.outer, torch.float64)
-    with fuzz.fused_attention():
-        for name, x in call.compute(fuzz.reference.outer, torch.float64).items():
+    monkeypatch.setattr(fuzz_rule.attention, "attend", lambda *heads: calls.append(1) or right(*heads))
+    exact = call.compute(reference.outer, torch.float64)
+    with fuzz_rule.fused_attention():
+        for name, x in call.compute(reference.outer, torch.float64).items():
             torch.testing.assert_close(x, exact[name], rtol=1e-9, atol=1e-11)
     assert len(calls) == 1
     call.own()
-    assert len(calls) == 1 + (half and fuzz.DEVICE == "cuda")
+    assert len(calls) == 1 + (half and fuzz_rule.DEVICE == "cuda")
 
 
 class OffByALittle(torch.autograd.Function):
@@ -196,7 +200,7 @@ def test_a_kernel_that_writes_outside_of_its_output_is_found(monkeypatch, before
 @pytest.mark.parametrize("weight", ["norm1_weight", "qk_weight", "fc2_bias"])
 def test_a_wrong_gradient_of_one_weight_is_found(monkeypatch, weight):
     index = find("inner", lambda call: {"pixel", weight} <= set(call.wanted) and min(call.tensors["pixel"].shape) > 2)
-    function = fuzz.reference.inner
+    function = reference.inner
 
     def off(weights, **given):
         return function(weights=weights._replace(**{weight: OffByALittle.apply(getattr(weights, weight))}), **given)
@@ -213,7 +217,7 @@ def test_an_answer_where_the_reference_raises_is_wrong_and_a_named_error_is_not(
     def refuses(*args, **kwargs):
         raise ValueError("no")
 
-    monkeypatch.setattr(fuzz.reference, "inner", refuses)
+    monkeypatch.setattr(reference, "inner", refuses)
     instead(monkeypatch, "inner", lambda **given: given["pixel"].clone())
     found, what = examine(SEED, "inner", index)
     assert found == "wrong"
@@ -250,7 +254,7 @@ def test_wrong_dispatch_is_found(monkeypatch, what):
     index = next(
         i for i in range(100) if examine(SEED, "surgery", i)[0] == "right" and draw(SEED, "surgery", i).options["depth"]
     )
-    function = fuzz.call_model
+    function = fuzz_cases.call_model
 
     def call_model(model, backend, *args):
         if backend == "reference":
@@ -261,8 +265,8 @@ def test_wrong_dispatch_is_found(monkeypatch, what):
             raise RuntimeError("backend='fused' cannot run:\n")
         return {name: 1.01 * x if what == "an answer of its own" else x for name, x in function(model, backend, *args).items()}
 
-    monkeypatch.setattr(fuzz, "call_model", call_model)
-    monkeypatch.setattr(fuzz, "why_not_fused", lambda *args: ["a reason"] if what == "a reason that is none" else [])
+    monkeypatch.setattr(fuzz_cases, "call_model", call_model)
+    monkeypatch.setattr(fuzz_cases, "why_not_fused", lambda *args: ["a reason"] if what == "a reason that is none" else [])
     found, told = examine(SEED, "surgery", index)
     assert found == "wrong"
     expected = {
@@ -276,13 +280,13 @@ def surgery(monkeypatch, change) -> str:
     """The verdict on a model of two tokens that drops paths."""
 
     def drawn(dice, *given):
-        model = fuzz.TNT(8, 8, 3, 0, embed_dim=24, inner_dim=6, depth=1, num_heads_inner=1, num_heads_outer=3)
-        model.blocks[0].drop_path = fuzz.timm.layers.DropPath(0.5)
-        return perturb(model, 0.1).to(fuzz.DEVICE), {}, (4, 3, 8, 8)
+        model = fuzz_cases.TNT(8, 8, 3, 0, embed_dim=24, inner_dim=6, depth=1, num_heads_inner=1, num_heads_outer=3)
+        model.blocks[0].drop_path = fuzz_cases.timm.layers.DropPath(0.5)
+        return perturb(model, 0.1).to(fuzz_rule.DEVICE), {}, (4, 3, 8, 8)
 
-    monkeypatch.setattr(fuzz, "draw_tnt", drawn)
-    monkeypatch.setattr(fuzz.Surgery, "ACTIONS", (lambda dice, model: change(model) or "changed",))
-    case = fuzz.Surgery(fuzz.Dice(SEED, "surgery", 0))
+    monkeypatch.setattr(fuzz_cases, "draw_tnt", drawn)
+    monkeypatch.setattr(fuzz_cases.Surgery, "ACTIONS", (lambda dice, model: change(model) or "changed",))
+    case = fuzz_cases.Surgery(fuzz_cases.Dice(SEED, "surgery", 0))
     case.model.train()
     case.gradients = True
     return case.judge()

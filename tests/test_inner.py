@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from cases import check, inner_tensors, one_by_one, spiked
-from fuzz import DRAWS, off_by_rounding
+from fuzz_rule import DRAWS, off_by_rounding
 from helpers import call, paths, results
 
 pytest.importorskip("triton")

@@ -8,8 +8,10 @@ import torch
 
 pytest.importorskip("triton")
 
+import mutants
 import mutations
-from mutations import IN_HALF, PTX_KINDS, Judge, Launches, apply, draw_ptx, judge_ptx, told
+from mutants import IN_HALF, PTX_KINDS, apply, draw_ptx, told
+from mutations import Judge, Launches, judge_ptx
 from ptx.flow import depends_on_data, normal
 from ptx.machine import Fault, Kernel
 
@@ -39,7 +41,7 @@ def break_(judge: Judge, name: str, kind: str, operation: str, seed: int, precis
     places = [i for i, ins in enumerate(p.instructions) if KINDS[kind].fits(ins) and ".".join(ins.parts).startswith(operation)]
     at = places[len(places) // 2]
     changes = KINDS[kind].change(p, at, random.Random(seed))
-    return mutations.Mutant(0, kind, name, p.instructions[at].where, told(p, changes), digest, apply(p, changes))
+    return mutants.Mutant(0, kind, name, p.instructions[at].where, told(p, changes), digest, apply(p, changes))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,7 @@ COPY = """
 @pytest.mark.parametrize("operation", ["cp.async.commit_group", "cp.async.wait_group"])
 def test_a_weakened_wait_is_a_fault(operation):
     """Of a kernel that copies ahead, of which none is shipped now."""
-    p, x = mutations.Program(Kernel(PTX.replace("add.s32 %r3, %r1, %r2;", COPY), 128)), torch.arange(32, dtype=torch.int32)
+    p, x = mutants.Program(Kernel(PTX.replace("add.s32 %r3, %r1, %r2;", COPY), 128)), torch.arange(32, dtype=torch.int32)
     p.kernel.run(1, [x, 32])
     assert torch.equal(x, torch.arange(1, 33, dtype=torch.int32))
     at = next(i for i, ins in enumerate(p.instructions) if ".".join(ins.parts) == operation)
@@ -196,8 +198,8 @@ def test_one_value_of_a_tile_is_noticed(name, text, old, new, judge):
     places = [(d, i, x) for d in halves for i, x in enumerate(judge.program(d).instructions)]
     digest, at, ins = next((d, i, x) for d, i, x in places if x.text.startswith(text) and old in x.text)
     p, operands = judge.program(digest), [x if i == 0 else x.replace(old, new) for i, x in enumerate(ins.operands)]
-    changes = {at: [mutations.changed(ins, operands=operands)]}
-    mutant = mutations.Mutant(0, "", name, ins.where, told(p, changes), digest, apply(p, changes))
+    changes = {at: [mutants.changed(ins, operands=operands)]}
+    mutant = mutants.Mutant(0, "", name, ins.where, told(p, changes), digest, apply(p, changes))
     assert judge_ptx(judge, mutant)[0] == "noticed", mutant.text
 
 
@@ -222,9 +224,9 @@ def test_what_sizes_never_change_is_the_same(made, old, new, same):
 @pytest.mark.parametrize(("stored", "same"), [("%r2", True), ("%r5", False)])
 def test_what_a_mask_leaves_out_reaches_the_result_or_not(stored, same):
     code = f"mov.b32 %r5, 7; @%p2 ld.global.b32 %r5, [ %rd3 + 0 ]; add.s32 %r3, %r1, {stored};"
-    p = mutations.Program(Kernel(PTX.replace("add.s32 %r3, %r1, %r2;", code).replace("@%p2 st", "st"), 0))
+    p = mutants.Program(Kernel(PTX.replace("add.s32 %r3, %r1, %r2;", code).replace("@%p2 st", "st"), 0))
     at = next(i for i, ins in enumerate(p.instructions) if ins.text.startswith("setp.lt.u32 %p2"))
-    original, *others = mutations._beyond_masks(p, {at: [mutations.changed(p.instructions[at], ("setp", "le", "u32"))]})
+    original, *others = mutants._beyond_masks(p, {at: [mutants.changed(p.instructions[at], ("setp", "le", "u32"))]})
     unchanged, x = torch.zeros(32, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
     p.kernel.run(1, [unchanged, 20])
     with pytest.raises(Fault):
@@ -257,12 +259,12 @@ $END:
 
 def test_a_division_that_is_never_run_is_one_in_64_bits():
     code = DIVISION.replace("and.b64 %rd6, %rd6", "and.b64 %rd8, %rd6").replace("%p3, %rd6", "%p3, %rd8")
-    p = mutations.Program(Kernel(PTX.replace("add.s32 %r3, %r1, %r2;", code), 0))
+    p = mutants.Program(Kernel(PTX.replace("add.s32 %r3, %r1, %r2;", code), 0))
     reasons = {}
     for at, ins in enumerate(p.instructions):
         if ins.parts[0] == "div":
-            swapped = mutations.changed(ins, operands=(ins.operands[0], *reversed(ins.operands[1:])))
-            reasons[ins.type] = mutations.why_the_same(p, {at: [swapped]})
+            swapped = mutants.changed(ins, operands=(ins.operands[0], *reversed(ins.operands[1:])))
+            reasons[ins.type] = mutants.why_the_same(p, {at: [swapped]})
     assert reasons["s64"].startswith("never run")
     assert reasons["u32"] is None
 
@@ -297,10 +299,10 @@ PADDING = """
 @pytest.mark.parametrize(("old", "new", "same"), [("", "", True), ("%r11, %r12, %r12;", "%r11, %r11, %r12;", False)])
 def test_what_is_written_as_before_with_any_values(old, new, same):
     text = PADDING.replace(old, new) if old else PADDING
-    p = mutations.Program(Kernel(PTX.replace("    @%p2 st.global.b32 [ %rd3 + 0 ], %r3;", text), 0))
+    p = mutants.Program(Kernel(PTX.replace("    @%p2 st.global.b32 [ %rd3 + 0 ], %r3;", text), 0))
     at = next(i for i, ins in enumerate(p.instructions) if ins.parts[0] == "fma")
     kind = KINDS["rounding changed"]
-    probe = mutations._probe(p, kind.change(p, at, random.Random(1)), kind)
+    probe = mutants._probe(p, kind.change(p, at, random.Random(1)), kind)
     executor, x = Launches("sm_90"), torch.ones(32)
     if same:
         executor._vary(probe, 1, [x, 32], [x])
@@ -310,19 +312,19 @@ def test_what_is_written_as_before_with_any_values(old, new, same):
         with pytest.raises(Fault):
             executor._vary(probe, 1, [x, 32], [x])
     mask = next(i for i, ins in enumerate(p.instructions) if ins.text.startswith("setp.lt.u32 %p2"))
-    assert mutations._probe(p, KINDS["mask weakened"].change(p, mask, random.Random(1)), KINDS["mask weakened"]) is None
+    assert mutants._probe(p, KINDS["mask weakened"].change(p, mask, random.Random(1)), KINDS["mask weakened"]) is None
 
 
 @pytest.mark.parametrize(
     ("cast", "bits", "verdict"), [("int32", True, "equivalent"), ("int32", False, "missed"), ("f", True, "missed")]
 )
 def test_an_integer_that_fits_either_way_is_the_same(cast, bits, verdict, judge, monkeypatch):
-    edits = [e for e in mutations.Source("pixel_embed.py").edits if e.kind == "cast dropped"]
-    text = (mutations.TREE / "kernels" / "pixel_embed.py").read_bytes()
+    edits = [e for e in mutants.Source("pixel_embed.py").edits if e.kind == "cast dropped"]
+    text = (mutants.TREE / "kernels" / "pixel_embed.py").read_bytes()
     edit = next(e for e in edits if text[e.start : e.end].endswith(b".to(tl.int32)") == (cast == "int32"))
     monkeypatch.setattr(mutations, "_run", lambda *_: mutations.Run(None, same_code=False, same_bits=bits))
     monkeypatch.setattr(mutations, "_tests", lambda *_: None)  # among them the intervals
-    mutant = mutations.Mutant(0, "source: cast dropped", edit.function, "", "", None, edit)
+    mutant = mutants.Mutant(0, "source: cast dropped", edit.function, "", "", None, edit)
     assert mutations.judge_source(judge, mutant)[0] == verdict
 
 
@@ -333,12 +335,12 @@ def test_an_equivalent_has_its_reason(judge):
 
 
 def test_mutants_of_the_source(tmp_path):
-    kinds = {edit.kind for name in mutations.READ for edit in mutations.Source(name).edits}
+    kinds = {edit.kind for name in mutants.READ for edit in mutants.Source(name).edits}
     assert len(kinds) == 14
-    mutant = mutations.draw_source(0, 1)
-    assert mutant == mutations.draw_source(0, 1) != mutations.draw_source(0, 2)
-    tree = mutations.mutated_tree(mutant.code, tmp_path)
-    was, now = ((root / "kernels" / mutant.code.file).read_bytes() for root in (mutations.TREE, tree))
+    mutant = mutants.draw_source(0, 1)
+    assert mutant == mutants.draw_source(0, 1) != mutants.draw_source(0, 2)
+    tree = mutants.mutated_tree(mutant.code, tmp_path)
+    was, now = ((root / "kernels" / mutant.code.file).read_bytes() for root in (mutants.TREE, tree))
     assert was != now
     assert was[: mutant.code.start] == now[: mutant.code.start]
     assert now.endswith(was[mutant.code.end :])
@@ -347,9 +349,9 @@ def test_mutants_of_the_source(tmp_path):
 
 def test_a_broken_source_is_noticed(judge):
     edit = next(
-        e for e in mutations.Source("norm.py").edits if e.function == "_norm_bwd_kernel" and e.kind == "accumulation dropped"
+        e for e in mutants.Source("norm.py").edits if e.function == "_norm_bwd_kernel" and e.kind == "accumulation dropped"
     )
-    mutant = mutations.Mutant(0, f"source: {edit.kind}", edit.function, f"norm.py:{edit.line}", "", None, edit)
+    mutant = mutants.Mutant(0, f"source: {edit.kind}", edit.function, f"norm.py:{edit.line}", "", None, edit)
     verdict, why = mutations.judge_source(judge, mutant)
     assert verdict == "noticed"
     assert "rule in fold" in why
@@ -357,17 +359,17 @@ def test_a_broken_source_is_noticed(judge):
 
 def test_a_broken_source_is_noticed_by_other_tests():
     """GELU's polynomial, by a judge whose case does not reach it."""
-    edit = next(e for e in mutations.Source("tile.py").edits if e.function == "gelu" and e.kind == "operands swapped")
-    mutant = mutations.Mutant(0, f"source: {edit.kind}", edit.function, "", "", None, edit)
+    edit = next(e for e in mutants.Source("tile.py").edits if e.function == "gelu" and e.kind == "operands swapped")
+    mutant = mutants.Mutant(0, f"source: {edit.kind}", edit.function, "", "", None, edit)
     why = "tests in tests/test_approximations.py::test_the_polynomial_of_gelu_is_within_its_stated_error"
     assert mutations.judge_source(Judge("sm_90", {"inner wide, bfloat16"}), mutant) == ("noticed", why)
 
 
 def test_what_lies_beyond_a_mask_may_reach_nothing(monkeypatch):
     """The scale of a patch that is not there, of which the gradient is 0."""
-    edits = mutations.Source("tile.py").edits
+    edits = mutants.Source("tile.py").edits
     edit = next(e for e in edits if e.function == "scaled" and e.kind == "other changed")
-    mutant = mutations.Mutant(0, f"source: {edit.kind}", edit.function, "", "", None, edit)
+    mutant = mutants.Mutant(0, f"source: {edit.kind}", edit.function, "", "", None, edit)
     monkeypatch.setattr(mutations, "_tests", lambda *_: None)
     verdict, why = mutations.judge_source(Judge("sm_90", {"inner S9, drop path, bfloat16"}), mutant)
     assert (verdict, why.split(":")[0]) == ("equivalent", "what lies beyond the mask reaches no result")
