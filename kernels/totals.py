@@ -43,7 +43,7 @@ class Sizes(operation.Sizes):
 
 @triton.jit
 def _totals_kernel(y_ptr, parts, Z: tl.constexpr):
-    """Each part begins with a program of its own, and so y has it."""
+    """Each part begins with a program of its own, and y has whole ones: zeros behind the last column of a part."""
     block, ptr, n_rows, n_columns = tl.program_id(0).to(tl.int64), parts[0].ptr, parts[0].n_rows, parts[0].n_columns
     for i in tl.static_range(1, len(parts)):
         left = block - tl.cdiv(n_columns, Z.COLUMNS)  # below 0, too, for what comes behind the part that is sought
@@ -51,14 +51,13 @@ def _totals_kernel(y_ptr, parts, Z: tl.constexpr):
         block, ptr = tl.where(there, left, block), tl.where(there, part.ptr, ptr)
         n_rows, n_columns = tl.where(there, part.n_rows, n_rows), tl.where(there, part.n_columns, n_columns)
     col = block * Z.COLUMNS + tl.arange(0, Z.COLUMNS)
-    real = col < n_columns
     total = tl.full((Z.BLOCK, Z.COLUMNS), 0.0, tl.float32)
     for first in tl.range(0, n_rows, Z.BLOCK, num_stages=Z.STAGES):
         row = first + tl.arange(0, Z.BLOCK)
         start = row.to(tl.int64)[:, None] * n_columns
-        total += tl.load(ptr + start + col[None, :], mask=(row < n_rows)[:, None] & real[None, :], other=0.0)
+        total += tl.load(ptr + start + col[None, :], mask=(row < n_rows)[:, None] & (col < n_columns)[None, :], other=0.0)
     at = tl.program_id(0).to(tl.int64) * Z.COLUMNS + tl.arange(0, Z.COLUMNS)
-    tl.store(y_ptr + at, tl.sum(total, 0).to(y_ptr.dtype.element_ty), mask=real)
+    tl.store(y_ptr + at, tl.sum(total, 0).to(y_ptr.dtype.element_ty))
 
 
 # ---- on the host ----

@@ -589,8 +589,9 @@ TESTS = {
     "inner": "test_inner or nearly_constant",
     "norm": "test_fold or test_outer or nearly_constant",
     "pixel_embed": "test_pixel_embed",
+    "totals": "test_totals",
 }
-TEST_FILES = [f"tests/test_{name}.py" for name in ("pixel_embed", "fold", "inner", "outer", "kernels")]
+TEST_FILES = [f"tests/test_{name}.py" for name in ("pixel_embed", "fold", "inner", "outer", "totals", "kernels")]
 LIMIT_S = 180  # of a run of tests
 
 
