@@ -140,24 +140,36 @@ def calls(kernel: str, given: dict[str, Any]) -> list[tuple[dict[str, Any], bool
 
 
 def launched(
-    kernel: str, variant: str, dtype: torch.dtype, multiprocessors: int, capability: tuple[int, int] | None = None
-) -> list[Launched]:
-    """The launches of an operation of 256 images of 224 × 224 pixels."""
-    given = arguments(kernel, variant, dtype, BATCH, IMAGE, "meta")
+    kernel: str, variant: str, dtype: torch.dtype, multiprocessors: int, capability: tuple[int, int] | None = None,
+    images: int = BATCH,
+) -> list[Launched]:  # fmt: skip
+    """The launches of an operation of so many images of 224 × 224 pixels."""
+    given = arguments(kernel, variant, dtype, images, IMAGE, "meta")
     return recorded(kernel, given, multiprocessors, capability)
 
 
 @cache
 def launches(kernel: str) -> list[tuple[str, str, Launched]]:
     """(variant, dtype, launch) of the named variants on an H200, each code of a variant once; not of a variant like another."""
+    return [(variant, short, by_patch(each)) for variant, short, each in _distinct(kernel, BATCH)]
+
+
+@cache
+def launches_of_one(kernel: str) -> list[tuple[str, str, Launched]]:
+    """The same of one image, where no image of many is launched so."""
+    known = {str(each.code) for _, _, each in _distinct(kernel, BATCH)}
+    return [found for found in _distinct(kernel, 1) if str(found[-1].code) not in known]
+
+
+def _distinct(kernel: str, images: int) -> list[tuple[str, str, Launched]]:
     found, known = [], set()
     for variant in VARIANTS:
         for short, dtype in DTYPES.items():
             distinct: dict[tuple[Any, ...], Launched] = {}
-            for each in launched(kernel, variant, dtype, 132, (9, 0)):
+            for each in launched(kernel, variant, dtype, 132, (9, 0), images):
                 distinct.setdefault(each.code, each)
             if (codes := (short, *distinct)) not in known:
-                found += [(variant, short, by_patch(each)) for each in distinct.values()]
+                found += [(variant, short, each) for each in distinct.values()]
             known.add(codes)
     return found
 

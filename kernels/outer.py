@@ -7,10 +7,11 @@
 Shapes: patch and result (B, T, E), T = 1 + N tokens. The products and the attention are large and the libraries': what is left
 between them is two LayerNorms, of which fold's last launch does the first. Eight launches, ten with fold: each LayerNorm also
 writes what the branch behind it is added to, with the biases of that branch, so that the product that ends it adds in place;
-q, k and v are one product; GELU belongs to fc1's.
+q, k and v are one product; GELU belongs to fc1's. Of few rows, where nothing is recorded or scaled, LayerNorms and what follows
+them are product.py's: five launches, six with fold.
 
-GELU in bfloat16 is cuBLAS's, of the tanh form: at most 4.7e-4 off the erf form, where rounding values near 1 to bfloat16
-makes 3.9e-3; in float16, in float32 and where gradients are recorded it is a kernel of its own, of the form of tile.py.
+GELU of many rows in bfloat16 is cuBLAS's, of the tanh form: at most 4.7e-4 off the erf form, where rounding values near 1 to
+bfloat16 makes 3.9e-3; in float16, in float32 and where gradients are recorded it is a kernel of its own, with tile.py's form.
 
 Backward, of each of the two branches r + scale · last(f(first(LN r))), f the attention or GELU, with g the gradient of the sum:
 
@@ -44,8 +45,9 @@ from torch import Tensor
 
 from tnt_fast import attention, reference
 from tnt_fast.arguments import FOLD_SHAPES, transformer_shapes
-from tnt_fast.kernels import norm, operation
-from tnt_fast.kernels.fold import fold, product
+from tnt_fast.kernels import norm, operation, product
+from tnt_fast.kernels.fold import fold
+from tnt_fast.kernels.fold import product as projecting
 from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, launch, of_matrix, programs, remembered
 from tnt_fast.kernels.tile import gelu, gelu_gradient, load
 from tnt_fast.kernels.totals import totals
@@ -192,17 +194,18 @@ class Outer(Operation):
 
     def prepared(self, a: SimpleNamespace, again: bool = False) -> Callable[..., None]:
         (B, T, E), dtype, H, eps = a.patch.shape, a.patch.dtype, a.num_heads, a.eps
+        if self._are_few(a):
+            return self._prepared_few(a, again)
         w, f = contiguous(a.weights), a.fold_weights
         recorded, folds = a.kept is not None, _folds(a.pixel)
         attn_bias = w.proj_bias if a.attn_scale is None else None
         mlp_bias = w.fc2_bias if a.mlp_scale is None else None
         normed, normed_then = (norm.prepared(B * T, E, dtype, again) for _ in range(2))
+        projected, folding = _projecting(a, again) if folds else (None, None)
         if folds:
-            projected = product(a.pixel.shape, dtype, f.fold_norm1_weight, f.fold_norm1_bias, eps, again)
             second = f.fold_proj_bias, f.fold_norm2_weight, f.fold_norm2_bias
             weights = contiguous(norm.Weights(*second, w.norm1_weight, w.norm1_bias, attn_bias))
             added = norm.adding(a.patch.shape, dtype, weights, eps, again)
-        folding = contiguous(f.fold_proj_weight) if folds else None
         read, qkv_bias = _reading(w, folding, dtype, recorded), None if w.qk_bias is None else joining(w.qk_bias, w.v_bias)
         by_tanh = dtype == torch.bfloat16 and w.fc1_bias is not None and not recorded
 
@@ -239,6 +242,37 @@ class Outer(Operation):
                     kept["hidden"] = h
                 h = _gelu(h)
             _add(rest, h, fc2_weight, w.fc2_bias, mlp_scale)
+
+        return run
+
+    def _are_few(self, a: SimpleNamespace) -> bool:
+        """Whether product.py computes what is behind a LayerNorm: nothing recorded or scaled, and the shapes that it trusts."""
+        (B, T, E), w = a.patch.shape, a.weights
+        largest = max(3 * E, len(w.fc1_weight))
+        if a.kept is not None or a.attn_scale is not None or a.mlp_scale is not None or not product.takes(B * T, E, largest):
+            return False
+        return w.fc1_weight.shape[1] == E and (w.fc1_bias is None or len(w.fc1_bias) == len(w.fc1_weight))
+
+    def _prepared_few(self, a: SimpleNamespace, again: bool) -> Callable[..., None]:
+        """Six launches with fold, five without: a LayerNorm, and what follows it, are one."""
+        (B, T, E), dtype, H, eps, folds = a.patch.shape, a.patch.dtype, a.num_heads, a.eps, _folds(a.pixel)
+        w, f, rows = contiguous(a.weights), contiguous(a.fold_weights), B * T
+        projected, folding = _projecting(a, again) if folds else (None, None)
+        of_qkv = product.Weights(w.qk_weight, w.qk_bias, w.v_weight, w.v_bias, w.norm1_weight, w.norm1_bias, w.proj_bias)
+        if folds:
+            of_qkv = of_qkv._replace(shift=f.fold_proj_bias, sum_weight=f.fold_norm2_weight, sum_bias=f.fold_norm2_bias)
+        joint = product.prepared(rows, dtype, of_qkv, eps, tokens=T if folds else 0, again=again)
+        of_fc1 = product.Weights(w.fc1_weight, w.fc1_bias, None, None, w.norm2_weight, w.norm2_bias, w.fc2_bias)
+        begun = product.prepared(rows, dtype, of_fc1, eps, gelu=True, again=again)
+
+        def run(out: Tensor, patch: Tensor, pixel: Any = None, *scales: None) -> None:
+            rest = out.view(rows, E)
+            x = torch.empty_like(rest)
+            proj_weight, fc2_weight, fold_weight = _cast((w.proj_weight, w.fc2_weight, folding), dtype)
+            h = joint(projected(_to(pixel, dtype), fold_weight), x, patch) if folds else joint(patch.contiguous(), x)
+            attended = attention.attend_joined(h.view(B, T, 3, H, E // H))
+            x.addmm_(attended.reshape(rows, E), proj_weight.t())
+            rest.addmm_(begun(x, rest), fc2_weight.t())
 
         return run
 
@@ -339,6 +373,17 @@ def _folds(pixel: Tensor | None) -> bool:
     return pixel is not None and pixel.shape[0] > 0
 
 
+def _projecting(a: SimpleNamespace, again: bool) -> tuple[Callable[[Tensor, Any], Tensor], Tensor | None]:
+    """What makes W · LN(pixel) of the fold within, and the matrix that it is given in the pixels' dtype; product.py has one."""
+    f, dtype, (P, S, C) = contiguous(a.fold_weights), a.patch.dtype, a.pixel.shape
+    weight, norm_weight, norm_bias = f.fold_proj_weight, f.fold_norm1_weight, f.fold_norm1_bias
+    if a.kept is not None or len(norm_weight) < S * C or not product.takes(P, S * C, len(weight)):
+        return projecting(a.pixel.shape, dtype, norm_weight, norm_bias, a.eps, again), weight
+    weights = product.Weights(weight, None, None, None, norm_weight, norm_bias)
+    multiplied = product.prepared(P, dtype, weights, a.eps, again=again)
+    return lambda pixel, _: multiplied(pixel.contiguous()), None
+
+
 def _reading(w: Any, folding: Tensor | None, dtype: torch.dtype, whole: bool) -> Callable[[], list[Any]]:
     """What the products read, in a dtype: matrices, that of q, k and v first, a fold's last, and fc1's bias; what is cast or
     copied, in one launch. ``whole``: of q, k and v no view, which cannot be kept."""
@@ -367,6 +412,15 @@ def _reading(w: Any, folding: Tensor | None, dtype: torch.dtype, whole: bool) ->
         return [joint, *result]
 
     return read
+
+
+def _cast(found: tuple[Any, ...], dtype: torch.dtype) -> list[Any]:
+    """Matrices, or None, in a dtype: those that have another one as copies, in one launch."""
+    result = [x if x is None or x.dtype == dtype else torch.empty_like(x, dtype=dtype) for x in found]
+    copies = [(y, x) for y, x in zip(result, found, strict=True) if y is not x]
+    if copies:
+        torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
+    return result
 
 
 def _matrices(a: SimpleNamespace) -> dict[str, Tensor]:

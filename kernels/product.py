@@ -27,8 +27,10 @@ from tnt_fast.kernels.tile import dot, gelu, load
 # and how many columns of a row are a piece: by simulation of an image of TNT-Ti and TNT-S
 TILES, PROGRAMS, WARPS, CHUNK = ((16, 32), (16, 64), (16, 128), (32, 64), (32, 128)), 132, 8, 128
 OTHER_BYTES = 40 << 10  # on the chip besides a program's part of the matrix, at most
-WIDEST = 512  # row that a program holds in registers; of TNT-B's 640 channels the library's products are faster
-MOST = 2 * 197  # rows; of more the library's are faster
+WIDEST = 1024  # row that a program holds in registers
+# rows, and values of a matrix, which the programs of every 16 or 32 rows read once more: where there are more of either the
+# library's products are faster
+MOST, LARGEST = 2 * 197, 384 * 1536
 
 
 class Weights(NamedTuple):
@@ -190,9 +192,9 @@ def _product_kernel(
 # ---- on the host ----
 
 
-def takes(rows: int, width: int) -> bool:
-    """Whether products of so many rows of such a width are faster here."""
-    return rows <= MOST and width <= WIDEST
+def takes(rows: int, K: int, N: int) -> bool:
+    """Whether the product of (rows, K) to (rows, N) is faster here."""
+    return rows <= MOST and K <= WIDEST and K * N <= LARGEST
 
 
 @remembered
@@ -205,6 +207,7 @@ def specialise(dtype: torch.dtype, K: int, N: int, first: int, tile: tuple[int, 
 
 def _tile(rows: int, K: int, N: int, itemsize: int, device: torch.device) -> tuple[int, int]:
     shared = operation.runner.shared_memory(device) or 227 << 10
+    shared = shared if operation.Gpu.nvidia else 64 << 10
     fitting = [tile for tile in TILES if tile[1] * K * itemsize <= shared - OTHER_BYTES] or [TILES[0]]
     return next((tile for tile in fitting if -(-rows // tile[0]) * -(-N // tile[1]) <= PROGRAMS), fitting[-1])
 
@@ -231,7 +234,7 @@ def prepared(
             if value != 1:
                 patch = patch.contiguous()
                 image, token, _ = patch.stride()
-        launch(spec, grid, x, weights, y, patch, rest, rows, tokens, image, token, eps)
+        launch(spec, grid, x, weights, y, patch, rest, rows, tokens or rows, image, token, eps)
         return y
 
     return product

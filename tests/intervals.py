@@ -468,8 +468,11 @@ OPTIONAL = {
     "pixel_embed": {"bias_ptr", "pixel_pos_ptr"},
     "inner": {"qk_bias", "v_bias", "attn_scale_ptr", "mlp_scale_ptr", "sums_ptr"},
     "fold": {"bias_ptr", "shift", "bias", "dx", "y"},
-    "outer": {"a_ptr", "bias_ptr", "rest_ptr", "later_ptr", "shift", "bias", "next_bias", "later", "dx", "y"},
-}
+    "outer": {
+        "a_ptr", "bias_ptr", "rest_ptr", "later_ptr", "shift", "bias", "next_bias", "later", "dx", "y", "second_bias",
+        "norm_bias", "sum_bias",
+    },
+}  # fmt: skip
 PASSED = {"pixel_embed": _of_pixel_embed, "inner": _of_inner, "fold": _of_norm, "outer": _of_norm}
 LIMITS = {"n_tokens": ROWS, "n_cells": ROWS, "n_patches": ROWS, "n_rows": ROWS, "n_group": ROWS, "height": SIDE, "width": SIDE}
 
@@ -530,11 +533,11 @@ def prove(operation: str, launch: Any, kinds: dict[str, Any]) -> tuple[int, list
 
 def proofs() -> Iterator[tuple[str, int, list[str]]]:
     """Of each shipped launch: its name, how many loads and stores were looked at, and what was found."""
-    from benchmarks.launched import launches
+    from benchmarks.launched import launches, launches_of_one
     from tnt_fast.kernels import OPERATIONS
 
     for name in OPERATIONS:
-        for variant, dtype, found in launches(name):
+        for variant, dtype, found in launches(name) + launches_of_one(name):
             shipped = typed(found)
             results = [prove(name, *each) for each in specialisations(name, variant, dtype, shipped)]
             found = dict.fromkeys(text for _, texts in results for text in texts)

@@ -443,9 +443,14 @@ def _called(event) -> list[str]:
 @needs_kernels
 @pytest.mark.skipif(DEVICE == "cuda", reason="what is called does not depend on the device")
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 8), (torch.float32, 9)], ids=str)  # float32's GELU is a call
-def test_launches_of_a_block(dtype, most, monkeypatch):
+@pytest.mark.parametrize("few", [False, True], ids=["many rows", "few rows"])
+def test_launches_of_a_block(few, dtype, most, monkeypatch):
     from helpers import launchers
 
+    from tnt_fast.kernels import product
+
+    if not few:
+        monkeypatch.setattr(product, "MOST", 0)
     launched = []
     for module in launchers():
         monkeypatch.setattr(module, "launch", lambda spec, *given: launched.append(spec.kernel.__name__))
@@ -453,10 +458,10 @@ def test_launches_of_a_block(dtype, most, monkeypatch):
     with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiled:
         block.outer(torch.randn(2, 5, 24, dtype=dtype), True)
     (outer,) = (event for event in profiled.events() if event.name == "tnt_fast::outer")
-    assert launched == ["_norm_kernel"] * 2 + ["_gelu_kernel"] * (dtype == torch.float32)
+    assert launched == ["_product_kernel"] * 2 if few else ["_norm_kernel"] * 2 + ["_gelu_kernel"] * (dtype == torch.float32)
     called = _called(outer)
     assert "aten::scaled_dot_product_attention" in called
-    assert len(called) + len(launched) <= most, called
+    assert len(called) + len(launched) <= (5 if few else most), called
     others = {event.name for event in profiled.events() if event.cpu_parent is None} - {"tnt_fast::outer"}
     assert others <= {"aten::randn", "aten::empty"}, others
 

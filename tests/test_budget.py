@@ -25,9 +25,9 @@ def call(name, *shapes, moved=0, by="pytorch", made=()):
     return Call(name, "", by, shapes, "bfloat16", moved, made)
 
 
-def eager(name, depth, gpu=H200):
+def eager(name, depth, gpu=H200, batch=256):
     """The calls of an eager forward in bfloat16, and the names of our operations."""
-    prepare = graphs._prepared(name, "inference", 256, depth)
+    prepare = graphs._prepared(name, "inference", batch, depth)
 
     def run():
         function, given = prepare()
@@ -53,6 +53,14 @@ def test_a_block_of_tnt_s_launches_what_its_operations_do(blocks):
     attention = ["linear", "_scaled_dot_product_cudnn_attention", "addmm_"]
     mlp = ["_norm_kernel", "_addmm_activation", "addmm_"]
     assert two - one == Counter(["_inner_fwd_kernel", "cat", *folded, *attention, *mlp])
+    assert not one - two
+
+
+@pytest.mark.parametrize("name", ["tnt_s", "tnt_ti"])
+def test_a_block_of_one_image_launches_seven_times(name):
+    one, two = (Counter(names(eager(name, depth, batch=1))) for depth in (1, 2))
+    ours = ["_inner_fwd_kernel"] + ["_product_kernel"] * 3  # of fold, of q, k and v, of fc1
+    assert two - one == Counter([*ours, "_scaled_dot_product_cudnn_attention", "addmm_", "addmm_"])
     assert not one - two
 
 

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend
 pytest.importorskip("triton")
 
 from tnt_fast import TNT, attention, dispatch, kernels, reference, why_not_fused
+from tnt_fast.kernels import product
 from tnt_fast.reference import in_records
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,6 +80,96 @@ def test_outer_of_a_fold_with_drop_path_and_without_biases(path, dtype):
     check(path, "outer", tensors, dict(num_heads=3), dtype)
     scales = dict(attn_scale=torch.tensor([0.0, 2.0]).double(), mlp_scale=torch.tensor([1.25, 0.0]).double())
     check(path, "outer", with_fold(2, 5, 16, 12, 24, 48, False) | scales, dict(num_heads=3), dtype)
+
+
+# ---- without gradients: of a few rows by product.py's launches ----
+
+
+@pytest.fixture(params=["few", "many"])
+def rows(request, monkeypatch):
+    """Those of a few images, or as if they were too many for product.py."""
+    if request.param == "many":
+        monkeypatch.setattr(product, "MOST", 0)
+    return request.param
+
+
+@paths()
+@pytest.mark.parametrize(
+    ("B", "T", "E", "H", "M", "bias"),
+    [
+        (2, 5, 384, 6, 96, True),
+        (1, 197, 192, 3, 64, False),
+        pytest.param(1, 65, 64, 2, 256, True, marks=everywhere),
+        (2, 1, 48, 3, 12, True),
+        (3, 2, 90, 3, 300, True),  # no width is whole tiles
+        pytest.param(3, 35, 384, 6, 200, False, marks=wide),
+        pytest.param(1, 2, 640, 10, 40, False, marks=wide),  # too wide for product.py, but for a fold
+    ],
+)
+def test_outer_that_infers(B, T, E, H, M, bias, rows, path, dtype):
+    check(path, "outer", outer_tensors(B, T, E, M, bias), dict(num_heads=H), dtype, gradients=False)
+
+
+@paths()
+@pytest.mark.parametrize("legacy", [False, True], ids=["norms", "legacy"])
+@pytest.mark.parametrize(
+    ("B", "N", "S", "C", "E", "H"),
+    [
+        (2, 5, 16, 24, 384, 6),
+        pytest.param(3, 33, 4, 10, 48, 3, marks=everywhere),  # class tokens at several rows of a tile
+        (1, 1, 16, 12, 192, 3),
+        pytest.param(2, 9, 5, 6, 200, 2, marks=wide),
+        pytest.param(1, 3, 16, 40, 640, 10, marks=wide),  # only the fold's product
+    ],
+)
+def test_outer_of_a_fold_that_infers(B, N, S, C, E, H, legacy, rows, path, dtype):
+    check(path, "outer", with_fold(B, N, S, C, E, 64, legacy, bias=True), dict(num_heads=H), dtype, gradients=False)
+
+
+@pytest.mark.parametrize("value", ["equal", "far", "small", "absent"])
+@paths()
+def test_norms_of_a_few_rows_are_those_of_norm_py(value, path, dtype):
+    tensors = with_fold(2, 5, 16, 12, 24, 48, False, mean=100.0 if value == "far" else 0.5)
+    if value == "equal":
+        tensors["pixel"] = (700 + 100 * normal(10, 1, 1)).expand(10, 16, 12)
+    if value == "small":
+        tensors |= {name: 1e-3 * tensors[name] for name in ("pixel", "patch", "fold_proj_weight")}
+    if value == "absent":
+        tensors |= dict.fromkeys(("norm1_bias", "norm2_bias", "fc1_bias", "fc2_bias", "proj_bias", "fold_norm1_bias"))
+    check(path, "outer", tensors, dict(num_heads=3), dtype, gradients=False)
+
+
+@paths("float32", "bfloat16 float32")
+def test_a_few_rows_lie_as_they_will_and_have_the_same_bits(path, dtype):
+    """Patches expanded or with channels apart; weights of float32 are read as they are."""
+    tensors = {k: v if v is None else v.to(path.device, dtype) for k, v in with_fold(3, 5, 16, 12, 24, 48, False).items()}
+    tensors["patch"] = tensors["patch"][:1].expand(3, -1, -1)
+    results = []
+    for patch in (tensors["patch"], tensors["patch"].contiguous(), tensors["patch"].transpose(1, 2).contiguous().mT):
+        results.append(call(kernels.OPERATIONS["outer"], **tensors | {"patch": patch}, num_heads=3))
+    assert all(torch.equal(results[0], x) for x in results[1:])
+    wide = {k: v if v is None or k in ("patch", "pixel") else v.float() for k, v in tensors.items()}
+    with torch.autocast(path.device, dtype, enabled=dtype != torch.float32):
+        assert torch.equal(call(kernels.OPERATIONS["outer"], **wide, num_heads=3), results[0])
+
+
+def test_what_a_few_rows_launch(monkeypatch):
+    """Whatever PyTorch's operations and ours launch; a matrix that has to be cast is, in one launch of all of them."""
+    tensors = {k: v if v is None else v.float().to(DEVICE) for k, v in with_fold(2, 5, 16, 12, 24, 48, False).items()}
+    launched: list = []
+    for module in launchers():
+        monkeypatch.setattr(module, "launch", lambda spec, *given: launched.append(spec.kernel.__name__))
+    for kind, more in ((torch.float32, []), (torch.bfloat16, ["_foreach_copy_"])):
+        launched.clear()
+        given = tensors | {name: tensors[name].to(kind) for name in ("patch", "pixel")}
+        activities, casts = [torch.profiler.ProfilerActivity.CPU], torch.autocast(DEVICE, kind, enabled=kind != torch.float32)
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiled, casts:
+            call(kernels.OPERATIONS["outer"], **given, num_heads=3)
+        (ours,) = (event for event in profiled.events() if event.name == "tnt_fast::outer")
+        called = [child.name.removeprefix("aten::") for child in ours.cpu_children]
+        called = [name for name in called if name not in FREE | {"permute", "reshape"}]
+        assert launched == ["_product_kernel"] * 3
+        assert sorted(called) == sorted([*more, "scaled_dot_product_attention", "addmm_", "addmm_"])
 
 
 # ---- gradients, and what they start from ----

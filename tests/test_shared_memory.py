@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import embed_case, fold_tensors, inner_tensors
+from cases import embed_case, fold_tensors, inner_tensors, with_fold
 from helpers import call
 
 pytest.importorskip("triton")
@@ -46,6 +46,12 @@ def launch(operation: str, tensors: dict, others: dict, dtype: torch.dtype, targ
 )  # fmt: skip
 def test_inner(S, C, H, M, dtype, target):
     launch("inner", inner_tensors(3, S, C, M), dict(num_heads=H), dtype, target, gradients=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "C", "E", "H"), [(196, 24, 384, 6), (196, 40, 640, 10)], ids=str)
+def test_outer_of_few_rows(N, C, E, H, dtype):
+    launch("outer", with_fold(1, N, 16, C, E, 4 * E, False), dict(num_heads=H), dtype, "sm_89", gradients=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
