@@ -16,9 +16,10 @@ if not torch.cuda.is_available():
         from interpreter import hasten
 
         hasten()
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores,
-    os.environ["OMP_NUM_THREADS"] = "1"  # and so do the processes that they start
+# Workers share the cores, and so do the processes that they start. And MKL sums in one run or in pieces, as it likes for a layout
+# and a number of threads, and is off by up to four times as much in one as in the other, which is no error of ours.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 PART = {("sm_90", "bfloat16")}  # of the compiled cases without --wide; the interpreter has none of bfloat16
 PART_EVERYWHERE = (
@@ -104,15 +105,6 @@ def _no_cache_at_home(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """For models that are too tiny for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

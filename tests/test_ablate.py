@@ -26,10 +26,7 @@ from tnt_fast.train import Run
 
 TINY = ["img_size=16", "patch_size=8", "embed_dim=12", "inner_dim=4", "depth=1", "num_heads_outer=2", "num_heads_inner=2"]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path")
 
 
 @pytest.fixture(scope="module")

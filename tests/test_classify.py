@@ -28,10 +28,7 @@ from tnt_fast.tnt import TNT
 TINY = ["img_size=32", "embed_dim=24", "inner_dim=12", "depth=1", "num_heads_outer=2", "num_heads_inner=2"]
 CLASSES = ["cat", "dog", "eel"]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path")
 
 
 def pixels(seed: int, size=(24, 20)) -> np.ndarray:

@@ -27,8 +27,6 @@ from tnt_fast.cli import main
 from tnt_fast.data import Order
 from tnt_fast.distributed import Ranks, Share
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ["--model", "tnt_ti_patch16_224", "--model-kwargs", "img_size=32", "embed_dim=24", "inner_dim=12", "depth=2"]
 MODEL += ["num_heads_outer=2", "num_heads_inner=2"]

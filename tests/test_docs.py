@@ -377,7 +377,7 @@ def cut(argv: list[str]) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path", "ignore::DeprecationWarning:triton")
 @pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in PAGES])
-def test_what_a_page_says_runs(page, world, tmp_path, monkeypatch, one_thread):
+def test_what_a_page_says_runs(page, world, tmp_path, monkeypatch):
     pytest.importorskip("fastapi")
     if page == "docs/exporting.md" and not export._READS_FOLDERS:
         pytest.skip("timm before 1.0.26 reads no folder with safetensors inside")

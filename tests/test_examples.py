@@ -34,10 +34,7 @@ from tnt_fast.variants import create_tnt
 TINY = dict(embed_dim=24, inner_dim=12, num_heads_inner=2, num_heads_outer=3)
 SMALL = "--size 64 96 --images 6 --channels 32 --batch-size 2 --device cpu"
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path")
 
 
 @pytest.fixture(scope="module")

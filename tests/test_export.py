@@ -23,10 +23,7 @@ from tnt_fast.cli import main
 from tnt_fast.data import evaluation_transform
 from tnt_fast.variants import create_tnt, load_tnt
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path")
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {**TINY, "depth": 1}
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]

@@ -7,8 +7,6 @@ from torch import nn
 
 from tnt_fast import TNT
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 VARIANTS = [
     {}, dict(legacy=True), dict(patch_stride=8), dict(inner_blocks=(1,)), dict(inner_blocks=()), dict(se_ratio=0.25),
     dict(use_pixel_pos=False, use_patch_pos=False), dict(first_stride=8), dict(qkv_bias=True, global_pool="avg"),

@@ -16,10 +16,7 @@ from tnt_fast.checkpoints import read_checkpoint
 from tnt_fast.cli import main
 from tnt_fast.variants import create_tnt
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path")
 
 SIZES = dict(img_size=32, embed_dim=24, inner_dim=12, depth=2, num_heads_inner=2, num_heads_outer=2)
 INNER = {

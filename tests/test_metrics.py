@@ -13,8 +13,6 @@ from helpers import write_images
 from tnt_fast import metrics, recipe
 from tnt_fast.cli import main
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = ["img_size=32", "embed_dim=24", "inner_dim=12", "depth=1", "num_heads_outer=2", "num_heads_inner=2"]
 QUICK = ["--epochs", "2", "--batch-size", "4", "--threads", "1", "--device", "cpu", "--workers", "0"]
 NAMES = {"train_loss", "val_loss", "val_accuracy", "lr", "seconds", "images_per_second", "memory_mib"}

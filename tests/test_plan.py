@@ -17,8 +17,6 @@ from tnt_fast.distributed import Ranks
 from tnt_fast.recipe import Config
 from tnt_fast.variants import create_tnt
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = dict(img_size=32, embed_dim=48, inner_dim=12, depth=3, num_heads_outer=3, num_heads_inner=2)
 WIDE = dict(depth=2)  # of TNT-S's width
 SMALL = ["--model", "tnt_ti_patch16_224", "--model-kwargs", *(f"{name}={value}" for name, value in TINY.items())]

@@ -19,8 +19,6 @@ from tnt_fast import dispatch, recipe
 from tnt_fast.checkpoints import read_checkpoint
 from tnt_fast.cli import main
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = {"img_size": 32, "embed_dim": 24, "inner_dim": 12, "depth": 2, "num_heads_outer": 2, "num_heads_inner": 2}
 MODEL = ["--model", "tnt_ti_patch16_224", "--model-kwargs", *(f"{k}={v}" for k, v in TINY.items())]
 PLAIN = ["--threads", "1", "--workers", "0", "--device", "cpu"]

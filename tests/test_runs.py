@@ -23,8 +23,6 @@ from tnt_fast import recipe, runs, train
 from tnt_fast.checkpoints import read_checkpoint, save_checkpoint
 from tnt_fast.cli import main
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = {"img_size": 32, "embed_dim": 24, "inner_dim": 12, "depth": 1, "num_heads_outer": 2, "num_heads_inner": 2}
 MODEL = ["--model", "tnt_ti_patch16_224", "--model-kwargs", *(f"{key}={value}" for key, value in TINY.items())]
 CPU = ["--device", "cpu", "--workers", "0"]

@@ -13,8 +13,6 @@ from PIL import Image
 from tnt_fast import TNT, reference, seeing
 from tnt_fast.seeing import Subject
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DATA = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 1.0}
 
 

@@ -24,8 +24,6 @@ from tnt_fast.checkpoints import read_checkpoint
 from tnt_fast.cli import main
 from tnt_fast.images import DataError, open_image
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CLASSES = ("ant", "bee")
 TINY = ["img_size=32", "embed_dim=24", "inner_dim=12", "depth=1", "num_heads_outer=2", "num_heads_inner=2"]
 QUICK = ["--epochs", "2", "--batch-size", "2", "--threads", "1", "--device", "cpu", "--workers", "0"]

@@ -31,10 +31,7 @@ SIZES = dict(img_size=16, embed_dim=24, inner_dim=12, depth=1, num_heads_outer=2
 SYNSETS = ImageNetInfo().label_names()
 COUNT = 24
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:tnt_fast takes the reference path")
 
 
 def write_image(path: Path, seed: int, mode: str = "RGB", orientation: int = 1) -> None:

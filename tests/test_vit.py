@@ -9,8 +9,6 @@ from timm.models.vision_transformer import VisionTransformer
 import tnt_fast
 from tnt_fast.variants import create_tnt, load_tnt
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = dict(img_size=(16, 24), patch_size=8, num_classes=5, embed_dim=24, depth=2, num_heads=2)
 INNER = dict(inner_dim=12, backend="reference")
 
