@@ -16,8 +16,8 @@ if not torch.cuda.is_available():
         from interpreter import hasten
 
         hasten()
-# Workers share the cores, and so do the processes that they start. And MKL sums in one run or in pieces, as it likes for a layout
-# and a number of threads, and is off by up to four times as much in one as in the other, which is no error of ours.
+# Workers share the cores, and so do the processes that they start. And MKL sums in one run or in pieces, as it likes for a
+# layout and a number of threads, and is off by up to four times as much in one as in the other, which is no error of ours.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
