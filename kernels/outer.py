@@ -248,8 +248,9 @@ class Outer(Operation):
     def _are_few(self, a: SimpleNamespace) -> bool:
         """Whether product.py computes what is behind a LayerNorm: nothing recorded or scaled, and the shapes that it trusts."""
         (B, T, E), w = a.patch.shape, a.weights
-        largest = max(3 * E, len(w.fc1_weight))
-        if a.kept is not None or a.attn_scale is not None or a.mlp_scale is not None or not product.takes(B * T, E, largest):
+        if a.kept is not None or a.attn_scale is not None or a.mlp_scale is not None:
+            return False
+        if not product.takes(B * T, E, max(3 * E, len(w.fc1_weight)), a.patch.dtype):
             return False
         return w.fc1_weight.shape[1] == E and (w.fc1_bias is None or len(w.fc1_bias) == len(w.fc1_weight))
 
@@ -377,7 +378,7 @@ def _projecting(a: SimpleNamespace, again: bool) -> tuple[Callable[[Tensor, Any]
     """What makes W · LN(pixel) of the fold within, and the matrix that it is given in the pixels' dtype; product.py has one."""
     f, dtype, (P, S, C) = contiguous(a.fold_weights), a.patch.dtype, a.pixel.shape
     weight, norm_weight, norm_bias = f.fold_proj_weight, f.fold_norm1_weight, f.fold_norm1_bias
-    if a.kept is not None or len(norm_weight) < S * C or not product.takes(P, S * C, len(weight)):
+    if a.kept is not None or len(norm_weight) < S * C or not product.takes(P, S * C, len(weight), dtype):
         return projecting(a.pixel.shape, dtype, norm_weight, norm_bias, a.eps, again), weight
     weights = product.Weights(weight, None, None, None, norm_weight, norm_bias)
     multiplied = product.prepared(P, dtype, weights, a.eps, again=again)

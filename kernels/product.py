@@ -27,7 +27,7 @@ from tnt_fast.kernels.tile import dot, gelu, load
 # and how many columns of a row are a piece: by simulation of an image of TNT-Ti and TNT-S
 TILES, PROGRAMS, WARPS, CHUNK = ((16, 32), (16, 64), (16, 128), (32, 64), (32, 128)), 132, 8, 128
 OTHER_BYTES = 40 << 10  # on the chip besides a program's part of the matrix, at most
-WIDEST = 1024  # row that a program holds in registers
+LEAST_BYTES = 99 << 10  # that a GPU has there: sm_86, sm_89, sm_120
 # rows, and values of a matrix, which the programs of every 16 or 32 rows read once more: where there are more of either the
 # library's products are faster
 MOST, LARGEST = 2 * 197, 384 * 1536
@@ -192,9 +192,10 @@ def _product_kernel(
 # ---- on the host ----
 
 
-def takes(rows: int, K: int, N: int) -> bool:
-    """Whether the product of (rows, K) to (rows, N) is faster here."""
-    return rows <= MOST and K <= WIDEST and K * N <= LARGEST
+def takes(rows: int, K: int, N: int, dtype: torch.dtype) -> bool:
+    """Whether the product of (rows, K) to (rows, N) is faster here, and its smallest tile fits on every GPU."""
+    fits = TILES[0][1] * K * dtype.itemsize <= LEAST_BYTES - OTHER_BYTES
+    return fits and rows <= MOST and K * N <= LARGEST
 
 
 @remembered
