@@ -165,7 +165,7 @@ def _on_meta(found: Launched) -> Launched:
         return found._replace(arguments=moved(found.arguments))
 
 
-def _new(found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
+def _new(plan: Any, found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
     """As operation._new, which looks at addresses: gradients in their arguments' dtypes, no memory of two of them."""
     result, seen, copies, originals = [], set(), [], []
     for x, like in zip(found, likes, strict=True):

@@ -36,15 +36,12 @@ from tnt_fast.kernels.operation import Operation, contiguous, of_matrix
 from tnt_fast.kernels.totals import totals
 
 
-def product(
-    shape: tuple[int, ...], dtype: torch.dtype, norm_weight: Tensor, norm_bias: Tensor | None, eps: float, again: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """W · LN(pixel), a row a patch, of pixels of a shape and a dtype, and W in that, too."""
-    (P, S, C), width = shape, norm_weight.shape[0]
-    normed = norm.prepared(P * S * C // width, width, dtype, again)
-    norm_weight, norm_bias = contiguous(norm_weight), contiguous(norm_bias)
+def product(shape: tuple[int, ...], width: int, dtype: torch.dtype, eps: float) -> Callable[..., Tensor]:
+    """W · LN(pixel), a row a patch, of pixels of a shape and a dtype, and W in that, too; LN of ``width`` values."""
+    P, S, C = shape
+    normed = norm.prepared(P * S * C // width, width, dtype, again=True)
 
-    def projected(pixel: Tensor, weight: Tensor) -> Tensor:
+    def projected(pixel: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor) -> Tensor:
         h = normed(pixel.contiguous().view(-1, width), norm_weight, norm_bias, eps)
         return torch.mm(h.view(P, -1), weight.t())
 
@@ -82,17 +79,16 @@ class Fold(Operation):
     def empty(self, a: SimpleNamespace) -> Tensor:
         return torch.empty(a.patch.shape, dtype=torch.promote_types(a.pixel.dtype, a.patch.dtype), device=a.pixel.device)
 
-    def prepared(self, a: SimpleNamespace, again: bool = False) -> Callable[..., None]:
+    def prepared(self, a: SimpleNamespace) -> Callable[[SimpleNamespace, Tensor], None]:
         if a.pixel.shape[0] == 0:
-            return lambda out, pixel, patch: out.copy_(patch)
-        dtype, weight = a.pixel.dtype, contiguous(a.proj_weight)
-        projected = product(a.pixel.shape, dtype, a.norm1_weight, a.norm1_bias, a.eps, again)
-        cast = weight.dtype != dtype
-        weights = contiguous(norm.Weights(a.proj_bias, a.norm2_weight, a.norm2_bias))
-        added = norm.adding(a.patch.shape, dtype, weights, a.eps, again)
+            return lambda a, out: out.copy_(a.patch)
+        dtype, eps = a.pixel.dtype, a.eps
+        projected = product(a.pixel.shape, a.norm1_weight.shape[0], dtype, eps)
+        added = norm.adding(a.patch.shape, dtype, eps)
 
-        def run(out: Tensor, pixel: Tensor, patch: Tensor) -> None:
-            added(projected(pixel, weight.to(dtype) if cast else weight), patch, out)
+        def run(a: SimpleNamespace, out: Tensor) -> None:
+            z = projected(a.pixel, a.norm1_weight, a.norm1_bias, a.proj_weight.to(dtype))
+            added(z, norm.Weights(a.proj_bias, a.norm2_weight, a.norm2_bias), a.patch, out)
 
         return run
 

@@ -43,7 +43,7 @@ from torch import Tensor
 from tnt_fast import reference
 from tnt_fast.arguments import beyond, transformer_shapes
 from tnt_fast.kernels import operation
-from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
+from tnt_fast.kernels.operation import Config, Launch, Operation, derived, launch, programs, remembered
 from tnt_fast.kernels.totals import totals
 
 from tnt_fast.kernels.tile import (  # isort: skip
@@ -695,55 +695,61 @@ class Inner(Operation):
         P, S, C = a.pixel
         return P * S * (4 * C * C + 2 * C * a.weights.fc1_weight[0] + 2 * S * C)
 
-    def prepared(self, a: SimpleNamespace, again: bool = False) -> Callable[..., None]:
-        (P, S, C), weights, eps = a.pixel.shape, contiguous(a.weights), a.eps
-        spec = _specialise(_inner_fwd_kernel, a.pixel.dtype, S, C, a.num_heads, weights.fc1_weight.shape[0])
-        grid = programs(a.pixel.device, -(-P // spec.patches), spec.config.per_sm)
-        spec = spec.again() if again else spec
+    def _launched(self, kernel: Any, a: SimpleNamespace, M: int) -> tuple[Launch, int]:
+        """A kernel over all patches, of a plan, and its grid."""
+        P, S, C = a.pixel.shape
+        spec = _specialise(kernel, a.pixel.dtype, S, C, a.num_heads, M)
+        return spec.again(), programs(a.pixel.device, -(-P // spec.patches), spec.config.per_sm)
 
-        def run(out: Tensor, pixel: Tensor, attn_scale: Tensor | None = None, mlp_scale: Tensor | None = None) -> None:
-            launch(spec, grid, pixel.contiguous(), out, weights, _factors(attn_scale), _factors(mlp_scale), P, eps)
+    def prepared(self, a: SimpleNamespace) -> Callable[[SimpleNamespace, Tensor], None]:
+        (spec, grid), P = self._launched(_inner_fwd_kernel, a, a.weights.fc1_weight.shape[0]), a.pixel.shape[0]
+
+        def run(a: SimpleNamespace, out: Tensor) -> None:
+            launch(spec, grid, a.pixel.contiguous(), out, a.weights, *_scales(a), P, a.eps)
 
         return run
 
-    def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
+    def graded(
+        self, gradient: Tensor, a: SimpleNamespace, needed: set[str]
+    ) -> Callable[[Tensor, SimpleNamespace], dict[str, Tensor]]:
         """By PyTorch for the sizes of ``gradients_unsupported``, and where the gradient of a scale is asked for."""
-        (P, S, C), H = a.pixel.shape, a.num_heads
-        M, weights = a.weights.fc1_weight.shape[0], needed != {"pixel"}
-        reasons = self.gradients_unsupported(dict(S=S, C=C, H=H, M=M), a.pixel.dtype, a.pixel.device)
+        (P, S, C), H, dtype = a.pixel.shape, a.num_heads, a.pixel.dtype
+        M, has_sums = a.weights.fc1_weight.shape[0], needed != {"pixel"}
+        reasons = self.gradients_unsupported(dict(S=S, C=C, H=H, M=M), dtype, a.pixel.device)
         if reasons or needed & {"attn_scale", "mlp_scale"}:
-            return self.recomputed(gradient, a, needed)
-        pixel, gradient, w = a.pixel.contiguous(), gradient.to(a.pixel.dtype).contiguous(), contiguous(a.weights)
-        attn_scale, mlp_scale, dx = _factors(a.attn_scale), _factors(a.mlp_scale), self.empty(a)
-        spec = _specialise(_inner_weights_kernel, pixel.dtype, S, C, H, M)
-        Z = spec.constants["Z"]
+            return lambda gradient, a: self.recomputed(gradient, a, needed)
+        of_weights = _specialise(_inner_weights_kernel, dtype, S, C, H, M).again()
+        Z = of_weights.constants["Z"]
+        if Z.WIDE:
+            before, grid_before = self._launched(_inner_fwd_kernel, a, 0)
+        mlp, grid = self._launched(_inner_bwd_mlp_kernel, a, M)
+        attend, grid_attend = self._launched(_inner_bwd_attention_kernel, a, M)
 
-        def launched(kernel: Any, count: int, x: Tensor, *given: Any) -> Tensor:
-            """One over all patches, of ``count`` sums a program, which come back: a row each."""
-            spec = _specialise(kernel, pixel.dtype, S, C, H, M)
-            grid = programs(pixel.device, -(-P // spec.patches), spec.config.per_sm)
-            sums = torch.empty(grid, count, dtype=torch.float32, device=pixel.device) if weights else None
-            launch(spec, grid, x, *given, sums, P, a.eps)
-            return sums  # type: ignore[return-value]
+        def run(gradient: Tensor, a: SimpleNamespace) -> dict[str, Tensor]:
+            gradient, pixel, w, scales = gradient.to(dtype).contiguous(), a.pixel.contiguous(), a.weights, _scales(a)
+            dx, x, of_mlp, of_attention = torch.empty_like(pixel), pixel, None, None
+            if Z.WIDE:  # the attention's weights have no room beside the MLP's: its result by a forward of no hidden channels
+                none = w._replace(fc1_weight=w.fc1_weight[:0], fc2_bias=None)
+                launch(before, grid_before, pixel, dx, none, scales[0], None, P, a.eps)
+                x = dx
+            if has_sums:  # a row of each program
+                of_mlp = dx.new_empty((grid, (2 * Z.HIDDEN + 1) * Z.C_PAD), dtype=torch.float32)
+                of_attention = dx.new_empty((grid_attend, (4 * Z.LANES + 1) * Z.C_PAD), dtype=torch.float32)
+            launch(mlp, grid, x, gradient, dx, w, *scales, of_mlp, P, a.eps)
+            launch(attend, grid_attend, pixel, dx, w, scales[0], of_attention, P, a.eps)
+            if not has_sums:
+                return {"pixel": dx}
+            new = type(w)(*[None if x is None else torch.empty_like(x) for x in w])
+            summed = totals({("mlp",): of_mlp, ("attention",): of_attention}, torch.float32)
+            launch(of_weights, 2, summed["mlp"], summed["attention"], w, new)
+            return {"pixel": dx} | new._asdict()
 
-        x = pixel
-        if Z.WIDE:  # the attention's weights have no room beside the MLP's: its result by a forward of no hidden channels
-            none = w._replace(fc1_weight=w.fc1_weight[:0], fc2_bias=None)
-            self.prepared(SimpleNamespace(**vars(a) | dict(weights=none)))(dx, pixel, attn_scale)
-            x = dx
-        of_mlp = launched(_inner_bwd_mlp_kernel, (2 * Z.HIDDEN + 1) * Z.C_PAD, x, gradient, dx, w, attn_scale, mlp_scale)
-        of_attention = launched(_inner_bwd_attention_kernel, (4 * Z.LANES + 1) * Z.C_PAD, pixel, dx, w, attn_scale)
-        if not weights:
-            return {"pixel": dx}
-        new = type(w)(*[None if x is None else torch.empty_like(x) for x in w])
-        summed = totals({("mlp",): of_mlp, ("attention",): of_attention}, torch.float32)
-        launch(spec, 2, summed["mlp"], summed["attention"], w, new)
-        return {"pixel": dx} | new._asdict()
+        return run
 
 
-def _factors(scale: Tensor | None) -> Tensor | None:
-    """As the kernels read them."""
-    return None if scale is None else scale.float().contiguous()
+def _scales(a: SimpleNamespace) -> list[Tensor | None]:
+    """Of the residual branches, as the kernels read them."""
+    return [None if x is None else x.float().contiguous() for x in (a.attn_scale, a.mlp_scale)]
 
 
 inner = Inner()

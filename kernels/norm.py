@@ -215,20 +215,18 @@ def prepared(rows: int, W: int, dtype: torch.dtype, again: bool = False) -> Call
     return normed
 
 
-def adding(
-    shape: tuple[int, ...], dtype: torch.dtype, weights: Weights, eps: float, again: bool
-) -> Callable[..., Tensor | None]:
+def adding(shape: tuple[int, ...], dtype: torch.dtype, eps: float) -> Callable[..., Tensor | None]:
     """Of z (B·(T − 1), W) of a dtype, and patches of a shape (B, T, W) and any strides: their sum, contiguous, into ``out``.
 
     z with its LayerNorm; with weights of a next LayerNorm that of the sum (B·T, W) comes back, and ``later`` is added to
-    ``out``, or beside it to ``rest`` (B·T, W). ``weights`` are contiguous.
+    ``out``, or beside it to ``rest`` (B·T, W). The weights are contiguous.
     """
-    (B, T, W), spec = shape, specialise(_norm_add_kernel, dtype, shape[2])
-    spec, rows = spec.again() if again else spec, B * T
-    tiles, has_next = -(-rows // spec.config.rows), weights.next_weight is not None
+    (B, T, W), spec = shape, specialise(_norm_add_kernel, dtype, shape[2]).again()
+    rows = B * T
+    tiles = -(-rows // spec.config.rows)
 
-    def added(z: Tensor, patch: Tensor, out: Tensor, rest: Tensor | None = None) -> Tensor | None:
-        h = z.new_empty((rows, W)) if has_next else None
+    def added(z: Tensor, weights: Weights, patch: Tensor, out: Tensor, rest: Tensor | None = None) -> Tensor | None:
+        h = None if weights.next_weight is None else z.new_empty((rows, W))
         image, token, value = patch.stride()
         if value != 1:
             patch = patch.contiguous()

@@ -8,9 +8,11 @@ to fill in defaults that no argument has (python -m benchmarks.host).
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
-from functools import cache, partial, wraps
-from operator import itemgetter
+from functools import cache, partial, reduce, wraps
+from itertools import repeat
+from operator import is_, itemgetter, or_
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -27,10 +29,13 @@ from tnt_fast.reference import by_name
 
 TENSORS = {Tensor, Parameter}
 PLAIN = {*TENSORS, type(None)}  # no subclass, which may do something else when it is called
+DTYPE: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
+DENSE = [torch._C.DispatchKeySet(key) for key in (torch._C.DispatchKey.CUDA, torch._C.DispatchKey.CPU)]
 LIBRARY = torch.library.Library("tnt_fast", "FRAGMENT")
+HERE = nullcontext()
 MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a tile more, in 32 bits
 MOST_LAUNCHERS = 4096  # that are remembered
-MOST_PLANS = 64  # that are remembered of an operation with its weights: shapes of activations
+MOST_PLANS = 1024  # of an operation that are remembered
 MOST_PROGRAMS = 2**20  # of a grid that stays, counted in 32 bits, too; a GPU holds some thousands
 
 
@@ -91,19 +96,18 @@ class Gpu:
         if arguments[0].is_cuda and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self.launch(spec, grid, arguments, options)
-        known: Any = spec.known
-        if known is not None:
-            key = tuple([x.data_ptr() & 15 if type(x) in TENSORS else x for x in arguments if not isinstance(x, tuple)])
-        else:
-            known, key = self._launchers, (id(spec), grid, device, options.get("arch"), *_seen(arguments))
-        found = known.get(key)
+        key = None if spec.known is not None else (id(spec), grid, device, options.get("arch"), *_seen(arguments))
+        found = self._launchers.get(key)  # type: ignore[arg-type]
         if found is not None:
             found[1](*arguments, *spec.constants.values())
             return None
-        compiled = spec.kernel[(grid,)](*arguments, **spec.constants, **options)
-        if len(known) >= MOST_LAUNCHERS:
-            known.clear()
-        known[key] = spec, compiled[grid, 1, 1]  # with spec, so that no other gets its id
+        launcher = spec.kernel[(grid,)](*arguments, **spec.constants, **options)[grid, 1, 1]
+        if key is None:
+            spec.known.append(launcher)  # type: ignore[union-attr]
+            return None
+        if len(self._launchers) >= MOST_LAUNCHERS:
+            self._launchers.clear()
+        self._launchers[key] = spec, launcher  # with spec, so that no other gets its id
         return None
 
 
@@ -174,7 +178,7 @@ class Launch(NamedTuple):
 
     ``constants``: the constexprs by name; of our kernels Z alone. ``patches``: how many one turn of a program's main loop
     completes; where that loop walks over parts of patches instead, how many the program completes in ``turns`` of it.
-    ``known``: of ``again``, what runs it.
+    ``known``: of ``again``, what runs it, once that is known.
     """
 
     kernel: Any
@@ -182,12 +186,11 @@ class Launch(NamedTuple):
     config: Config
     patches: float
     turns: int = 1
-    known: dict[tuple[Any, ...], Any] | None = None
+    known: list[Any] | None = None
 
     def again(self) -> "Launch":
-        """For one place that launches it over and over on one grid and device, with the same dtypes, and tuples of the same
-        tensors: of the rest it is seen which tensors there are, their alignment, and numbers."""
-        return self._replace(known={})
+        """For one place of a plan, which launches it with all that Triton compiles for as it was, and on the same grid."""
+        return self._replace(known=[])
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -202,9 +205,9 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def surroundings() -> tuple[Any, str]:
-    """What else launches depend on."""
-    return runner, precision(torch.float32)
+def surroundings(dtype: torch.dtype = torch.float32) -> tuple[Any, str]:
+    """What else launches of a computation in ``dtype`` depend on."""
+    return runner, precision(dtype)
 
 
 def programs(device: torch.device, tiles: int, per_sm: int) -> int:
@@ -231,6 +234,9 @@ def remembered(specialise: Callable[..., Launch]) -> Callable[..., Launch]:
 
 def launch(spec: Launch, grid: int, *arguments: Any) -> None:
     """Launch a specialisation; ``arguments`` in the kernel's order, the first a tensor."""
+    if spec.known:
+        spec.known[0](*arguments, *spec.constants.values())
+        return
     config = spec.config
     options = {"num_warps": config.warps, "num_stages": config.stages}
     capability = runner.capability(arguments[0].device) if config.mma_arch else None
@@ -242,6 +248,24 @@ def launch(spec: Launch, grid: int, *arguments: Any) -> None:
 # ---- what an operation is ----
 
 
+@dataclass
+class Plan:
+    """What is found once for all calls of an operation, or of its backward, whose arguments are alike; it holds no tensors.
+
+    ``run``: what ``prepared`` or ``graded`` made; None of a result without values. ``keeps``: shapes and dtypes of what is
+    kept. ``copied``: which gradients are, as the first call finds.
+    """
+
+    run: Callable[..., Any] | None
+    keeps: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    copied: list[int] | None = None
+
+
+def described(x: Tensor | None) -> tuple[Any, ...] | None:
+    """What launches depend on of a tensor."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() & 15, x.device)
+
+
 class Operation(Arguments):
     """A fused operation: what a file of this folder defines a subclass of, and calls with the arguments of its twin.
 
@@ -251,21 +275,17 @@ class Operation(Arguments):
     factors: tuple[str, ...] = ()  # drop-path's, which with the activations are what changes from call to call
     passes: str | None = None  # a tensor that the result is added to: its gradient is the result's
 
-    def prepared(self, a: SimpleNamespace, again: bool = False) -> Callable[..., None]:
-        """What launches the forward, called with the result, as ``empty`` made it, and with what ``changing`` names.
+    def prepared(self, a: SimpleNamespace) -> Callable[[SimpleNamespace, Tensor], None]:
+        """What launches the forward of arguments that are alike: called with such, and the result as ``empty`` made it.
 
-        ``again``: it will be called with other tensors of such shapes, dtypes and devices, too. Of the weights it has no
-        views, which would keep them alive after they were moved, and no copies but of those that are not contiguous.
-
-        ``a``: the arguments by name, checked; the result has at least one value. ``a.kept``: where gradients are recorded and
-        ``keeps`` names something, a dictionary; then each call is given one last, which takes it. Else None.
+        It holds none of the tensors that it is made for. Arguments have been checked, and their weights are contiguous.
+        ``a.kept``: where gradients are recorded and ``keeps`` names something a dictionary, which is filled. Else None.
         """
         raise NotImplementedError
 
     def forward(self, a: SimpleNamespace, out: Tensor) -> None:
         """Launch once."""
-        kept = () if self.keeps is None or a.kept is None else (a.kept,)
-        self.prepared(a)(out, *[getattr(a, name) for name in self.changing], *kept)
+        self.prepared(a)(a, out)
 
     def empty(self, a: SimpleNamespace) -> Tensor:
         """A tensor like the result; by itself like the first activation."""
@@ -281,16 +301,32 @@ class Operation(Arguments):
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         """Gradients of the tensors that ``needed`` names, in any dtype, none of them an input; more of them do no harm.
 
-        ``gradient``: of at least one value; ``a.kept``: what ``forward`` left. By itself: by PyTorch.
+        ``gradient``: of at least one value; ``a.kept``: what ``forward`` left. By itself: once what ``graded`` finds.
         """
-        return self.recomputed(gradient, a, needed)
+        return self.graded(gradient, a, needed)(gradient, a)
+
+    def graded(
+        self, gradient: Tensor, a: SimpleNamespace, needed: set[str]
+    ) -> Callable[[Tensor, SimpleNamespace], dict[str, Tensor]]:
+        """What computes ``backward`` of gradients and arguments that are alike, as ``prepared`` has it."""
+        return lambda gradient, a: self.backward(gradient, a, needed)
 
     # ---- calling it ----
 
     def __init__(self) -> None:
         super().__init__()
         self.changing = (*self.activations, *self.factors)
+        names = [*self.kinds]
+        self.at = [names.index(name) for name in self.changing]
+        self._weights = [i for i, name in enumerate(names) if name in self.shapes and i not in self.at]
+        self._numbers = [i for i, name in enumerate(names) if name not in self.shapes]
+        self._sizing, known = [], {axis for name in self.changing for axis in self.shapes[name].split()}
+        for i in self._weights:  # whose sizes do not follow from those before
+            if {*filter(str.isalpha, self.shapes[names[i]].split())} - known:
+                self._sizing.append(i)
+                known |= {*self.shapes[names[i]].split()}
         self._accepted: set[tuple[Any, ...]] = set()
+        self._plans: dict[tuple[Any, ...], Plan] = {}
         self._register()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -314,11 +350,61 @@ class Operation(Arguments):
         """``trusted`` with such weights and numbers, again and again."""
         return Settled(self, given, looked_at)
 
-    def _computed(self, a: SimpleNamespace) -> Tensor:
+    def planned(
+        self, flat: Sequence[Any], way: Any, more: Sequence[Tensor], find: Callable[..., Plan]
+    ) -> tuple[Plan, Sequence[Any]]:
+        """Of a call's arguments, as the dispatcher takes them, which have been checked; and they, their weights contiguous.
+
+        ``way``: what else distinguishes calls; ``more``: tensors that the arguments say the shapes of.
+        """
+        weights = [flat[i] for i in self._weights if flat[i] is not None]
+        if not all(map(Tensor.is_contiguous, weights)):
+            rows = {i: contiguous(flat[i]) for i in self._weights}
+            flat = [rows.get(i, x) for i, x in enumerate(flat)]
+            weights = [x for x in rows.values() if x is not None]
+        key = way, *self._alike(flat, [*weights, *more])
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = find(self.packed(flat))
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan, flat
+
+    def _alike(self, flat: Sequence[Any], others: Sequence[Tensor]) -> tuple[Any, ...]:
+        """All that launches depend on of a call's arguments, weights and others; what follows from that is left out."""
+        addresses = [*map(Tensor.data_ptr, others)]
+        aligned = None if not reduce(or_, addresses, 0) & 15 else tuple([address & 15 for address in addresses])
+        return (
+            tuple([described(flat[i]) for i in self.at]), tuple(map(is_, flat, repeat(None))), tuple(map(DTYPE, others)),
+            aligned, tuple([None if flat[i] is None else flat[i].shape for i in self._sizing]),
+            tuple([tuple(x) if isinstance(x := flat[i], list) else x for i in self._numbers]),
+            surroundings(flat[self.at[0]].dtype),
+        )  # fmt: skip
+
+    def forward_planned(self, flat: Sequence[Any], recorded: bool) -> tuple[Plan, Sequence[Any]]:
+        """As ``planned``, of a forward."""
+
+        def find(a: SimpleNamespace) -> Plan:
+            a.kept = {} if recorded else None
+            keeps = self.keeps(a) if recorded else {}  # type: ignore[misc]
+            return Plan(self.prepared(a) if self.empty(a).numel() else None, keeps)
+
+        return self.planned(flat, recorded, (), find)
+
+    def launched(self, plan: Plan, a: SimpleNamespace, recorded: bool) -> list[Tensor]:
+        """The result of a call like those that a plan is of, and where gradients are ``recorded`` what is kept."""
+        like = getattr(a, self.activations[0])
+        a.kept = {} if recorded else None
+        if like.is_cuda and like.device.index != torch.cuda.current_device():
+            with torch.cuda.device(like.device):
+                return self.launched(plan, a, recorded)
         out = self.empty(a)
-        if out.numel():
-            self.forward(a, out)
-        return out
+        if plan.run is not None:
+            plan.run(a, out)
+        else:
+            a.kept = {name: like.new_empty(shape, dtype=dtype) for name, (shape, dtype) in plan.keeps.items()}
+        return [out, *[a.kept[name] for name in plan.keeps]]
 
     def elsewhere(self, device: torch.device) -> list[str]:
         if device.type == "cuda" or runner.on_cpu:
@@ -330,10 +416,6 @@ class Operation(Arguments):
 
     # ---- with PyTorch ----
 
-    def _empty_kept(self, a: SimpleNamespace) -> dict[str, Tensor]:
-        like = getattr(a, self.activations[0])
-        return {name: like.new_empty(shape, dtype=dtype) for name, (shape, dtype) in self.keeps(a).items()}  # type: ignore[misc]
-
     def _register(self) -> None:
         """As ``torch.ops.tnt_fast.NAME``, and its gradients as ``NAME_backward``."""
         names = list(self.kinds)
@@ -343,37 +425,45 @@ class Operation(Arguments):
         at = {index: at for at, index in enumerate(saved + others)}
         in_order = itemgetter(*[at[i] for i in range(len(names))])
 
+        functions: dict[Any, Callable[..., Any]] = {}
+
         def define(name: str, schema: str, function: Any, fake: Any) -> Any:
             LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
             LIBRARY.impl(name, function, "CompositeExplicitAutograd")
             torch.library.register_fake(f"tnt_fast::{name}", fake, lib=LIBRARY)
-            return getattr(torch.ops.tnt_fast, name).default
+            found = getattr(torch.ops.tnt_fast, name).default
+            functions[found] = function
+            return found
 
-        def run(flat: Sequence[Any], kept: dict[str, Tensor] | None) -> tuple[Tensor, SimpleNamespace]:
+        def run(flat: Sequence[Any], recorded: bool) -> list[Tensor]:
             if len(flat) == len(names) or not flat[-1]:  # PyTorch passes no argument that is its default
                 self.check(dict(zip(names, flat, strict=False)))
-            a = self.packed(flat)
-            a.kept = kept
-            return self._computed(a), a
-
-        def forward_recorded(*flat: Any) -> list[Tensor]:
-            out, a = run(flat, {})
-            kept = a.kept or self._empty_kept(a)
-            return [out, *[kept[name] for name in self.keeps(a)]]  # type: ignore[misc]
+            plan, flat = self.forward_planned(flat[: len(names)], recorded)
+            return self.launched(plan, self.packed(flat), recorded)
 
         def gradients(gradient: Tensor, *flat: Any) -> list[Tensor]:
-            flat, (needed, *kept) = flat[: len(names)], flat[len(names) :]
+            flat, needed, kept = flat[: len(names)], flat[len(names)], [*flat[len(names) + 1 :]]
+            kept = kept[0] if kept else []
             if gradient.numel() == 0:
                 return [torch.zeros_like(flat[i], memory_format=torch.contiguous_format) for i in needed]
-            a = self.packed(flat)
-            a.kept = dict(zip(self.keeps(a), *kept, strict=True)) if kept else None  # type: ignore[misc]
             wanted = {names[i] for i in needed}
-            if torch.is_autocast_enabled(kind := gradient.device.type):
-                with torch.autocast(kind, enabled=False):  # it has chosen the dtypes in the forward, and must not again
-                    found = self.backward(gradient, a, wanted)
-            else:
-                found = self.backward(gradient, a, wanted)
-            return _new([found[names[i]] for i in needed], [flat[i] for i in needed])
+
+            def find(a: SimpleNamespace) -> Plan:
+                return Plan(self.graded(gradient, a, wanted), self.keeps(a) if kept else {})  # type: ignore[misc]
+
+            plan = None
+            if type(self).graded is not Operation.graded:  # else it takes longer to look than what is found saves
+                plan, flat = self.planned(flat, (*needed, described(gradient)), kept, find)
+            a = self.packed(flat)
+            plan = plan or find(a)
+            a.kept = dict(zip(plan.keeps, kept, strict=True)) if kept else None
+            with _there(gradient):
+                if torch.is_autocast_enabled(kind := gradient.device.type):
+                    with torch.autocast(kind, enabled=False):  # it has chosen the dtypes in the forward, and must not again
+                        found = plan.run(gradient, a)
+                else:
+                    found = plan.run(gradient, a)
+                return _new(plan, [found[names[i]] for i in needed], [flat[i] for i in needed])
 
         def empty_gradients(gradient: Tensor, *flat: Any) -> list[Tensor]:
             needed = [flat[i] for i in flat[len(names)]]
@@ -381,15 +471,16 @@ class Operation(Arguments):
 
         # ``checked``: whether the caller has done so
         schema = f"({self.schema}, bool checked=False) -> Tensor"
-        operation = define(self.name, schema, lambda *flat: run(flat, None)[0], lambda *flat: self.empty(self.packed(flat)))
+        operation = define(self.name, schema, lambda *flat: run(flat, False)[0], lambda *flat: self.empty(self.packed(flat)))
         recorded_operation = operation
         if self.keeps is not None:
 
             def empty_recorded(*flat: Any) -> list[Tensor]:
                 a = self.packed(flat)
-                return [self.empty(a), *self._empty_kept(a).values()]
+                out = self.empty(a)
+                return [out, *[out.new_empty(shape, dtype=dtype) for shape, dtype in self.keeps(a).values()]]
 
-            recorded_operation = define(f"{self.name}_recorded", f"{schema}[]", forward_recorded, empty_recorded)
+            recorded_operation = define(f"{self.name}_recorded", f"{schema}[]", lambda *flat: run(flat, True), empty_recorded)
         more = "" if self.keeps is None else ", Tensor[] kept"
         schema = f"(Tensor gradient, {self.schema}, SymInt[] needed{more}) -> Tensor[]"
         backward_operation = define(f"{self.name}_backward", schema, gradients, empty_gradients)
@@ -403,10 +494,12 @@ class Operation(Arguments):
                 "backend='reference'"
             )
 
-        functions = {"forward": staticmethod(lambda ctx, computed, *read: computed()), "backward": staticmethod(twice)}
-        once = type(f"{self.name}_backward", (torch.autograd.Function,), functions)
+        methods = {"forward": staticmethod(lambda ctx, computed, *read: computed()), "backward": staticmethod(twice)}
+        once = type(f"{self.name}_backward", (torch.autograd.Function,), methods)
 
         def below(operation, keys, *flat):
+            if keys & torch._C._after_ADInplaceOrView_keyset in DENSE:  # nobody comes between
+                return functions[operation](*flat)
             with torch._C._AutoDispatchBelowAutograd():
                 return operation.redispatch(keys & torch._C._after_autograd_keyset, *flat)
 
@@ -415,10 +508,10 @@ class Operation(Arguments):
             ctx.past = callable(keys)
             if ctx.past:
                 with torch._C._AutoDispatchBelowAutograd():
-                    found = keys()
+                    out, *kept = keys()
             else:
                 found = below(recorded_operation, keys, *flat)
-            out, *kept = [found] if self.keeps is None else found
+                out, *kept = [found] if self.keeps is None else found
             tensors = [flat[i] for i in saved]
             ctx.unread = self.unread(dict(zip(names, flat, strict=False)))
             if ctx.unread is not None:
@@ -456,8 +549,8 @@ class Operation(Arguments):
                 found |= zip(needed, once.apply(computed, gradient, *tensors) if graded else computed(), strict=True)
             return None, *[found.get(i) for i in range(len(ctx.needs_input_grad) - 1)]
 
-        functions = {"forward": staticmethod(recorded), "backward": staticmethod(backward)}
-        function = type(self.name, (torch.autograd.Function,), functions)
+        methods = {"forward": staticmethod(recorded), "backward": staticmethod(backward)}
+        function = type(self.name, (torch.autograd.Function,), methods)
 
         def differentiable(keys, *flat):
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
@@ -496,42 +589,41 @@ class Operation(Arguments):
         return reference.gradients(self.twin, flat, [name for name in flat if name in needed], gradient.to(dtype))
 
 
-def _new(found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
+def _new(plan: Plan, found: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
     """Gradients as autograd wants them: contiguous, in their arguments' dtypes, no memory twice; copies in one launch."""
-    result, seen = [], set()
-    copies: list[Tensor] = []
-    originals: list[Tensor] = []
-    for x, like in zip(found, likes, strict=True):
-        if x.dtype == like.dtype and x.is_contiguous() and x.data_ptr() not in seen:  # rows of one sum do not overlap
-            seen.add(x.data_ptr())
-        else:
-            originals.append(x)
-            copies.append(x := torch.empty(like.shape, dtype=like.dtype, device=like.device))
-        result.append(x)
-    if copies:
-        torch._foreach_copy_(copies, originals)
-    return result
+    if plan.copied is None:
+        copied, seen = [], set()
+        for i, (x, like) in enumerate(zip(found, likes, strict=True)):
+            if x.dtype == like.dtype and x.is_contiguous() and x.data_ptr() not in seen:  # rows of one sum do not overlap
+                seen.add(x.data_ptr())
+            else:
+                copied.append(i)
+        plan.copied = copied
+    if plan.copied:
+        originals = [found[i] for i in plan.copied]
+        for i in plan.copied:
+            found[i] = torch.empty(likes[i].shape, dtype=likes[i].dtype, device=likes[i].device)
+        torch._foreach_copy_([found[i] for i in plan.copied], originals)
+    return found
 
 
 class Settled:
     """An operation with weights and numbers that ``dispatch.choose`` has accepted: called with what changes, in order.
 
-    What follows from all of them is found in the first call with such shapes. Whoever keeps this knows that the weights have
-    the same types, shapes and dtypes, and where ``looked_at`` that they lie where they lay and the ``surroundings`` are the
-    same; else each call sees for itself. Where nobody looks on, it goes past PyTorch's dispatcher, which takes longer than a
-    launch.
+    Whoever keeps this knows that the weights have the same types, shapes and dtypes, and where ``looked_at`` that they lie
+    where they lay and the ``surroundings`` are the same; else each call sees for itself. Where nobody looks on, it goes past
+    PyTorch's dispatcher, which takes longer than a launch.
     """
 
     def __init__(self, operation: Operation, given: dict[str, Any], looked_at: bool) -> None:
         self.operation, self.given = operation, operation.defaults | given
         if "eps" in given:
             self.given["eps"] = float(given["eps"])  # as the dispatcher does
-        self._at = [[*operation.kinds].index(name) for name in operation.changing]
         self._flat = [*by_name(self.given).values()]
         self._weights = [x for x in self._flat if isinstance(x, Tensor)]
-        self._looked_at = looked_at
+        self._looked_at = looked_at and all(map(Tensor.is_contiguous, self._weights))
         self._seen: set[tuple[Any, ...]] = set()
-        self._plans: dict[tuple[Any, ...], list[Any]] = {}
+        self._plans: dict[tuple[Any, ...], Plan] = {}
 
     def __reduce__(self) -> tuple:
         return type(None), ()  # a copy, which has other weights, begins anew
@@ -542,71 +634,50 @@ class Settled:
         if torch.is_autocast_enabled(device):
             dtype, count = torch.get_autocast_dtype(device), len(operation.activations)
             changing = (*[x if x is None else x.to(dtype) for x in changing[:count]], *changing[count:])
-        seen = tuple([None if x is None else (x.shape, x.dtype, x.device, type(x)) for x in changing])
-        if _watched() or seen not in self._seen:
+        seen = None if _watched() or not {*map(type, changing)} <= PLAIN else tuple(map(described, changing))
+        if seen is None or seen not in self._seen:
             return self._looked(seen, changing, device)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*(flat := self._all(changing))):
-            recorded = operation.keeps is not None
-            return operation._recorded(partial(self._computed, seen, changing, recorded), *flat)
-        return self._computed(seen, changing)
+            return operation._recorded(partial(self._computed, seen, changing, operation.keeps is not None), *flat)
+        return self._computed(seen, changing)[0]
 
-    def _computed(self, seen: tuple[Any, ...], changing: tuple[Tensor | None, ...], recorded: bool = False) -> Any:
-        """The result; where gradients are ``recorded`` a list of it and of what is kept."""
-        plan = self._plans.get((recorded, seen)) or self._planned(seen, changing, recorded)
-        if plan[4:] != self._about(plan[2]):
-            plan = self._planned(seen, changing, recorded)
-        compute, shape, dtype, keeps, *_ = plan
-        out = torch.empty(shape, dtype=dtype, device=changing[0].device)  # type: ignore[union-attr]
-        if not recorded:
-            if compute is not None:
-                compute(out, *changing)
-            return out
-        kept: dict[str, Tensor] = {}
-        if compute is not None:
-            compute(out, *changing, kept)
-        else:
-            kept = {name: torch.empty(shape, dtype=dtype, device=out.device) for name, (shape, dtype) in keeps.items()}
-        return [out, *map(kept.__getitem__, keeps)]
+    def _computed(self, seen: tuple[Any, ...], changing: tuple[Tensor | None, ...], recorded: bool = False) -> list[Tensor]:
+        operation = self.operation
+        plan = self._plans.get((recorded, seen)) if self._looked_at else None
+        if plan is None:
+            plan, flat = operation.forward_planned(self._all(changing), recorded)
+            if self._looked_at:
+                self._plans[recorded, seen] = plan
+            return operation.launched(plan, operation.packed(flat), recorded)
+        a = SimpleNamespace(**self.given | dict(zip(operation.changing, changing, strict=False)))
+        return operation.launched(plan, a, recorded)
 
     def _all(self, changing: tuple[Tensor | None, ...]) -> list[Any]:
         """As the dispatcher takes them."""
         flat = self._flat.copy()
-        for i, x in zip(self._at, changing, strict=False):
+        for i, x in zip(self.operation.at, changing, strict=False):
             flat[i] = x
         return flat
 
-    def _about(self, dtype: torch.dtype) -> list[Any]:
-        """What a plan depends on besides shapes and dtypes, and that whoever keeps this does not know."""
-        if self._looked_at:
-            return []
-        weights = self._weights
-        return [runner, precision(dtype), [*map(Tensor.data_ptr, weights)], all(map(Tensor.is_contiguous, weights))]
-
-    def _planned(self, seen: tuple[Any, ...], changing: tuple[Tensor | None, ...], recorded: bool) -> list[Any]:
-        operation = self.operation
-        kept: dict[str, Tensor] | None = {} if recorded else None
-        a = SimpleNamespace(**self.given | dict(zip(operation.changing, changing, strict=False)), kept=kept)
-        out, keeps = operation.empty(a), operation.keeps(a) if recorded else {}  # type: ignore[misc]
-        compute = operation.prepared(a, again=True) if out.numel() else None
-        plan = [compute, out.shape, out.dtype, keeps, *self._about(out.dtype)]
-        if all(map(Tensor.is_contiguous, self._weights)):  # what was copied would be another copy next time
-            self._plans[recorded, seen] = plan
-        return plan
-
-    def _looked(self, seen: tuple[Any, ...], changing: tuple[Tensor | None, ...], device: str) -> Tensor:
+    def _looked(self, seen: tuple[Any, ...] | None, changing: tuple[Tensor | None, ...], device: str) -> Tensor:
         """A call of what has not been seen, or where somebody looks on."""
         operation, flat, like = self.operation, self._all(changing), self._weights[0]
-        accepted = (*seen, like.shape, like.dtype, like.device, type(like))
+        accepted = tuple([None if x is None else (x.shape, x.dtype, x.device, type(x)) for x in (*changing, like)])
         if accepted not in operation._accepted and device != "meta":  # where only shapes are asked for
             operation.check(operation.prepare(dict(zip(operation.kinds, flat, strict=True))))
             operation._accepted.add(accepted)
-        if device == "meta" or _watched() or not {*map(type, changing), *map(type, self._weights)} <= PLAIN:
+        if device == "meta" or seen is None or not {*map(type, self._weights)} <= PLAIN:
             return operation._operation(*flat, True)
         if len(self._seen) >= MOST_PLANS:
             self._plans.clear()
             self._seen.clear()
         self._seen.add(seen)
         return self(*changing)
+
+
+def _there(x: Tensor) -> Any:
+    """Where the current device is that of a tensor; PyTorch looks for itself, a launch that is known does not."""
+    return torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else HERE
 
 
 def _watched() -> bool:

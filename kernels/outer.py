@@ -106,23 +106,34 @@ def _specialise(kernel: Any, dtype: torch.dtype, M: int) -> Launch:
     return Launch(kernel, {"Z": sizes}, config, config.rows / sizes.GROUPS)
 
 
-def _members(spec: Launch, h: Tensor) -> int:
+def _members(spec: Launch, rows: int, device: torch.device) -> int:
     """How many programs share the rows of a group of columns."""
     groups = spec.constants["Z"].GROUPS
-    return max(1, programs(h.device, -(-h.shape[0] // spec.config.rows) * groups, spec.config.per_sm) // groups)
+    return max(1, programs(device, -(-rows // spec.config.rows) * groups, spec.config.per_sm) // groups)
+
+
+def _activating(rows: int, M: int, dtype: torch.dtype, device: torch.device, again: bool) -> Callable[[Tensor], Tensor]:
+    """GELU of contiguous matrices; PyTorch's waits longer for the error function than for memory. ``again``: of a plan."""
+    spec = _specialise(_gelu_kernel, dtype, M)
+    grid = _members(spec, rows, device) * spec.constants["Z"].GROUPS
+    spec = spec.again() if again else spec
+
+    def activated(h: Tensor) -> Tensor:
+        result = torch.empty_like(h)
+        launch(spec, grid, h, result, rows)
+        return result
+
+    return activated
 
 
 def _gelu(h: Tensor) -> Tensor:
-    """GELU of a contiguous matrix; PyTorch's waits longer for the error function than for memory."""
-    spec, result = _specialise(_gelu_kernel, h.dtype, h.shape[1]), torch.empty_like(h)
-    launch(spec, _members(spec, h) * spec.constants["Z"].GROUPS, h, result, h.shape[0])
-    return result
+    return _activating(*h.shape, h.dtype, h.device, again=False)(h)
 
 
 def _gelu_backward(h: Tensor, dh: Tensor, has_result: bool, has_sums: bool) -> tuple[Tensor | None, Tensor | None]:
     """``dh`` becomes the gradient of h; if asked for, GELU(h), and what ``totals`` adds up: of dh over its rows."""
     spec = _specialise(_gelu_bwd_kernel, h.dtype, h.shape[1])
-    members = _members(spec, h)
+    members = _members(spec, h.shape[0], h.device)
     result = torch.empty_like(h) if has_result else None
     sums = torch.empty(members, h.shape[1], dtype=torch.float32, device=h.device) if has_sums else None
     launch(spec, members * spec.constants["Z"].GROUPS, h, dh, result, sums, h.shape[0])
@@ -192,36 +203,36 @@ class Outer(Operation):
         cast = {name: x for name, x in _matrices(a).items() if x.dtype != dtype}
         return found | {name: (tuple(x.shape), dtype) for name, x in cast.items()}
 
-    def prepared(self, a: SimpleNamespace, again: bool = False) -> Callable[..., None]:
-        (B, T, E), dtype, H, eps = a.patch.shape, a.patch.dtype, a.num_heads, a.eps
+    def prepared(self, a: SimpleNamespace) -> Callable[[SimpleNamespace, Tensor], None]:
         if self._are_few(a):
-            return self._prepared_few(a, again)
-        w, f = contiguous(a.weights), a.fold_weights
+            return self._prepared_few(a)
+        (B, T, E), dtype, H, eps, M = a.patch.shape, a.patch.dtype, a.num_heads, a.eps, a.weights.fc1_weight.shape[0]
         recorded, folds = a.kept is not None, _folds(a.pixel)
-        attn_bias = w.proj_bias if a.attn_scale is None else None
-        mlp_bias = w.fc2_bias if a.mlp_scale is None else None
-        normed, normed_then = (norm.prepared(B * T, E, dtype, again) for _ in range(2))
-        projected, folding = _projecting(a, again) if folds else (None, None)
+        normed, normed_then = (norm.prepared(B * T, E, dtype, again=True) for _ in range(2))
         if folds:
-            second = f.fold_proj_bias, f.fold_norm2_weight, f.fold_norm2_bias
-            weights = contiguous(norm.Weights(*second, w.norm1_weight, w.norm1_bias, attn_bias))
-            added = norm.adding(a.patch.shape, dtype, weights, eps, again)
-        read, qkv_bias = _reading(w, folding, dtype, recorded), None if w.qk_bias is None else joining(w.qk_bias, w.v_bias)
-        by_tanh = dtype == torch.bfloat16 and w.fc1_bias is not None and not recorded
+            projected, cast_weight = _projecting(a)
+            added = norm.adding(a.patch.shape, dtype, eps)
+        read, activated = (
+            _reading(a, dtype, recorded, folds and cast_weight),
+            _activating(B * T, M, dtype, a.patch.device, again=True),
+        )
+        by_tanh = dtype == torch.bfloat16 and a.weights.fc1_bias is not None and not recorded
 
-        def run(
-            out: Tensor, patch: Tensor, pixel: Any = None, attn_scale: Tensor | None = None, mlp_scale: Tensor | None = None,
-            kept: Any = None,
-        ) -> None:  # fmt: skip
-            qkv_weight, proj_weight, fc1_weight, fc1_bias, fc2_weight, fold_proj_weight = read()
+        def run(a: SimpleNamespace, out: Tensor) -> None:
+            w, f, attn_scale, mlp_scale, kept = a.weights, a.fold_weights, a.attn_scale, a.mlp_scale, a.kept
+            attn_bias = w.proj_bias if attn_scale is None else None
+            qkv_weight, proj_weight, fc1_weight, fc1_bias, fc2_weight, fold_proj_weight = read(w, f)
             rest = out.view(B * T, E)
             x = torch.empty_like(rest) if recorded else rest  # what the MLP reads; kept
             if folds:
                 folded = torch.empty_like(out) if recorded else out
-                h = added(projected(_to(pixel, dtype), fold_proj_weight), patch, folded, x if recorded else None)
+                z = projected(_to(a.pixel, dtype), f, fold_proj_weight)
+                second = f.fold_proj_bias, f.fold_norm2_weight, f.fold_norm2_bias
+                weights = norm.Weights(*second, w.norm1_weight, w.norm1_bias, attn_bias)
+                h = added(z, weights, a.patch, folded, x if recorded else None)
             else:
-                h = normed(patch.contiguous().view(B * T, E), w.norm1_weight, w.norm1_bias, eps, x, attn_bias)
-            qkv = F.linear(h, qkv_weight, None if qkv_bias is None else _to(qkv_bias(), dtype))
+                h = normed(a.patch.contiguous().view(B * T, E), w.norm1_weight, w.norm1_bias, eps, x, attn_bias)
+            qkv = F.linear(h, qkv_weight, _qkv_bias(w, dtype))
             heads = qkv.view(B, T, 3, H, E // H)
             if recorded:
                 attended, logsumexp = attention.attend_recorded(*heads.unbind(2))
@@ -233,14 +244,14 @@ class Outer(Operation):
                 attended = attention.attend_joined(heads)
             _add(x, attended.reshape(B * T, E), proj_weight, w.proj_bias, attn_scale)
 
-            h = normed_then(x, w.norm2_weight, w.norm2_bias, eps, rest, mlp_bias)
+            h = normed_then(x, w.norm2_weight, w.norm2_bias, eps, rest, w.fc2_bias if mlp_scale is None else None)
             if by_tanh:
                 h = torch._addmm_activation(fc1_bias, h, fc1_weight.t(), use_gelu=True)
             else:
                 h = F.linear(h, fc1_weight, fc1_bias)
                 if recorded:
                     kept["hidden"] = h
-                h = _gelu(h)
+                h = activated(h)
             _add(rest, h, fc2_weight, w.fc2_bias, mlp_scale)
 
         return run
@@ -254,26 +265,35 @@ class Outer(Operation):
             return False
         return w.fc1_weight.shape[1] == E and (w.fc1_bias is None or len(w.fc1_bias) == len(w.fc1_weight))
 
-    def _prepared_few(self, a: SimpleNamespace, again: bool) -> Callable[..., None]:
+    def _prepared_few(self, a: SimpleNamespace) -> Callable[[SimpleNamespace, Tensor], None]:
         """Six launches with fold, five without: a LayerNorm, and what follows it, are one."""
         (B, T, E), dtype, H, eps, folds = a.patch.shape, a.patch.dtype, a.num_heads, a.eps, _folds(a.pixel)
-        w, f, rows = contiguous(a.weights), contiguous(a.fold_weights), B * T
-        projected, folding = _projecting(a, again) if folds else (None, None)
-        of_qkv = product.Weights(w.qk_weight, w.qk_bias, w.v_weight, w.v_bias, w.norm1_weight, w.norm1_bias, w.proj_bias)
-        if folds:
-            of_qkv = of_qkv._replace(shift=f.fold_proj_bias, sum_weight=f.fold_norm2_weight, sum_bias=f.fold_norm2_bias)
-        joint = product.prepared(rows, dtype, of_qkv, eps, tokens=T if folds else 0, again=again)
-        of_fc1 = product.Weights(w.fc1_weight, w.fc1_bias, None, None, w.norm2_weight, w.norm2_bias, w.fc2_bias)
-        begun = product.prepared(rows, dtype, of_fc1, eps, gelu=True, again=again)
+        rows = B * T
 
-        def run(out: Tensor, patch: Tensor, pixel: Any = None, *scales: None) -> None:
-            rest = out.view(rows, E)
-            x = torch.empty_like(rest)
-            proj_weight, fc2_weight, fold_weight = _cast((w.proj_weight, w.fc2_weight, folding), dtype)
-            h = joint(projected(_to(pixel, dtype), fold_weight), x, patch) if folds else joint(patch.contiguous(), x)
+        def of_qkv(w: Any, f: Any) -> product.Weights:
+            found = product.Weights(w.qk_weight, w.qk_bias, w.v_weight, w.v_bias, w.norm1_weight, w.norm1_bias, w.proj_bias)
+            second = dict(shift=f.fold_proj_bias, sum_weight=f.fold_norm2_weight, sum_bias=f.fold_norm2_bias)
+            return found._replace(**second) if folds else found
+
+        def of_fc1(w: Any) -> product.Weights:
+            return product.Weights(w.fc1_weight, w.fc1_bias, None, None, w.norm2_weight, w.norm2_bias, w.fc2_bias)
+
+        projected, is_cast = _projecting(a) if folds else (None, False)
+        joint = product.prepared(rows, dtype, of_qkv(a.weights, a.fold_weights), eps, tokens=T if folds else 0, again=True)
+        begun = product.prepared(rows, dtype, of_fc1(a.weights), eps, gelu=True, again=True)
+
+        def run(a: SimpleNamespace, out: Tensor) -> None:
+            w, f, rest = a.weights, a.fold_weights, out.view(rows, E)
+            x, weights = torch.empty_like(rest), of_qkv(w, f)
+            matrices = w.proj_weight, w.fc2_weight, f.fold_proj_weight if is_cast else None
+            proj_weight, fc2_weight, fold_weight = _cast(matrices, dtype)
+            if projected is None:
+                h = joint(weights, a.patch.contiguous(), x)
+            else:
+                h = joint(weights, projected(_to(a.pixel, dtype), f, fold_weight), x, a.patch)
             attended = attention.attend_joined(h.view(B, T, 3, H, E // H))
             x.addmm_(attended.reshape(rows, E), proj_weight.t())
-            rest.addmm_(begun(x, rest), fc2_weight.t())
+            rest.addmm_(begun(of_fc1(w), x, rest), fc2_weight.t())
 
         return run
 
@@ -374,43 +394,47 @@ def _folds(pixel: Tensor | None) -> bool:
     return pixel is not None and pixel.shape[0] > 0
 
 
-def _projecting(a: SimpleNamespace, again: bool) -> tuple[Callable[[Tensor, Any], Tensor], Tensor | None]:
-    """What makes W · LN(pixel) of the fold within, and the matrix that it is given in the pixels' dtype; product.py has one."""
-    f, dtype, (P, S, C) = contiguous(a.fold_weights), a.patch.dtype, a.pixel.shape
-    weight, norm_weight, norm_bias = f.fold_proj_weight, f.fold_norm1_weight, f.fold_norm1_bias
-    if a.kept is not None or len(norm_weight) < S * C or not product.takes(P, S * C, len(weight), dtype):
-        return projecting(a.pixel.shape, dtype, norm_weight, norm_bias, a.eps, again), weight
-    weights = product.Weights(weight, None, None, None, norm_weight, norm_bias)
-    multiplied = product.prepared(P, dtype, weights, a.eps, again=again)
-    return lambda pixel, _: multiplied(pixel.contiguous()), None
+def _projecting(a: SimpleNamespace) -> tuple[Callable[[Tensor, Any, Any], Tensor], bool]:
+    """What makes W · LN(pixel) of the fold within, and whether in that it is given the matrix; product.py has one."""
+    f, dtype, (P, S, C) = a.fold_weights, a.patch.dtype, a.pixel.shape
+    width, E = f.fold_norm1_weight.shape[0], f.fold_proj_weight.shape[0]
+    if a.kept is not None or width < S * C or not product.takes(P, S * C, E, dtype):
+        projected = projecting(a.pixel.shape, width, dtype, a.eps)
+        return lambda pixel, f, weight: projected(pixel, f.fold_norm1_weight, f.fold_norm1_bias, weight), True
+
+    def weights(f: Any) -> product.Weights:
+        return product.Weights(f.fold_proj_weight, None, None, None, f.fold_norm1_weight, f.fold_norm1_bias)
+
+    multiplied = product.prepared(P, dtype, weights(f), a.eps, again=True)
+    return lambda pixel, f, _: multiplied(weights(f), pixel.contiguous()), False
 
 
-def _reading(w: Any, folding: Tensor | None, dtype: torch.dtype, whole: bool) -> Callable[[], list[Any]]:
+def _reading(a: SimpleNamespace, dtype: torch.dtype, whole: bool, folds: bool) -> Callable[[Any, Any], list[Any]]:
     """What the products read, in a dtype: matrices, that of q, k and v first, a fold's last, and fc1's bias; what is cast or
     copied, in one launch. ``whole``: of q, k and v no view, which cannot be kept."""
-    found = [w.proj_weight, w.fc1_weight, w.fc1_bias, w.fc2_weight, folding]
-    cast = [i for i, x in enumerate(found) if x is not None and x.dtype != dtype]
-    if not whole and w.qk_weight.dtype == dtype:
-        qkv = joining(w.qk_weight, w.v_weight)
-        if not cast:
-            return lambda: [qkv(), *found]
-    else:
-        qkv = None
 
-    def read() -> list[Any]:
-        result = found.copy()
-        for i in cast:
-            result[i] = torch.empty_like(found[i], dtype=dtype)
-        copies, originals = [result[i] for i in cast], [found[i] for i in cast]
-        if qkv is None:
-            E = len(w.v_weight)
-            joint = torch.empty(3 * E, E, dtype=dtype, device=w.v_weight.device)
-            copies, originals = [*copies, *joint.split((2 * E, E))], [*originals, w.qk_weight, w.v_weight]
+    def kept(w: Any, f: Any) -> list[Any]:
+        return [w.proj_weight, w.fc1_weight, w.fc1_bias, w.fc2_weight, f.fold_proj_weight if folds else None]
+
+    like, joins = kept(a.weights, a.fold_weights), not whole and a.weights.qk_weight.dtype == dtype
+    cast = [i for i, x in enumerate(like) if x is not None and x.dtype != dtype]
+    E = a.patch.shape[2]
+
+    def read(w: Any, f: Any) -> list[Any]:
+        found, copies, originals = kept(w, f), [], []
+        if joins:
+            qkv_weight = joined(w.qk_weight, w.v_weight)
         else:
-            joint = qkv()
+            qkv_weight = w.v_weight.new_empty((3 * E, E), dtype=dtype)
+            copies += qkv_weight.split_with_sizes((2 * E, E))
+            originals += w.qk_weight, w.v_weight
+        for i in cast:
+            originals.append(found[i])
+            found[i] = torch.empty_like(found[i], dtype=dtype)
+            copies.append(found[i])
         if copies:
             torch._foreach_copy_(copies, originals)
-        return [joint, *result]
+        return [qkv_weight, *found]
 
     return read
 
@@ -441,13 +465,12 @@ def _of_fold(a: SimpleNamespace, proj_weight: Any) -> SimpleNamespace:
     return SimpleNamespace(pixel=a.pixel, patch=a.patch, eps=a.eps, **weights | {"proj_weight": proj_weight})
 
 
-def joining(first: Tensor, second: Tensor) -> Callable[[], Tensor]:
+def joined(first: Tensor, second: Tensor) -> Tensor:
     """What has the rows of both, contiguous tensors; no copy where they lie one behind the other in one memory."""
-    one_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr() and first.dtype == second.dtype
-    if one_memory and second.storage_offset() == first.storage_offset() + first.numel():
-        shape, stride = (len(first) + len(second), *first.shape[1:]), first.stride()
-        return lambda: first.as_strided(shape, stride)
-    return lambda: torch.cat((first, second))
+    behind = second.data_ptr() == first.data_ptr() + first.nbytes and first.dtype == second.dtype
+    if behind and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr():
+        return first.as_strided((first.shape[0] + second.shape[0], *first.shape[1:]), first.stride())
+    return torch.cat((first, second))
 
 
 def _add(onto: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
@@ -460,7 +483,7 @@ def _add(onto: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, scale: Te
 
 
 def _qkv_bias(w: Any, dtype: torch.dtype) -> Tensor | None:
-    return None if w.qk_bias is None else _to(joining(w.qk_bias, w.v_bias)(), dtype)
+    return None if w.qk_bias is None else _to(joined(w.qk_bias, w.v_bias), dtype)
 
 
 def _to(x: Tensor | None, dtype: torch.dtype) -> Any:

@@ -41,7 +41,7 @@ from torch import Tensor
 from tnt_fast import reference
 from tnt_fast.arguments import beyond
 from tnt_fast.kernels import operation
-from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, derived, launch, programs, remembered
+from tnt_fast.kernels.operation import Config, Launch, Operation, derived, launch, programs, remembered
 from tnt_fast.kernels.tile import accumulators, dot, dot_onto, load
 
 # Chosen for sm_90. Swept on an H200 (benchmarks/results/2026-11-26-0640/tune.txt) the forward is as fast as any. The weight's
@@ -299,16 +299,14 @@ class PixelEmbed(Operation):
         spec = _specialise(kernel, a.image.dtype, channels, C, tuple(a.patch_size), a.stride, tuple(a.patch_stride), a.legacy)
         return spec, Image(a.image, height, width, *a.image.stride()), _grid(height, width, a.patch_size, a.patch_stride)
 
-    def prepared(self, a: SimpleNamespace, again: bool = False) -> Callable[..., None]:
-        spec, (_, height, width, *_), (rows, columns) = self._launch(_pixel_embed_fwd_kernel, a)
+    def prepared(self, a: SimpleNamespace) -> Callable[[SimpleNamespace, Tensor], None]:
+        spec, (_, *read), (rows, columns) = self._launch(_pixel_embed_fwd_kernel, a)
         patches, S, _ = self._shape(a, a.image.shape, a.weight.shape[0])
-        tokens = patches * S
+        spec, tokens = spec.again(), patches * S
         grid = programs(a.image.device, -(-tokens // spec.config.rows), spec.config.per_sm)
-        weights = [*map(contiguous, (a.weight, a.bias, a.pixel_pos))]
 
-        def run(out: Tensor, image: Tensor) -> None:
-            given = Image(image, height, width, *image.stride())
-            launch(spec, grid, out, given, *weights, tokens, rows * columns, columns)
+        def run(a: SimpleNamespace, out: Tensor) -> None:
+            launch(spec, grid, out, Image(a.image, *read), a.weight, a.bias, a.pixel_pos, tokens, rows * columns, columns)
 
         return run
 

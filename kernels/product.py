@@ -12,6 +12,7 @@ those of q and k, and that of v. Statistics are float32, of two passes, as norm.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -219,7 +220,7 @@ def prepared(
     """The product of matrices of so many rows and a dtype, with contiguous ``weights``.
 
     ``tokens``: of an image, where a row is made of z (images · (tokens − 1), K) and of patches (images, tokens, K) of any
-    strides. ``again``: as ``Launch.again`` has it.
+    strides. ``again``: of a plan, which holds no weights: they are given first.
     """
     first, K = weights.weight.shape
     N = first if weights.second_weight is None else first + len(weights.second_weight)
@@ -227,7 +228,7 @@ def prepared(
     grid = -(-rows // spec.config.rows) * spec.constants["Z"].GROUPS
     spec = spec.again() if again else spec
 
-    def product(x: Tensor, rest: Tensor | None = None, patch: Tensor | None = None) -> Tensor:
+    def product(weights: Weights, x: Tensor, rest: Tensor | None = None, patch: Tensor | None = None) -> Tensor:
         y = torch.empty(rows, N, dtype=dtype, device=x.device)
         image = token = 0
         if patch is not None:
@@ -238,4 +239,4 @@ def prepared(
         launch(spec, grid, x, weights, y, patch, rest, rows, tokens or rows, image, token, eps)
         return y
 
-    return product
+    return product if again else partial(product, weights)

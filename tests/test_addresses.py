@@ -337,9 +337,10 @@ def _launched(monkeypatch, run):
         def told(function, name=name):
             return lambda *given, **more: running.append(name) or function(*given, **more)
 
-        prepared = operation.prepared
-        monkeypatch.setattr(operation, "prepared", lambda a, _f=prepared, _told=told, **again: _told(_f(a, **again)))
-        monkeypatch.setattr(operation, "backward", told(operation.backward))
+        monkeypatch.setattr(operation, "_plans", {})
+        for way in ("prepared", "graded"):
+            find = getattr(operation, way)
+            monkeypatch.setattr(operation, way, lambda *given, _find=find, _told=told: _told(_find(*given)))
     run()
     return seen
 

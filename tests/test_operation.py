@@ -337,38 +337,67 @@ def _shapes(function, arguments: dict) -> SimpleNamespace:
 
 
 @OPERATIONS
-def test_what_was_found_of_weights_holds_as_long_as_they_lie_where_they_lay(operation, monkeypatch):
+def test_what_is_found_once_holds_for_all_that_is_alike_and_keeps_no_weights(operation, monkeypatch):
     function, (tensors, others) = kernels.OPERATIONS[operation], given(operation)
     tensors = {name: x if x is None or name in function.changing else torch.nn.Parameter(x) for name, x in tensors.items()}
-    weights = {name: x for name, x in reference.in_records({**tensors, **others}).items() if name not in function.changing}
-    settled, prepared, plans = function.settled(weights), function.prepared, []
-    monkeypatch.setattr(function, "prepared", lambda *given, **again: plans.append(1) or prepared(*given, **again))
-
-    def planned() -> int:
-        """How often, for a call with new activations, whose result is right."""
-        before, changing = len(plans), [None if tensors.get(n) is None else tensors[n] * 2 for n in function.changing]
-        found = settled(*changing)
-        new = len(plans) - before
-        expected = function.settled(weights)(*changing)
-        assert torch.equal(found, expected)
-        return new
-
+    prepared, plans = function.prepared, []
+    monkeypatch.setattr(function, "_plans", {})
+    monkeypatch.setattr(function, "prepared", lambda a: plans.append(1) or prepared(a))
     weight = next(x for name, x in tensors.items() if name not in function.changing and x is not None and x.ndim >= 2)
+    first, *_ = function.changing
+
+    def settled(of, **more):
+        return function.settled({name: x for name, x in of.items() if name not in function.changing}, **more)
+
+    looked = [settled(reference.in_records({**tensors, **others}))]
+
+    def new() -> int:
+        """Plans that are made for calls, past the dispatcher and through it, whose results are right."""
+        before, of = len(plans), reference.in_records({**tensors, **others})
+        changing = [tensors.get(name) for name in function.changing]
+        flat = reference.by_name(function.defaults | of).values()
+        found = [
+            looked[0](*changing),
+            settled(of)(*changing),
+            settled(of, looked_at=True)(*changing),
+            function._operation(*flat, True),
+        ]
+        made, a = len(plans) - before, SimpleNamespace(**function.defaults | of, kept=None)
+        for name in function.records:
+            setattr(a, name, kernels.operation.contiguous(getattr(a, name)))
+        for name, x in vars(a).items():
+            if isinstance(x, torch.Tensor) and name not in function.changing:
+                setattr(a, name, x.contiguous())
+        expected = function.empty(a)
+        prepared(a)(a, expected)
+        assert all(torch.equal(x, expected) for x in found)
+        return made
+
     with torch.no_grad():
-        memory = weight.numpy(force=True).copy()
-        weight.data = torch.from_numpy(memory).to(DEVICE)
-        assert planned() == 1
+        assert [new(), new()] == [1, 0]
         weight.mul_(2)
-        assert planned() == 0
-        weight.data, held, memory = weight.data.clone(), weakref.ref(memory), None
-        gc.collect()  # the interpreter's own
-        assert held() is None
-        assert planned() == 1
+        assert new() == 0
+        weight.data = weight.data.clone()
+        assert new() == 0  # where it lies does not matter
         weight.data = weight.data.repeat_interleave(2, -1)[..., ::2]  # which is copied each time
-        assert planned() == 1
+        assert new() == 0
         weight.mul_(2)
-        assert planned() == 1
-    assert copy.deepcopy([settled]) == [None]  # other weights begin anew
+        assert new() == 0
+        weight.data = weight.new_empty(weight.numel() + 1)[1:].view(weight.shape).copy_(weight)
+        assert new() == 1  # loads of less than 16 bytes
+        tensors[first] = tensors[first].transpose(-1, -2).contiguous().transpose(-1, -2)
+        assert new() == 1
+        tensors[first] = torch.cat([tensors[first].flatten()[:1], tensors[first].flatten()])[1:].view(tensors[first].shape)
+        assert new() == 1
+        monkeypatch.setattr(kernels.operation, "MOST_PLANS", 2)
+        weight.data = weight.data.clone()
+        assert (new(), len(function._plans)) == (1, 1)
+    assert copy.deepcopy(looked) == [None]  # other weights begin anew
+    held, weight = weakref.ref(weight), None
+    looked.clear()
+    tensors.clear()
+    gc.collect()  # the interpreter's own
+    assert held() is None
 
 
 def test_a_model_that_was_looked_at_computes_products_as_it_is_told(monkeypatch):
@@ -429,9 +458,11 @@ def test_a_launch_is_looked_up_by_all_that_triton_compiles_for():
     assert [launch(**{"x": memory, **change}) for change in changes] == [False] * len(changes)
     assert [launch(**{"x": memory, **change}) for change in changes[:-1]] == [True] * (len(changes) - 1)
     assert launch(torch.ones(64)[4:])  # other memory, as well aligned
-    again, changes = spec.again(), changes[:5]  # of a plan, whose dtypes and tuples stay
-    assert [launch(**{"x": memory, "spec": again, **change}) for change in changes] == [False] * 5
-    assert [launch(**{"x": torch.ones(64), "spec": again, **change}) for change in changes] == [True] * 5
+    again = spec.again()  # of a plan, where all is as it was
+    assert [launch(memory, spec=again), bool(again.known)] == [False, True]
+    operation.launch(again, 2, torch.ones(64), one, 5, 1e-5)
+    assert len(launched[-1][1]) == 5
+    assert spec.known is None
     for n in range(operation.MOST_LAUNCHERS):
         launch(memory, n=n + 100)
     assert len(runner._launchers) <= operation.MOST_LAUNCHERS

@@ -9,7 +9,7 @@ from timm.layers import RmsNorm
 from torch import nn
 
 from tnt_fast import TNT, optimize, optimize_for_inference
-from tnt_fast.kernels.outer import joining
+from tnt_fast.kernels.outer import joined
 
 # TINY's depth is 2; of each kind the narrowest that still has it
 MODELS = {
@@ -141,13 +141,13 @@ def test_the_fused_path_is_kept(kwargs):
 def test_weights_one_behind_the_other_are_joined_without_a_copy():
     whole = torch.randn(6, 4)
     first, second = whole.split([4, 2])
-    assert joining(first, second)().data_ptr() == whole.data_ptr()
-    assert torch.equal(joining(first, second)(), whole)
+    assert joined(first, second).data_ptr() == whole.data_ptr()
+    assert torch.equal(joined(first, second), whole)
     for pair in ((second, first), (first, second.clone()), (first.clone(), second)):
-        assert torch.equal(joining(*pair)(), torch.cat(pair))
+        assert torch.equal(joined(*pair), torch.cat(pair))
     given = optimize_for_inference(made(backend="fused", qkv_bias=True)).blocks[0].outer.given["weights"]
-    assert joining(given.qk_weight, given.v_weight)().data_ptr() == given.qk_weight.data_ptr()
-    assert joining(given.qk_bias, given.v_bias)().data_ptr() == given.qk_bias.data_ptr()
+    assert joined(given.qk_weight, given.v_weight).data_ptr() == given.qk_weight.data_ptr()
+    assert joined(given.qk_bias, given.v_bias).data_ptr() == given.qk_bias.data_ptr()
 
 
 def test_it_compiles_in_one_graph_and_its_weights_go_to_a_twin():

@@ -88,6 +88,7 @@ def test_outer_of_a_fold_with_drop_path_and_without_biases(path, dtype):
 @pytest.fixture(params=["few", "many"])
 def rows(request, monkeypatch):
     """Those of a few images, or as if they were too many for product.py."""
+    monkeypatch.setattr(kernels.OPERATIONS["outer"], "_plans", {})
     if request.param == "many":
         monkeypatch.setattr(product, "MOST", 0)
     return request.param
