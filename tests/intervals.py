@@ -437,8 +437,11 @@ def _of_pixel_embed(launch: Any) -> Iterator[dict[str, Interval]]:
         }
 
 
-def _of_inner(launch: Any) -> Iterator[dict[str, Interval]]:
-    yield {"n_patches": Interval(1, ROWS)}
+def _of_inner(launch: Any) -> Iterator[dict[str, Any]]:
+    if "n_patches" in integers(launch):
+        yield {"n_patches": Interval(1, ROWS)}
+    else:
+        yield {"programs": 2}  # of the weights' kernel: the MLP's and the attention's
 
 
 def _of_norm(launch: Any) -> Iterator[dict[str, Interval]]:
@@ -456,11 +459,11 @@ def _of_norm(launch: Any) -> Iterator[dict[str, Interval]]:
         }
 
 
-def _of_totals(launch: Any) -> Iterator[dict[str, Interval]]:
-    """Of what programs leave: a row each; as many columns as gradients, of a matrix at most."""
-    for columns in _pieces(ROWS):
-        programs = len(launch.types["parts"]) * -(-columns.high // launch.constants["Z"].COLUMNS)
-        yield {"n_rows": Interval(1, RESIDENT), "n_columns": columns, "programs": programs}
+def _of_totals(launch: Any) -> Iterator[dict[str, Any]]:
+    """Of what programs leave: a row each; as many columns as gradients, of a matrix at most, in each part as it likes."""
+    parts = sum(name.endswith("n_columns") for name in integers(launch))
+    programs = parts * -(-ROWS // launch.constants["Z"].COLUMNS)
+    yield {"n_rows": Interval(1, RESIDENT), "n_columns": Interval(1, ROWS), "programs": programs}
 
 
 COUNTS = ("n_rows", "n_tokens", "n_cells", "n_patches")  # what a kernel's tiles are cut from: the first that it has
@@ -482,8 +485,8 @@ def ranges(operation: str, launch: Any, kinds: dict[str, Any]) -> Iterator[dict[
     if operation not in PASSED:
         raise ValueError(f"say in tests/intervals.py in what ranges the launchers of {operation} pass their integers")
     Z, passed = launch.constants["Z"], integers(launch)
-    count = next((name for name in COUNTS if name in passed), None)  # none: one program
-    for piece in (_of_totals if "parts" in launch.types else PASSED[operation])(launch):
+    count = next((name for name in COUNTS if name in passed), None)
+    for piece in (_of_totals if "parts" in launch.kernel.arg_names else PASSED[operation])(launch):
         programs = piece.pop("programs", None)
         piece = {name: piece[name.rpartition(".")[2]] for name in passed}
         for name, kind in kinds.items():
