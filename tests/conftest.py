@@ -1,4 +1,5 @@
 import os
+import sys
 import time
 from collections import defaultdict
 from contextlib import suppress
@@ -105,6 +106,14 @@ def _no_cache_at_home(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _plans_are_made_anew():
+    """Another test may have changed what they follow from."""
+    for operation in getattr(sys.modules.get("tnt_fast.kernels"), "OPERATIONS", {}).values():
+        if plans := getattr(operation, "_plans", None):
+            plans.clear()
 
 
 @pytest.fixture

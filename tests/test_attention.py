@@ -65,8 +65,13 @@ def test_every_backend_keeps_the_rule(backend, fused, dtype, T, E, H, qkv_bias, 
     takes_sdpa = backend == "sdpa" or (backend == "auto" and fused)
     assert sdpa == [(2, T, H, E // H)] * takes_sdpa
     for name, x in found.items():
-        HERE.rule(f"{backend}, {name}", x, own[name], exact[name], dtype)
         assert takes_sdpa or torch.equal(x, own[name]), name
+        if T == 1 and takes_sdpa and name.startswith("qk."):
+            # of one probability, by two sums of E / H products whose difference is 0 but for their rounding
+            terms = max(exact[each].abs().max().item() for each in ("x", "v.weight"))
+            assert exact[name].abs().max() == 0 and x.abs().max() <= 2 * (E // H) * torch.finfo(dtype).eps * terms, name
+        else:
+            HERE.rule(f"{backend}, {name}", x, own[name], exact[name], dtype)
 
 
 def test_attend_is_the_references_attention():
