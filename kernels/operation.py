@@ -36,6 +36,7 @@ HERE = nullcontext()
 MOST_ROWS = 2**30  # patches or tokens of a call: the kernels count them, and a tile more, in 32 bits
 MOST_LAUNCHERS = 4096  # that are remembered
 MOST_PLANS = 1024  # of an operation that are remembered
+PLANS: list[dict[tuple[Any, ...], Any]] = []  # of every operation
 MOST_PROGRAMS = 2**20  # of a grid that stays, counted in 32 bits, too; a GPU holds some thousands
 
 
@@ -228,7 +229,13 @@ def remembered(specialise: Callable[..., Launch]) -> Callable[..., Launch]:
             known[key] = found = specialise(first, *others)
         return found
 
-    specialised.forget = known.clear
+    def forget() -> None:
+        """And the plans, which hold such launches: for another table of configurations."""
+        known.clear()
+        for plans in PLANS:
+            plans.clear()
+
+    specialised.forget = forget
     return specialised
 
 
@@ -327,6 +334,7 @@ class Operation(Arguments):
                 known |= {*self.shapes[names[i]].split()}
         self._accepted: set[tuple[Any, ...]] = set()
         self._plans: dict[tuple[Any, ...], Plan] = {}
+        PLANS.append(self._plans)
         self._register()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:

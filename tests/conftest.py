@@ -111,9 +111,8 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _plans_are_made_anew():
     """Another test may have changed what they follow from."""
-    for operation in getattr(sys.modules.get("tnt_fast.kernels"), "OPERATIONS", {}).values():
-        if plans := getattr(operation, "_plans", None):
-            plans.clear()
+    for plans in getattr(sys.modules.get("tnt_fast.kernels.operation"), "PLANS", ()):
+        plans.clear()
 
 
 @pytest.fixture
