@@ -290,16 +290,12 @@ class Operation(Arguments):
         """
         raise NotImplementedError
 
-    def forward(self, a: SimpleNamespace, out: Tensor) -> None:
-        """Launch once."""
-        self.prepared(a)(a, out)
-
     def empty(self, a: SimpleNamespace) -> Tensor:
         """A tensor like the result; by itself like the first activation."""
         return torch.empty_like(getattr(a, self.activations[0]), memory_format=torch.contiguous_format)
 
     keeps: Callable[[SimpleNamespace], dict[str, tuple[tuple[int, ...], torch.dtype]]] | None = None
-    """Shapes and dtypes, by name, of the new tensors that ``forward`` leaves for ``backward`` of such arguments."""
+    """Shapes and dtypes, by name, of the new tensors that the forward leaves for ``backward`` of such arguments."""
 
     def unread(self, a: Mapping[str, Any]) -> str | None:
         """A tensor of the result's shape that ``backward`` does not read: nobody keeps it, the gradient stands in its place."""
@@ -308,7 +304,7 @@ class Operation(Arguments):
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         """Gradients of the tensors that ``needed`` names, in any dtype, none of them an input; more of them do no harm.
 
-        ``gradient``: of at least one value; ``a.kept``: what ``forward`` left. By itself: once what ``graded`` finds.
+        ``gradient``: of at least one value; ``a.kept``: what the forward left. By itself: once what ``graded`` finds.
         """
         return self.graded(gradient, a, needed)(gradient, a)
 
