@@ -212,10 +212,8 @@ class Outer(Operation):
         if folds:
             projected, cast_weight = _projecting(a)
             added = norm.adding(a.patch.shape, dtype, eps)
-        read, activated = (
-            _reading(a, dtype, recorded, folds and cast_weight),
-            _activating(B * T, M, dtype, a.patch.device, again=True),
-        )
+        read = _reading(a, dtype, recorded, folds and cast_weight)
+        activated = _activating(B * T, M, dtype, a.patch.device, again=True)
         by_tanh = dtype == torch.bfloat16 and a.weights.fc1_bias is not None and not recorded
 
         def run(a: SimpleNamespace, out: Tensor) -> None:
@@ -279,8 +277,8 @@ class Outer(Operation):
             return product.Weights(w.fc1_weight, w.fc1_bias, None, None, w.norm2_weight, w.norm2_bias, w.fc2_bias)
 
         projected, is_cast = _projecting(a) if folds else (None, False)
-        joint = product.prepared(rows, dtype, of_qkv(a.weights, a.fold_weights), eps, tokens=T if folds else 0, again=True)
-        begun = product.prepared(rows, dtype, of_fc1(a.weights), eps, gelu=True, again=True)
+        joint = product.prepared(rows, dtype, of_qkv(a.weights, a.fold_weights), eps, tokens=T if folds else 0)
+        begun = product.prepared(rows, dtype, of_fc1(a.weights), eps, gelu=True)
 
         def run(a: SimpleNamespace, out: Tensor) -> None:
             w, f, rest = a.weights, a.fold_weights, out.view(rows, E)
@@ -405,7 +403,7 @@ def _projecting(a: SimpleNamespace) -> tuple[Callable[[Tensor, Any, Any], Tensor
     def weights(f: Any) -> product.Weights:
         return product.Weights(f.fold_proj_weight, None, None, None, f.fold_norm1_weight, f.fold_norm1_bias)
 
-    multiplied = product.prepared(P, dtype, weights(f), a.eps, again=True)
+    multiplied = product.prepared(P, dtype, weights(f), a.eps)
     return lambda pixel, f, _: multiplied(weights(f), pixel.contiguous()), False
 
 

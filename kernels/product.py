@@ -12,7 +12,6 @@ those of q and k, and that of v. Statistics are float32, of two passes, as norm.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -215,18 +214,18 @@ def _tile(rows: int, K: int, N: int, itemsize: int, device: torch.device) -> tup
 
 
 def prepared(
-    rows: int, dtype: torch.dtype, weights: Weights, eps: float, gelu: bool = False, tokens: int = 0, again: bool = False
+    rows: int, dtype: torch.dtype, weights: Weights, eps: float, gelu: bool = False, tokens: int = 0
 ) -> Callable[..., Tensor]:
-    """The product of matrices of so many rows and a dtype, with contiguous ``weights``.
+    """The product of matrices of so many rows and a dtype, for a plan: contiguous weights like these are given first.
 
     ``tokens``: of an image, where a row is made of z (images · (tokens − 1), K) and of patches (images, tokens, K) of any
-    strides. ``again``: of a plan, which holds no weights: they are given first.
+    strides.
     """
     first, K = weights.weight.shape
     N = first if weights.second_weight is None else first + len(weights.second_weight)
     spec = specialise(dtype, K, N, first, _tile(rows, K, N, dtype.itemsize, weights.weight.device), gelu, tokens > 0)
     grid = -(-rows // spec.config.rows) * spec.constants["Z"].GROUPS
-    spec = spec.again() if again else spec
+    spec = spec.again()
 
     def product(weights: Weights, x: Tensor, rest: Tensor | None = None, patch: Tensor | None = None) -> Tensor:
         y = torch.empty(rows, N, dtype=dtype, device=x.device)
@@ -239,4 +238,4 @@ def prepared(
         launch(spec, grid, x, weights, y, patch, rest, rows, tokens or rows, image, token, eps)
         return y
 
-    return product if again else partial(product, weights)
+    return product
