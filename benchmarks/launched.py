@@ -125,7 +125,7 @@ def recorded(
         for each, gradients in calls(kernel, given):
             packed = SimpleNamespace(**function.defaults | reference.in_records(each), kept={} if gradients else None)
             out = function.empty(packed)
-            function.forward(packed, out)
+            function.prepared(packed)(packed, out)
             if gradients:
                 needed = {name for name, x in each.items() if isinstance(x, Tensor)}
                 function.backward(torch.empty_like(out), packed, needed)
