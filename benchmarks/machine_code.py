@@ -14,7 +14,7 @@ from typing import NamedTuple
 import triton
 
 _INSTRUCTION = re.compile(
-    r"\s+/\*(?P<at>[0-9a-f]{4,})\*/\s+(?P<guard>@!?U?P\S+\s+)?(?P<op>[A-Z][A-Z0-9_.]*)(?P<rest>[^;]*);\s+/\*\s*0x[0-9a-f]+\s*\*/"
+    r"\s+/\*(?P<at>[0-9a-f]{4,})\*/\s+(?P<guard>@!?U?P\S+\s+)?(?P<op>[A-Z][A-Z0-9_.x]*)(?P<rest>[^;]*);\s+/\*\s*0x[0-9a-f]+\s*\*/"
 )
 _SECOND_WORD = re.compile(r"\s+/\*\s*0x(?P<word>[0-9a-f]+)\s*\*/\s*$")
 _LABEL = re.compile(r"(\.L\w+):")

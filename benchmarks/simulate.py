@@ -3,10 +3,11 @@
 A scheduler (there are four) issues an instruction a clock, of a warp whose stall count has passed and whose scoreboards are
 clear (machine_code.py), to a pipe that takes it: each pipe needs so many clocks for a warp's instruction. Matrix and arithmetic
 instructions have their latency in the stall counts. What goes to shared memory, shuffles, special functions and global memory
-waits in one queue of its scheduler, in order; shared memory and shuffles are one unit of the whole multiprocessor. Global
-memory is a bandwidth and a latency: of DRAM, by the L2 cache, for the bytes of the arguments, each once; the rest is in the L1
-cache, and of asynchronous copies in L2. A program that ends makes room for the next; of a kernel that stays, programs have as
-many turns as there are tiles for them.
+waits in one queue of its scheduler, in order; shared memory and shuffles are one unit of the whole multiprocessor. Hopper's
+asynchronous products take the matrix unit and shared memory one behind another, while their warp goes on to where it waits for
+a group of them. Global memory is a bandwidth and a latency: of DRAM, by the L2 cache, for the bytes of the arguments, each
+once; the rest is in the L1 cache, and of asynchronous copies in L2. A program that ends makes room for the next; of a kernel
+that stays, programs have as many turns as there are tiles for them.
 
 Not modelled (``NOT_MODELLED``), and assumed: accesses to global memory are side by side, branches go the way that
 ``machine_code.parts`` says, loops besides the main one turn once; shared memory has the conflicts that are passed in. How wrong
@@ -71,6 +72,7 @@ GPUS = {
 # Performance Study — NVIDIA H100 SXM5", section 3a), taken for all GPUs. Special functions, shuffles and barriers: assumed.
 SHARED, L1, L2, DRAM = 29, 40, 260, 570
 SPECIAL, SHUFFLE, BARRIER, CONSTANT, UNIFORM = 14, 23, 16, 30, 12
+PRODUCT = 64  # from an asynchronous product's end until a warp that waits for it goes on: assumed
 QUEUE = 8  # instructions that wait for memory or special functions, a scheduler: assumed
 START_US, NEXT_PROGRAM = 1.5, 300  # of a launch; clocks from a program's end to the next one's begin: assumed
 
@@ -92,11 +94,15 @@ PIPES = {
         None,
     ),
     "constant": (r"LDC|ULDC|LDCU|S2R", 2),
-    "none": (r"BAR|BRA|EXIT|NOP|BSSY|BSYNC|WARPSYNC|DEPBAR|LDGDEPBAR|CALL|RET|BREAK|YIELD|BMOV|MEMBAR|ERRBAR|CCTL|JMP", 0),
+    "product": (r"HGMMA", 0),
+    "none": (
+        r"BAR|BRA|EXIT|NOP|BSSY|BSYNC|WARPSYNC|DEPBAR|LDGDEPBAR|CALL|RET|BREAK|YIELD|BMOV|MEMBAR|ERRBAR|CCTL|JMP|WARPGROUP|FENCE",
+        0,
+    ),
     "uniform": (r"U(MOV|IADD3|IMAD|LEA|SHF|ISETP|SEL|LOP3|SGXT|PLOP3|PRMT|FLO|POPC|BREV|BMSK|P2UR)|R2UR|S2UR|REDUX|VOTEU", 2),
 }
 NAMES = tuple(PIPES)
-_MATRIX, _SPECIAL, _SHARED, _SHUFFLE, _GLOBAL, _FLOAT, _WIDE, _ALU, _CONSTANT, _NONE, _UNIFORM = range(len(NAMES))
+_MATRIX, _SPECIAL, _SHARED, _SHUFFLE, _GLOBAL, _FLOAT, _WIDE, _ALU, _CONSTANT, _PRODUCT, _NONE, _UNIFORM = range(len(NAMES))
 
 
 def gpu(name: str) -> Gpu:
@@ -110,7 +116,10 @@ def gpu(name: str) -> Gpu:
 
 
 class _Step(NamedTuple):
-    """An instruction as it is run. ``kind``: what else happens; ``number``: of groups of copies that may be left."""
+    """An instruction as it is run. ``kind``: what else happens; ``number``: of groups, of copies or products, that may be left.
+
+    ``clocks`` of an asynchronous product are shared memory's, ``number`` the matrix unit's.
+    """
 
     pipe: int
     clocks: float
@@ -152,12 +161,18 @@ def _step(i: Instruction, gpu: Gpu, conflicts: float) -> _Step:
         size = 32 * _bytes(i.op)
         clocks = max(1, size // 128)
         kind = "copy" if name == "LDGSTS" else "" if name in ("LDG", "ATOMG") else "store"
+    elif pipe == _PRODUCT:  # 64 by k, which a warp group's four warps share, and k by n of 16 bits, or what takes as long
+        number = int(re.match(r"HGMMA\.64x(\d+)x", i.op)[1]) // 2
+        clocks = number / 8 + (0 if re.match(r"R\d+, R\d+", i.rest) else 4)  # the left operand may lie in registers
+        kind = "last" if i.rest.endswith("gsb0") else ""
     elif name == "BAR":
         kind = "barrier"
     elif name == "LDGDEPBAR":
         kind = "group"
     elif name == "DEPBAR" and (left := re.match(r"SB\d, 0x([0-9a-f]+)", i.rest)):
         kind, number = "groups", int(left[1], 16)
+    elif i.op.startswith("WARPGROUP.DEPBAR"):
+        kind, number = "products", int(i.rest.split(", ")[1], 16)
     waits = tuple(board for board in range(6) if i.waits >> board & 1)
     return _Step(pipe, float(clocks), max(1, i.stall), i.sets, i.frees, waits, size, kind, number)
 
@@ -170,7 +185,7 @@ class _Warp:
     def __init__(self, trace: Sequence[_Step], program: int, ready: float):
         self.trace, self.program, self.ready, self.pc = trace, program, ready, 0
         self.boards, self.source = [0.0] * 6, [_NONE] * 6
-        self.groups: list[float] = []
+        self.groups: dict[str, list[float]] = {"groups": [], "products": []}  # when each ends, by what waits for them
         self.copied, self.stopped = 0.0, False
         self.arm()
 
@@ -180,8 +195,9 @@ class _Warp:
         for board in step.waits:
             if self.boards[board] > due:
                 due, why = self.boards[board], self.source[board]
-        if step.kind == "groups" and len(self.groups) > step.number and (last := self.groups[-1 - step.number]) > due:
-            due, why = last, _GLOBAL
+        groups = self.groups.get(step.kind, ())
+        if len(groups) > step.number and (last := groups[-1 - step.number]) > due:
+            due, why = last, _GLOBAL if step.kind == "groups" else _MATRIX
         self.due, self.why = due, why
 
 
@@ -194,8 +210,9 @@ class Run(NamedTuple):
     waits: Counter
 
 
-def run(gpu: Gpu, traces: Sequence[Sequence[_Step]], warps: int, resident: int, cold: float) -> Run:
-    """Programs with these traces on one multiprocessor, ``resident`` at a time; ``cold``: the part of the bytes that is DRAM's.
+def run(gpu: Gpu, traces: Sequence[Sequence[_Step]], warps: int, resident: int, cold: float, l1: bool = True) -> Run:
+    """Programs with these traces on one multiprocessor, ``resident`` at a time; ``cold``: the part of the bytes that is DRAM's;
+    ``l1``: whether loads find the rest in the L1 cache, or in L2.
 
     Raises:
         ValueError: the warps of a program wait for one another for ever.
@@ -243,7 +260,7 @@ def run(gpu: Gpu, traces: Sequence[Sequence[_Step]], warps: int, resident: int, 
             heapq.heappush(heap, (t, s))
             continue
         t = float(math.ceil(t - 1e-9))
-        pipe, clocks, stall, sets, frees, _, size, kind, _ = warp.step
+        pipe, clocks, stall, sets, frees, _, size, kind, number = warp.step
         if warp.why is not None:
             waits[NAMES[warp.why]] += warp.due - warp.ready
         waits["turn"] += t - warp.due
@@ -265,7 +282,7 @@ def run(gpu: Gpu, traces: Sequence[Sequence[_Step]], warps: int, resident: int, 
                 if pipe == _GLOBAL:
                     owed += size * cold
                     done = shared_free + L1
-                    if kind == "copy" or owed >= 0.999 * size:  # copies pass the L1 cache by
+                    if kind == "copy" or not (l1 or kind) or owed >= 0.999 * size:  # copies pass the L1 cache by
                         l2_free = max(l2_free, shared_free) + size / l2
                         busy["l2"] += size / l2
                         done = l2_free + L2
@@ -279,11 +296,18 @@ def run(gpu: Gpu, traces: Sequence[Sequence[_Step]], warps: int, resident: int, 
                 if kind:  # a store, or a copy to shared memory: its operands are read
                     warp.copied = max(warp.copied, done) if kind == "copy" else warp.copied
                     done = read = shared_free + 8
+        elif pipe == _PRODUCT:
+            shared_free = max(shared_free, t) + clocks
+            free[s][_MATRIX] = done = max(max(free[s][_MATRIX], t) + number, shared_free)
+            busy["shared"] += clocks
+            busy["matrix"] += number
+            if kind == "last":
+                warp.groups["products"].append(done + PRODUCT)
         elif pipe == _CONSTANT:
             free[s][pipe], done = t + clocks, t + CONSTANT
         elif pipe == _NONE:
             if kind == "group":
-                warp.groups.append(done := max(warp.copied, t + 2))
+                warp.groups["groups"].append(done := max(warp.copied, t + 2))
         else:
             shares = (_FLOAT, _WIDE) if pipe in (_FLOAT, _WIDE) else (pipe,)
             for each in shares:  # a pipe that came free within this clock has not waited for it
@@ -349,12 +373,14 @@ def simulate(
     tiles: int = 0,
     loops: int = 0,
     conflicts: float = 1.0,
+    l1: bool = True,
 ) -> Time:
     """The time of a launch.
 
     Args:
         warps: of a program. resident: programs that a multiprocessor holds. bytes: of DRAM, read and written. tiles: turns of
-            the main loop in all programs together; or ``loops``: of each. conflicts: turns of shared memory over the least.
+            the main loop in all programs together; or ``loops``: of each. conflicts: turns of shared memory over the least. l1:
+            whether what loads read again is in the L1 cache; False for matrices that do not fit, of which all comes from L2.
 
     Raises:
         ValueError: an instruction that is not in the table, or programs that do not fit.
@@ -372,7 +398,7 @@ def simulate(
 
     def once(programs: int, short: int) -> Run:
         traces = [before + loop * (n - least + short) + behind for n in turns[:programs]]
-        return run(gpu, traces, warps, resident, cold)
+        return run(gpu, traces, warps, resident, cold, l1)
 
     stays = least > 4
     if stays:  # two lengths of the loop; the rest in proportion

@@ -348,11 +348,11 @@ def norm_launch(grid=50176):
 
 def test_an_instruction_that_is_not_known(monkeypatch, tmp_path):
     def unknown(*args, **kwargs):
-        raise ValueError("the machine code has HGMMA, which no pipe of simulate.py takes: no time is told")
+        raise ValueError("the machine code has UTCHMMA, which no pipe of simulate.py takes: no time is told")
 
     monkeypatch.setattr(budget, "CACHE", tmp_path)
     monkeypatch.setattr(budget, "compile_launch", unknown)
-    with pytest.raises(ValueError, match="_norm_kernel: the machine code has HGMMA"):
+    with pytest.raises(ValueError, match="_norm_kernel: the machine code has UTCHMMA"):
         budget.simulated(norm_launch(), H200, 50176)
     assert list(tmp_path.iterdir()) == []
 

@@ -83,6 +83,37 @@ def test_all_of_a_multiprocessor_share_its_memory_and_each_scheduler_has_its_pip
     assert clocks(matrix, 50, warps=8) == pytest.approx(2 * clocks(matrix, 50), rel=0.01)
 
 
+def product(n, rest="R24, gdesc[UR8], R24, gsb0"):
+    return code(f"HGMMA.64x{n}x16.F32.BF16", rest)
+
+
+def until(left):
+    return code("WARPGROUP.DEPBAR.LE", f"gsb0, {left:#x}")
+
+
+def test_an_asynchronous_product_takes_the_matrix_unit_and_shared_memory_of_its_warp_group():
+    wide, narrow = [product(128)] * 8, [product(8)] * 8
+    assert clocks([*wide, until(0)], 30, warps=4) - clocks([*wide, until(0)], 10, warps=4) == pytest.approx(
+        20 * (8 * 64 + simulate.PRODUCT), rel=0.02
+    )
+    assert clocks(wide, 50, warps=8) == pytest.approx(2 * clocks(wide, 50, warps=4), rel=0.05)
+    each = 4 * (4 + 8 / 16)  # for which the other warps wait
+    ends = [clocks([*narrow, until(0)], turns, warps=4) for turns in (10, 30)]
+    assert (ends[1] - ends[0]) / 20 == pytest.approx(8 * each, rel=0.05)
+    in_registers = [product(8, "R24, R4, gdesc[UR8], R24, gsb0")] * 8
+    assert clocks([*in_registers, until(0)], 30, warps=4) < 0.8 * ends[1]
+
+
+def test_an_asynchronous_product_holds_up_what_waits_for_it_alone():
+    work = [FFMA] * 10
+    waits = [product(256), until(0), *work]
+    beside = [product(256), *work, until(0)]
+    assert (clocks(waits, 30) - clocks(waits, 10)) / 20 == pytest.approx(128 + simulate.PRODUCT + 40, rel=0.05)
+    assert (clocks(beside, 30) - clocks(beside, 10)) / 20 == pytest.approx(128 + simulate.PRODUCT, rel=0.05)
+    behind = [product(256), until(1), *work]  # one may be under way: as long as the longer of both
+    assert (clocks(behind, 30) - clocks(behind, 10)) / 20 == pytest.approx(128, rel=0.05)
+
+
 def test_memory_takes_its_bandwidth():
     copy = Parts([], [code("LDG.E.128", sets=0), code("STG.E.128", waits=1, frees=1), code("FADD", waits=2)], [EXIT], 0)
     grid = 16 * 132
@@ -93,6 +124,8 @@ def test_memory_takes_its_bandwidth():
     assert found.low < found.us < found.high
     from_cache = simulate.simulate(copy, H200, warps=4, resident=16, grid=grid, bytes=moved / 10, loops=100)
     assert from_cache.us < 0.5 * found.us
+    from_l2 = simulate.simulate(copy, H200, warps=4, resident=16, grid=grid, bytes=moved / 10, loops=100, l1=False)
+    assert from_l2.us == pytest.approx(moved / 2 / H200.l2 / 1e3, rel=0.1)  # what is loaded
 
 
 def test_turns_are_whole():
@@ -107,8 +140,8 @@ def test_turns_are_whole():
 
 
 def test_what_is_not_known_is_an_error():
-    with pytest.raises(ValueError, match="has HGMMA, which no pipe of simulate.py takes: no time is told"):
-        simulate.simulate(Parts([], [code("HGMMA")], [], 0), H200, warps=1, resident=1, grid=1, bytes=0)
+    with pytest.raises(ValueError, match="has UTCHMMA, which no pipe of simulate.py takes: no time is told"):
+        simulate.simulate(Parts([], [code("UTCHMMA")], [], 0), H200, warps=1, resident=1, grid=1, bytes=0)
     with pytest.raises(ValueError, match="unknown gpu 'v100': accepted are h200, h100, a100, rtx4090, rtx5090"):
         simulate.gpu("v100")
     with pytest.raises(ValueError, match="no program fits"):
@@ -140,6 +173,12 @@ def test_the_bits_of_the_scheduler_are_read():
     assert (first.stall, first.sets, first.frees, first.waits) == (12, NOTHING, NOTHING, 1 << 5)
     assert (second.name, second.guard, second.stall, second.sets, second.waits) == ("LDSM", "@!P0", 5, 1, 0)
     assert (third.target, third.guard) == (1, "@P1")
+
+
+def test_the_name_of_an_asynchronous_product_has_its_shape():
+    text = TEXT.replace("HMMA.16816.F32.BF16 R24, R56, R20, RZ ;", "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;")
+    first = machine_code.decode(text)[0]
+    assert (first.op, first.rest) == ("HGMMA.64x128x16.F32.BF16", "R24, gdesc[UR8], R24, gsb0")
 
 
 def test_the_way_through_branches():
