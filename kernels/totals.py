@@ -22,6 +22,7 @@ from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, launch, remembered
 
 COLUMNS = 32  # 128 bytes of a row
+INTERPRETED = 1024  # in Triton's interpreter, where a program takes as long for few
 CONFIG = Config(64, warps=4, stages=3)  # among the best of 13 by simulation for an H200
 
 
@@ -64,8 +65,8 @@ def _totals_kernel(y_ptr, parts, Z: tl.constexpr):
 
 
 @remembered
-def _specialise(dtype: torch.dtype, turns: int) -> Launch:
-    Z = Sizes.computed(dtype, BLOCK=CONFIG.rows, COLUMNS=COLUMNS, STAGES=CONFIG.stages)
+def _specialise(dtype: torch.dtype, columns: int, turns: int) -> Launch:
+    Z = Sizes.computed(dtype, BLOCK=CONFIG.rows, COLUMNS=columns, STAGES=CONFIG.stages)
     # as inner's kernel of the weights it stands for a call of batch 256 with 196 patches an image
     return Launch(_totals_kernel, {"Z": Z}, CONFIG, 256 * 196, turns)
 
@@ -78,12 +79,13 @@ def totals(parts: Mapping[tuple[str, ...], Tensor], dtype: torch.dtype) -> dict[
     if not parts:
         return {}
     given = tuple(Part(x, *x.shape) for x in parts.values())
-    blocks = [-(-x.n_columns // COLUMNS) for x in given]
-    result = torch.empty(sum(blocks) * COLUMNS, dtype=dtype, device=given[0].ptr.device)
-    spec = _specialise(torch.float32, -(-max(x.n_rows for x in given) // CONFIG.rows))
+    columns = INTERPRETED if isinstance(operation.runner, operation.Interpreter) else COLUMNS
+    blocks = [-(-x.n_columns // columns) for x in given]
+    result = torch.empty(sum(blocks) * columns, dtype=dtype, device=given[0].ptr.device)
+    spec = _specialise(torch.float32, columns, -(-max(x.n_rows for x in given) // CONFIG.rows))
     launch(spec, sum(blocks), result, given)
     found: dict[str, Tensor] = {}
-    sums = result.split([count * COLUMNS for count in blocks])
+    sums = result.split([count * columns for count in blocks])
     for names, part, total in zip(parts, given, sums, strict=True):
         found |= zip(names, total[: part.n_columns].split(part.n_columns // len(names)), strict=True)
     return found

@@ -6,14 +6,14 @@ from helpers import paths
 
 pytest.importorskip("triton")
 
-from tnt_fast.kernels.totals import COLUMNS, CONFIG, totals
+from tnt_fast.kernels.totals import COLUMNS, CONFIG, INTERPRETED, totals
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 BLOCK = CONFIG.rows
 SHAPES = {
     "one": [((1, 1), 1)],
     "rows": [((rows, 5), 1) for rows in (1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7)],
-    "columns": [((3, columns), 1) for columns in (1, COLUMNS - 1, COLUMNS, COLUMNS + 1, 4 * COLUMNS)],
+    "columns": [((3, columns), 1) for columns in (1, COLUMNS - 1, COLUMNS, COLUMNS + 1, 4 * COLUMNS, INTERPRETED + 1)],
     "parts of a row": [((9, 4 * 24), 4), ((70, 2 * 40), 2), ((2, 3 * 7), 3)],
 }
 
