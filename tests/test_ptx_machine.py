@@ -653,6 +653,73 @@ def test_matrix_products(shape, type_):
     assert torch.equal(got.isinf(), want.isinf())
 
 
+def operand(matrix, transposed, bits):
+    """[rows, 16] halves as an asynchronous product reads them in 8 KiB, and the descriptor of that, less where it begins.
+
+    PTX ISA 9.7.15.5, "Strides" and "Swizzling modes": of 16 << ``bits`` bytes a row, whose pieces are exchanged.
+    """
+    memory, row = np.zeros(4096, np.uint16), 8 << bits
+    stride = 8 * row if bits else 16 * row
+    leading = 8 * row if not bits else 16 * row if transposed else 0
+    for (m, k), value in np.ndenumerate(matrix):
+        if not transposed:
+            at = m % 8 * row + m // 8 * stride + (k // 8 * leading if bits == 0 else k // 8 * 8) + k % 8
+        elif bits:
+            at = m % row + m // row * leading + k % 8 * row + k // 8 * stride
+        else:
+            at = m % 8 + m // 8 * stride + k % 8 * 8 + k // 8 * leading
+        piece = at // 8
+        memory[(piece ^ (piece >> 3 & (1 << bits) - 1)) * 8 + at % 8] = value
+    mode = {0: 0, 1: 3, 2: 2, 3: 1}[bits]
+    return memory, mode << 62 | stride * 2 >> 4 << 32 | leading * 2 >> 4 << 16
+
+
+def asynchronous(type_, left, right, sum_, before="fence.proxy.async.shared::cta;\nbar.sync 0;", after=None):
+    """Code of a product of 64 rows by 16 columns, with descriptors: of p0, 16 KiB; sums of the threads are in p1."""
+    sums = f"{{{', '.join(f'%r{i}' for i in range(8))}}}"
+    copies = "mad.wide.u32 %rd1, tid, 16, p0; shl.b32 %r60, tid, 4; mad.wide.u32 %rd2, tid, 32, p1;\n"
+    for at in range(0, 16384, 2048):
+        copies += f"ld.global.v4.b32 {{%r40, %r41, %r42, %r43}}, [%rd1+{at}]; "
+        copies += f"st.shared.v4.b32 [%r60+{at}], {{%r40, %r41, %r42, %r43}};\n"
+    for half in (0, 4):
+        copies += f"ld.global.v4.b32 {{{', '.join(f'%r{half + i}' for i in range(4))}}}, [%rd2+{4 * half}];\n"
+    (a, of_a), (b, of_b) = left, right
+    product = f"wgmma.fence.sync.aligned;\nmov.b64 %rd3, {a}; mov.b64 %rd4, {b | 8192 >> 4};\n"
+    product += f"wgmma.mma_async.sync.aligned.m64n16k16.f32.{type_}.{type_} {sums}, %rd3, %rd4, {sum_}, 1, 1, {of_a}, {of_b};\n"
+    product += "wgmma.commit_group.sync.aligned;\n" + ("wgmma.wait_group.sync.aligned 0;" if after is None else after)
+    for half in (0, 4):
+        product += f"\nst.global.v4.b32 [%rd2+{4 * half}], {{{', '.join(f'%r{half + i}' for i in range(4))}}};"
+    return f"{copies}{before}\n{product}"
+
+
+@pytest.mark.parametrize("bits", range(4))
+@pytest.mark.parametrize(("of_a", "of_b"), list(itertools.product((0, 1), (0, 1))))
+def test_asynchronous_products(of_a, of_b, bits):
+    for type_, has_sum in (("bf16", 1), ("f16", 0)):
+        a, b = (torch.randint(-9, 10, (rows, 16)).to(TORCH[type_]) for rows in (64, 16))
+        placed = [operand(x.view(torch.int16).numpy().view(np.uint16), way, bits) for x, way in ((a, of_a), (b, of_b))]
+        shared = torch.from_numpy(np.concatenate([memory for memory, _ in placed]).view(np.int16))
+        sums = torch.randint(-9, 10, (128, 8)).float()
+        warp, lane, i = torch.arange(128)[:, None] // 32, torch.arange(128)[:, None] % 32, torch.arange(8)
+        place = 16 * warp + lane // 4 + 8 * (i // 2 % 2), 2 * (lane % 4) + i % 2 + 8 * (i // 4)
+        want = (a.double() @ b.double().t())[place] + has_sum * sums
+        code = asynchronous(type_, (placed[0][1], of_a), (placed[1][1], of_b), has_sum)
+        build(code, threads=128, shared=16384).run(1, [shared, sums, 0, 0])
+        assert torch.equal(sums.double(), want)
+
+
+def test_asynchronous_products_are_waited_for():
+    code = [asynchronous("f16", (8 << 32, 0), (8 << 32, 0), 0, **given) for given in (
+        dict(before="bar.sync 0;"), dict(before="fence.proxy.async.shared::cta;"),
+        dict(after="st.shared.b32 [%r60], %r40;\nwgmma.wait_group.sync.aligned 0;"), dict(after=""))]  # fmt: skip
+    given = torch.zeros(8192, dtype=torch.int16), torch.zeros(128, 8)
+    for each, said in zip(code, ("no fence and barrier", "no fence and barrier", "another thread read"), strict=False):
+        with pytest.raises(Fault, match=said):
+            build(each, threads=128, shared=16384).run(1, [*given, 0, 0])
+    build(code[3], threads=128, shared=16384).run(1, [*given, 0, 0])
+    assert given[1].isnan().all()
+
+
 @pytest.mark.parametrize(("count", "trans"), list(itertools.product((1, 2, 4), ("", ".trans"))))
 def test_matrix_loads_and_stores(count, trans):
     tiles = torch.arange(count * 64, dtype=torch.int16).reshape(count, 8, 8)
@@ -983,7 +1050,9 @@ UNKNOWN = [
     "ld.param.v2.b32 {%r1, %r2}, [case_param_0];", "ld.global.b32 %r1, [p0-4];", "atom.global.add.u32 %r1, [p0], 1;",
     "red.global.add.f32 [p0], %r1;", "st.global.wt.b32 [p0], %r1;", "cp.async.bulk.commit_group;",
     "cp.async.mbarrier.arrive.b64 [smem];", "ldmatrix.sync.aligned.m8n8.x4.shared.b8 {%r1, %r2, %r3, %r4}, [smem];",
-    "membar.cta;", "fence.proxy.async;", "call foo;",
+    "membar.cta;", "fence.proxy.async;", "call foo;", "wgmma.wait_group.sync 0;",
+    "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1, %r2, %r3, %r4}, {%r5, %r6, %r7, %r8}, %rd1, 1, 1, 1, 0;",
+    "wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {%r1, %r2, %r3, %r4}, %rd1, %rd2, 1, 1, 1;",
     "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1, %r2}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%r1, %r2};",
     "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r1, %r2}, {%r1, %r2}, {%r5, %r6}, {%r1, %r2};", "bra $L_nowhere;",
     "mov.u32 %r1, %clock;", "add.s32 %r1, %q1, 1;", "@%p1 ret;", "@%p1 bar.sync 0;", ".local .b8 x[4];", "{ .reg .b32 %x<3>; }",

@@ -18,7 +18,7 @@ from .machine import Kernel, Memory, State
 Place = tuple[int, int]  # (block, instruction in it)
 
 WRITES_NOTHING = {"st", "stmatrix", "bar", "cp", "bra", "ret", "exit"}
-READS_MEMORY = {"ld", "ldmatrix"}
+READS_MEMORY = {"ld", "ldmatrix", "wgmma"}
 COMMUTATIVE = {"add", "mul", "and", "or", "xor", "min", "max", "fma", "mad"}  # in their first two operands
 
 
@@ -40,7 +40,7 @@ def flow(kernel: Kernel) -> Flow:
     definitions: dict[str, list[int]] = {}
     for at, ins in enumerate(instructions):
         first = () if ins.parts[0] in WRITES_NOTHING else ins.operands[:1]
-        rest = ins.operands if not first else ins.operands[1:]
+        rest = ins.operands if not first or ins.parts[0] == "wgmma" else ins.operands[1:]  # which adds to its result
         written.append(tuple(registers(kernel, " ".join(first))))
         read.append(tuple(registers(kernel, " ".join((*rest, ins.guard or "")))))
         for name in written[-1]:

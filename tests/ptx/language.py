@@ -614,6 +614,36 @@ class _Statement:
         out = [f"t = P.mma({types[1]!r}, [{a}], [{b}], [{c}], {self.mask()}, {self.number})"]
         return out + [line for i, r in enumerate(d) for line in self.write(r, f"t[{i}]", "f32")]
 
+    def _wgmma(self):
+        """Asynchronous: of operands in shared memory, which descriptors describe."""
+        kind, mask = self.ins.parts[1], self.mask()
+        if self.guard or self.ins.parts[2:4] != ("sync", "aligned"):
+            raise Unknown("this form")
+        if kind == "fence" and not self.ins.operands:
+            return []  # of registers: what a product has not delivered is NaN here
+        if kind == "commit_group":
+            return [f"P.commit_products({mask}, {self.number})"]
+        if kind == "wait_group":
+            return [f"P.wait_products({int(self.ins.operands[0])}, {mask}, {self.number})"]
+        shape, types = re.fullmatch(r"m64n(\d+)k16", self.ins.parts[4]), self.ins.parts[5:]
+        if kind != "mma_async" or not shape or types not in (("f32", "f16", "f16"), ("f32", "bf16", "bf16")):
+            raise Unknown("these types")
+        d, a, b, has_sum, *ways = self.ins.operands
+        results = [self.t.numbers[name] for name in self.t._list(d)]
+        if a.startswith("{") or ways[:2] != ["1", "1"] or len(results) != int(shape[1]) // 2:
+            raise Unknown("these operands")
+        left, right = (f"P.full({self.t.value(x, 'b64')})" for x in (a, b))
+        transposed = tuple(way == "1" for way in ways[2:])
+        total = (
+            f"P.full({self.t.predicate(has_sum)})" if has_sum.startswith(("%", "!")) else f"P.full(np.bool_({has_sum != '0'}))"
+        )
+        return [f"P.wgmma({types[1]!r}, {results}, {left}, {right}, {total}, {transposed}, {mask}, {self.number})"]
+
+    def _fence(self):
+        if self.guard or self.ins.parts[1:] != ("proxy", "async", "shared::cta"):
+            raise Unknown("this fence")
+        return [f"P.proxy_fence({self.mask()}, {self.number})"]
+
     def _shfl(self):
         mode = self.ins.parts[2]
         if self.ins.parts[1] != "sync" or mode not in ("bfly", "idx", "up", "down") or self.ins.type != "b32":

@@ -12,9 +12,11 @@ Faults, each with the instruction, the source line, the program and the thread:
 - two threads at the same shared bytes, one of them writing, with no barrier between them (within a warp, bar.warp.sync);
 - two programs at the same global bytes, one of them writing;
 - a barrier, a shuffle or a matrix instruction that not all threads of a warp reach, or that a program reaches in parts;
+- an asynchronous product of what was stored to shared memory with no fence since, or overwritten before it is waited for;
 - a program that does not end.
 
-Registers that nobody wrote hold NaN: compilers read such, and drop the value. Approximate instructions err by the most that
+Registers that nobody wrote hold NaN: compilers read such, and drop the value. So do those of an asynchronous product until it
+is waited for. Approximate instructions err by the most that
 PTX allows, in the direction of ``error``; sums of matrix instructions are exact and then truncated to float32, as tensor cores
 do (Fasi et al. 2021; the ISA says no more than "at least single precision").
 
@@ -31,7 +33,7 @@ import networkx
 import numpy as np
 import torch
 
-from .language import UNSIGNED, Code, Instruction, Translator, Unknown, parse, ways
+from .language import UNSIGNED, Code, Instruction, Translator, Unknown, from_half, parse, ways
 
 SPACE = 44  # a storage lies in a space of 1 << SPACE bytes, its number << SPACE,
 MIDDLE = 1 << SPACE - 1  # and begins in the middle: an access before it is in the same space
@@ -171,6 +173,11 @@ class State:
         self.several = np.zeros(count, np.int8)  # readers since the barrier: 1, several threads of a warp; 2, several warps
         self.wrote, self.wrote_warp = np.full(count, -1, np.int32), np.full(count, -1, np.int32)  # since which barrier
         self.read, self.read_warp = np.full(count, -1, np.int32), np.full(count, -1, np.int32)
+        self.unfenced = np.zeros(count, bool)  # stored, and not to be seen by asynchronous products yet
+        self.products: dict[int, np.ndarray] = {}  # results that are on their way, by register
+        self.reading: list[tuple[np.ndarray, np.ndarray]] = []  # what is read for them: first threads, granules
+        self.begun: set[int] = set()  # registers of products since the last commit
+        self.product_groups: list[set[int]] = []
         self.epoch = np.zeros(len(programs), np.int32)  # barriers of a program, and of a warp
         self.warp_epoch = np.zeros(self.lanes // 32, np.int32)
         self.group: list[list] = [[] for _ in programs]  # copies since the last commit
@@ -300,6 +307,7 @@ class State:
         if clash.any() and (wrong := clash.any(1) & (memory[where] != words).any(1)).any():
             raise self.fault(number, f"{what} what another thread wrote since the last barrier", lanes[wrong])
         memory[where] = words
+        self.unfenced[g] = True
         if (wrong := memory[where] != words).any():
             raise self.fault(number, "threads write different values to one place", lanes[wrong.any(1)])
         self._mark_written(lanes, g)
@@ -394,7 +402,7 @@ class State:
         for place in self._programs(mask, number):
             while len(self.groups[place]) > left:
                 for lanes, at, words, g, _ in self.groups[place].pop(0):
-                    self.pending[g] = False
+                    self.pending[g] = self.unfenced[g] = False  # no fence behind copies: Triton, as CUTLASS, has none
                     self.shared[32][at[:, None] // 4 + np.arange(words.shape[1])] = words
                     self._mark_written(lanes, g)
 
@@ -532,6 +540,98 @@ class State:
         near = np.where(outside, np.nextafter(near, np.float32(0)), near)
         low, high = near[:, :8].reshape(-1, 2), near[:, 8:].reshape(-1, 2)
         return [np.ascontiguousarray(x) for x in (low[:, 0], low[:, 1], high[:, 0], high[:, 1])]
+
+    # asynchronous products
+
+    def _all(self, mask, number) -> None:
+        if mask is not None and not mask.all():
+            raise self.fault(number, "not all threads reach it")
+
+    def proxy_fence(self, mask, number):
+        self._all(mask, number)
+        self.unfenced[:] = False
+
+    def _operand(self, descriptor, count, transposed, number) -> np.ndarray:
+        """[warp groups, count, 16] bits of shared memory: of rows one behind the other, or, ``transposed``, of columns.
+
+        The layouts are those of the PTX ISA, "Asynchronous warpgroup level matrix shared memory layout": pieces of 16 bytes, in
+        rows of 16, 32, 64 or 128 bytes, whose pieces are exchanged by the number of the row.
+        """
+        words = descriptor.reshape(-1, 128)
+        if (words != words[:, :1]).any() or (words[:, 0] >> np.uint64(49) & np.uint64(7)).any():
+            raise self.fault(number, "another descriptor than one for all threads, of whole rows")
+        start, leading, stride = (
+            (words[:, 0] >> np.uint64(at) & np.uint64(0x3FFF)).astype(np.int64) << 4 for at in (0, 16, 32)
+        )
+        (mode,) = {int(x) for x in words[:, 0] >> np.uint64(62)}
+        bits = {0: 0, 1: 3, 2: 2, 3: 1}[mode]
+        row, k = np.arange(count)[:, None], np.arange(16)[None, :]
+        start, leading, stride = (x[:, None, None] for x in (start, leading, stride))
+        if not transposed:
+            at = row % 8 * (16 << bits) + row // 8 * stride + k // 8 * (16 if bits else leading) + k % 8 * 2
+        elif bits:
+            piece = row // 8
+            at = piece % (1 << bits) * 16 + (piece >> bits) * leading + k % 8 * (16 << bits) + k // 8 * stride + row % 8 * 2
+        else:
+            at = row // 8 * stride + k % 8 * 16 + k // 8 * leading + row % 8 * 2
+        at = start + at
+        at ^= (at >> 7 & (1 << bits) - 1) << 4
+        if (at < 0).any() or (at + 2 > self.kernel.shared).any():
+            raise self.fault(number, f"an operand at shared addresses up to {at.max()} of {self.kernel.shared}")
+        lanes = np.arange(len(words)) * 128
+        place = self.place[lanes]
+        at = at + (place * self.stride)[:, None, None]
+        g = (at // self.granule).reshape(len(words), -1)
+        if self.pending[g].any() or not self.written[g].all():
+            raise self.fault(number, "multiplies what nobody wrote, or a copy has not delivered", lanes)
+        if self.unfenced[g].any() or (self.wrote[g] == self.epoch[place][:, None]).any():
+            raise self.fault(number, "multiplies what was stored with no fence and barrier since", lanes)
+        self.reading.append((lanes, g))
+        self._mark_read(lanes, g)
+        return self.shared[16][at // 2]
+
+    def _mark_read(self, lanes, g):
+        self.several[g], self.reader[g], self.read[g] = 2, lanes[:, None], self.epoch[self.place[lanes]][:, None]
+
+    def wgmma(self, kind, results, left, right, has_sum, transposed, mask, number):
+        self._all(mask, number)
+        groups, columns = self.lanes // 128, 2 * len(results)
+        a, b = (
+            self._operand(x, count, way, number)
+            for x, count, way in ((left, 64, transposed[0]), (right, columns, transposed[1]))
+        )
+        a, b = (from_half(np.ascontiguousarray(x), kind) for x in (a, b))
+        before = np.stack([self.products.get(i, self.registers[i]).view(np.float32) for i in results], -1)
+        # of a warp's 16 rows a thread has two, 8 apart, and of 8 columns two side by side
+        shape = (groups, 4, 8, 4, columns // 8, 2, 2)  # group, warp, row, column; 8 columns, row, column
+        order = (0, 1, 5, 2, 4, 3, 6)
+        total = np.where(has_sum[:, None], before, np.float32(0)).reshape(shape).transpose(order).astype(np.float64)
+        total = total.reshape(groups, 64, columns) + a @ b.transpose(0, 2, 1)
+        near = total.astype(np.float32)
+        outside = (np.abs(near) > np.abs(total)) & np.isfinite(total)
+        near = np.where(outside, np.nextafter(near, np.float32(0)), near)
+        near = near.reshape([shape[i] for i in order]).transpose(np.argsort(order)).reshape(self.lanes, len(results))
+        for i, at in enumerate(results):
+            have = self.registers[at].dtype
+            self.products[at] = np.ascontiguousarray(near[:, i]).view(have)
+            self.registers[at] = np.full(self.lanes, np.float32(np.nan)).view(have)
+        self.begun |= {*results}
+
+    def commit_products(self, mask, number):
+        self._all(mask, number)
+        self.product_groups.append(self.begun)
+        self.begun = set()
+
+    def wait_products(self, left, mask, number):
+        self._all(mask, number)
+        while len(self.product_groups) > left:
+            done = self.product_groups.pop(0)
+            for at in done - self.begun.union(*self.product_groups):
+                self.registers[at] = self.products.pop(at)
+        if not self.product_groups:
+            for lanes, g in self.reading:  # until now
+                self._mark_read(lanes, g)
+            self.reading = []
 
     # counting
 
