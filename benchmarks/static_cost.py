@@ -325,6 +325,12 @@ def _time(found: Launched, launch: Any, text: str, resident: int, gpu: simulate.
     return {"gpu": gpu.name, "error": None, "other_loops": code.other_loops} | time._asdict()
 
 
+def _is_for(launch: Any, target: str) -> bool:
+    """Whether a launch may be started on GPUs of that target at all."""
+    limits, capability = TARGETS[target], launch.config.capability
+    return capability is None or (isinstance(limits.arch, int) and divmod(limits.arch, 10) == capability)
+
+
 def _row(
     kernel: str, number: int, target: str, sass: Path | None, gpu: simulate.Gpu | None, counted: bool, conflicts: float = 1.0
 ) -> dict[str, Any]:
@@ -500,7 +506,7 @@ def rows(
         for kernel in kernels
         for number, (variant, dtype, shown) in enumerate(_launches(kernel))
         for target in targets
-        if variant in variants and dtype in dtypes
+        if variant in variants and dtype in dtypes and _is_for(shown.spec, target)
     ]
     found, executed = {}, {}
     # fork: the workers know what OPERATIONS holds here, and a launch itself cannot be sent to them

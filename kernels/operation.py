@@ -136,7 +136,8 @@ class Config(NamedTuple):
 
     ``rows``: of a tile; ``chunk``: how much of what a kernel goes through by pieces is one; ``per_sm``: programs on a
     multiprocessor of a grid that stays, and takes tile after tile; ``mma_arch``: from sm_90 on, the older architecture whose
-    matrix instructions are taken.
+    matrix instructions are taken; ``registers``: of a thread, at most, so that more programs fit on a multiprocessor;
+    ``capability``: of the only GPUs that it is launched on.
     """
 
     rows: int
@@ -145,6 +146,8 @@ class Config(NamedTuple):
     chunk: int = 0
     stages: int = 1
     mma_arch: str | None = None
+    registers: int | None = None
+    capability: tuple[int, int] | None = None
 
 
 def derived(of: Callable[[Any], Any]) -> Any:
@@ -249,6 +252,8 @@ def launch(spec: Launch, grid: int, *arguments: Any) -> None:
     capability = runner.capability(arguments[0].device) if config.mma_arch else None
     if capability is not None and capability[0] >= 9:
         options["arch"] = config.mma_arch
+    if config.registers:
+        options["maxnreg"] = config.registers
     runner.launch(spec, grid, arguments, options)
 
 

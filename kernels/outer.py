@@ -4,8 +4,9 @@
     x = patch + attn_scale · proj(softmax(q kᵀ / √D) v),   q, k, v = linear(LN₁ patch), H heads of D channels
     y = x + mlp_scale · fc2(GELU(fc1(LN₂ x)))
 
-Shapes: patch and result (B, T, E), T = 1 + N tokens. The products and the attention are large and the libraries': what is left
-between them is two LayerNorms, of which fold's last launch does the first. Eight launches, ten with fold: each LayerNorm also
+Shapes: patch and result (B, T, E), T = 1 + N tokens. The products are large and the libraries', and so is the attention, but
+for what attention.py takes. What is left between them is two LayerNorms, of which fold's last launch does the first. Eight
+launches, ten with fold: each LayerNorm also
 writes what the branch behind it is added to, with the biases of that branch, so that the product that ends it adds in place;
 q, k and v are one product; GELU belongs to fc1's. Of few rows, where nothing is recorded or scaled, LayerNorms and what follows
 them are product.py's: five launches, six with fold.
@@ -45,6 +46,7 @@ from torch import Tensor
 
 from tnt_fast import attention, reference
 from tnt_fast.arguments import FOLD_SHAPES, transformer_shapes
+from tnt_fast.kernels import attention as short
 from tnt_fast.kernels import norm, operation, product
 from tnt_fast.kernels.fold import fold
 from tnt_fast.kernels.fold import product as projecting
@@ -206,13 +208,14 @@ class Outer(Operation):
     def prepared(self, a: SimpleNamespace) -> Callable[[SimpleNamespace, Tensor], None]:
         if self._are_few(a):
             return self._prepared_few(a)
-        (B, T, E), dtype, H, eps, M = a.patch.shape, a.patch.dtype, a.num_heads, a.eps, a.weights.fc1_weight.shape[0]
+        (B, T, E), dtype, eps, M = a.patch.shape, a.patch.dtype, a.eps, a.weights.fc1_weight.shape[0]
         recorded, folds = a.kept is not None, _folds(a.pixel)
         normed, normed_then = (norm.prepared(B * T, E, dtype, again=True) for _ in range(2))
         if folds:
             projected, cast_weight = _projecting(a)
             added = norm.adding(a.patch.shape, dtype, eps)
         read = _reading(a, dtype, recorded, folds and cast_weight)
+        attended_by = _attending(a, recorded)
         activated = _activating(B * T, M, dtype, a.patch.device, again=True)
         by_tanh = dtype == torch.bfloat16 and a.weights.fc1_bias is not None and not recorded
 
@@ -231,16 +234,13 @@ class Outer(Operation):
             else:
                 h = normed(a.patch.contiguous().view(B * T, E), w.norm1_weight, w.norm1_bias, eps, x, attn_bias)
             qkv = F.linear(h, qkv_weight, _qkv_bias(w, dtype))
-            heads = qkv.view(B, T, 3, H, E // H)
+            attended, logsumexp = attended_by(qkv)
             if recorded:
-                attended, logsumexp = attention.attend_recorded(*heads.unbind(2))
-                kept.update(x=x, attended=attended.view(B * T, E), logsumexp=logsumexp, qkv=qkv, qkv_weight=qkv_weight)
+                kept.update(x=x, attended=attended, logsumexp=logsumexp, qkv=qkv, qkv_weight=qkv_weight)
                 kept.update(proj_weight=proj_weight, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
                 if folds:
                     kept.update(fold_proj_weight=fold_proj_weight, folded=folded.view(B * T, E))
-            else:
-                attended = attention.attend_joined(heads)
-            _add(x, attended.reshape(B * T, E), proj_weight, w.proj_bias, attn_scale)
+            _add(x, attended, proj_weight, w.proj_bias, attn_scale)
 
             h = normed_then(x, w.norm2_weight, w.norm2_bias, eps, rest, w.fc2_bias if mlp_scale is None else None)
             if by_tanh:
@@ -265,7 +265,7 @@ class Outer(Operation):
 
     def _prepared_few(self, a: SimpleNamespace) -> Callable[[SimpleNamespace, Tensor], None]:
         """Six launches with fold, five without: a LayerNorm, and what follows it, are one."""
-        (B, T, E), dtype, H, eps, folds = a.patch.shape, a.patch.dtype, a.num_heads, a.eps, _folds(a.pixel)
+        (B, T, E), dtype, eps, folds = a.patch.shape, a.patch.dtype, a.eps, _folds(a.pixel)
         rows = B * T
 
         def of_qkv(w: Any, f: Any) -> product.Weights:
@@ -278,6 +278,7 @@ class Outer(Operation):
 
         projected, is_cast = _projecting(a) if folds else (None, False)
         joint = product.prepared(rows, dtype, of_qkv(a.weights, a.fold_weights), eps, tokens=T if folds else 0)
+        attended_by = _attending(a, recorded=False)
         begun = product.prepared(rows, dtype, of_fc1(a.weights), eps, gelu=True)
 
         def run(a: SimpleNamespace, out: Tensor) -> None:
@@ -289,8 +290,7 @@ class Outer(Operation):
                 h = joint(weights, a.patch.contiguous(), x)
             else:
                 h = joint(weights, projected(_to(a.pixel, dtype), f, fold_weight), x, a.patch)
-            attended = attention.attend_joined(h.view(B, T, 3, H, E // H))
-            x.addmm_(attended.reshape(rows, E), proj_weight.t())
+            x.addmm_(attended_by(h)[0], proj_weight.t())
             rest.addmm_(begun(of_fc1(w), x, rest), fc2_weight.t())
 
         return run
@@ -405,6 +405,23 @@ def _projecting(a: SimpleNamespace) -> tuple[Callable[[Tensor, Any, Any], Tensor
 
     multiplied = product.prepared(P, dtype, weights(f), a.eps)
     return lambda pixel, f, _: multiplied(weights(f), pixel.contiguous()), False
+
+
+def _attending(a: SimpleNamespace, recorded: bool) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+    """Attention of rows of q, k and v, (B·T, 3 E), and if ``recorded`` its logsumexp: a kernel of ours, or PyTorch's."""
+    (B, T, E), H = a.patch.shape, a.num_heads
+    if short.attends(B, T, H, E // H, a.patch.dtype, a.patch.device):
+        return short.prepared(B, T, H, a.patch.dtype, recorded)
+
+    def attended(qkv: Tensor) -> tuple[Tensor, Tensor | None]:
+        heads = qkv.view(B, T, 3, H, E // H)
+        if recorded:
+            found, logsumexp = attention.attend_recorded(*heads.unbind(2))
+        else:
+            found, logsumexp = attention.attend_joined(heads), None
+        return found.reshape(B * T, E), logsumexp
+
+    return attended
 
 
 def _reading(a: SimpleNamespace, dtype: torch.dtype, whole: bool, folds: bool) -> Callable[[Any, Any], list[Any]]:

@@ -6,6 +6,7 @@ Approximations, each with its largest error; all far below one rounding of float
 the kernel computes in those, compiled for an NVIDIA GPU. In float32 and in the interpreter the plain forms run.
 
 - exp2: ex2.approx, 2 units in the last place of float32 over the whole range (PTX ISA), denormals flushed to 0.
+- log2: lg2.approx, 2^-22 absolute between 1/2 and 2, relative elsewhere (PTX ISA).
 - reciprocal: rcp.approx, 1 unit in the last place.
 - gelu: x·(1 + tanh u)/2 with u = x·(0.7975079 + 0.0370056 x² − 0.0003515 x⁴), x² clamped at 36: 2.6e-5 against the erf form,
   and tanh.approx, 2^-11 relative (PTX ISA), on top.
@@ -23,6 +24,11 @@ def _asm(x, CODE: tl.constexpr):
 @triton.jit
 def exp2(x, FAST: tl.constexpr):
     return _asm(x, "ex2.approx.ftz.f32 $0, $1;") if FAST else tl.exp2(x)
+
+
+@triton.jit
+def log2(x, FAST: tl.constexpr):
+    return _asm(x, "lg2.approx.ftz.f32 $0, $1;") if FAST else tl.log2(x)
 
 
 @triton.jit

@@ -466,6 +466,12 @@ def _of_totals(launch: Any) -> Iterator[dict[str, Any]]:
     yield {"n_rows": Interval(1, RESIDENT), "n_columns": Interval(1, ROWS), "programs": programs}
 
 
+def _of_attention(launch: Any) -> Iterator[dict[str, Any]]:
+    """Its programs have a head of an image each, or a part of one."""
+    Z = launch.constants["Z"]
+    yield {"programs": ROWS // Z.T * Z.H}
+
+
 COUNTS = ("n_rows", "n_tokens", "n_cells", "n_patches")  # what a kernel's tiles are cut from: the first that it has
 OPTIONAL = {
     "pixel_embed": {"bias_ptr", "pixel_pos_ptr"},
@@ -486,7 +492,8 @@ def ranges(operation: str, launch: Any, kinds: dict[str, Any]) -> Iterator[dict[
         raise ValueError(f"say in tests/intervals.py in what ranges the launchers of {operation} pass their integers")
     Z, passed = launch.constants["Z"], integers(launch)
     count = next((name for name in COUNTS if name in passed), None)
-    for piece in (_of_totals if "parts" in launch.kernel.arg_names else PASSED[operation])(launch):
+    own = {"parts": _of_totals, "logsumexp_ptr": _of_attention}  # of kernels of several operations, or without a count
+    for piece in next((own[name] for name in own if name in launch.kernel.arg_names), PASSED[operation])(launch):
         programs = piece.pop("programs", None)
         piece = {name: piece[name.rpartition(".")[2]] for name in passed}
         for name, kind in kinds.items():

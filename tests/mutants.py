@@ -625,7 +625,7 @@ SHAPES = {"arange", "reshape", "permute", "zeros", "full", "broadcast_to", "stat
 OTHER = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!="}
 OTHER |= {ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.Mod: "//", ast.FloorDiv: "%"}
 FILES = {"inner": "inner.py", "fold": "norm.py", "outer": "norm.py", "pixel_embed": "pixel_embed.py"}
-ALSO = ("outer.py", "product.py", "tile.py", "totals.py")  # with kernels of outer's alone, and what all call
+ALSO = ("attention.py", "outer.py", "product.py", "tile.py", "totals.py")  # with kernels of outer's alone, and what all call
 READ = tuple(dict.fromkeys((*FILES.values(), *ALSO)))
 
 

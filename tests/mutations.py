@@ -591,7 +591,8 @@ TESTS = {
     "pixel_embed": "test_pixel_embed",
     "totals": "test_totals",
 }
-TEST_FILES = [f"tests/test_{name}.py" for name in ("pixel_embed", "fold", "inner", "outer", "totals", "kernels")]
+TESTED = ("pixel_embed", "fold", "inner", "outer", "short_attention", "totals", "kernels")
+TEST_FILES = [f"tests/test_{name}.py" for name in TESTED]
 LIMIT_S = 180  # of a run of tests
 
 

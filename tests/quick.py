@@ -24,6 +24,7 @@ HOLDS = {
     "test_timm_parity": ["tnt_fast/tnt.py", "tnt_fast/variants.py"],
     "test_operation": ["tnt_fast/arguments.py"],
     "test_outer": ["kernels/product.py"],
+    "test_short_attention": ["kernels/attention.py"],
     "test_kernels": ["kernels/*.py", "tests/conftest.py"],
     "test_backward": ["kernels/*.py"],
     "test_benchmarks": ["benchmarks/*.py", "tnt_fast/bench.py"],

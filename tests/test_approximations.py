@@ -83,6 +83,8 @@ def _apply(x_ptr, y_ptr, n, WHICH: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.c
         y = tile.gelu_pairs(x * 0.125, FAST, True).to(tl.float32) * 4.0
     elif WHICH == "exp2":
         y = tile.exp2(x, FAST)
+    elif WHICH == "log2":
+        y = tile.log2(x, FAST)
     else:
         y = tile.reciprocal(x, FAST)
     tl.store(y_ptr + at, y, mask=at < n)
@@ -104,6 +106,7 @@ def apply(x: torch.Tensor, which: str, fast: bool) -> torch.Tensor:
         ("pairs", -4, 4, 3.2e-3, 0),
         ("pairs", 4, 260_000, 0, 2**-8),
         ("exp2", -126, 0, 0, 2**-21),
+        ("log2", 1, 256, 2**-22, 2**-22),
         ("reciprocal", 1, 256, 0, 2**-22),
     ],
 )
@@ -111,7 +114,9 @@ def test_the_fast_forms(which, low, high, absolute, relative, path, dtype):
     x = torch.linspace(low, high, 1_000_003 if path.device == "cuda" else 20_011, device=path.device)
     x = x[1:] if which == "exp2" else x  # the smallest normal number itself may be flushed to 0
     y = apply(x, which, fast=True)
-    exact = {"gelu": F.gelu, "pairs": F.gelu, "exp2": torch.exp2, "reciprocal": torch.reciprocal}[which](x.double())
+    exact = {"gelu": F.gelu, "pairs": F.gelu, "exp2": torch.exp2, "log2": torch.log2, "reciprocal": torch.reciprocal}[which](
+        x.double()
+    )
     allowed = absolute + relative * exact.abs()
     if path.executor and which == "gelu":
         allowed += 2**-12 * x.abs()  # by the PTX manual tanh.approx errs by 2^-11 where it is 1, too; a GPU's does not

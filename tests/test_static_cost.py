@@ -582,9 +582,12 @@ class TestShipped:
         # pixel_embed's weight gradient keeps 192 sums a thread, and is faster so, spills and all (its launch table)
         allowed = {"_inner_bwd b": 128, "_inner_bwd s": 128, "_inner_bwd ti": 128}
         allowed |= {"_pixel_embed_weight_bwd s": 64, "_pixel_embed_weight_bwd s_legacy": 64}
+        # with 168 registers a third program of the attention's forward fits on a multiprocessor
+        allowed |= {f"_attention_fwd {variant}": 144 for variant in ("ti", "s", "s_legacy", "b")}
 
         def most(row):
-            return allowed.get(f"{row['function'][: row['function'].find('bwd') + 3]} {row['variant']}", 0)
+            name = row["function"]
+            return allowed.get(f"{name[: max(name.find('bwd'), name.find('fwd')) + 3]} {row['variant']}", 0)
 
         spills = [row for row in rows if row["stack_bytes"] > most(row)]
         assert self._where(spills, "stack_bytes") == []

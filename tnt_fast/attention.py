@@ -1,7 +1,8 @@
 """What computes the outer attention: PyTorch's fused attention, xformers', or plain products and a softmax.
 
-"auto" is "sdpa" on the fused path. On the reference path it is "eager", whose bits are timm's, but where ``only_infers``:
-"sdpa" there, too, with q, k and v in one product of oneDNN's.
+"auto" is "sdpa" on the fused path, which has a kernel of its own in the place of PyTorch's (kernels/attention.py) where that is
+faster. On the reference path it is "eager", whose bits are timm's, but where ``only_infers``: "sdpa" there, too, with q, k and
+v in one product of oneDNN's.
 """
 
 from functools import cache

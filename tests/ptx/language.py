@@ -21,6 +21,7 @@ UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 BOUNDS = {
     ("ex2", "f32"): ("relative", 2.0**-22),  # 2 units in the last place; of 0 it is 1 to the bit, a special value
     ("rcp", "f32"): ("relative", 2.0**-23),  # 1 unit
+    ("lg2", "f32"): ("either", 2.0**-22),  # absolute between 1/2 and 2, where the value is below 1; else relative
     ("rsqrt", "f32"): ("relative", 2.0**-22.9),
     ("sqrt", "f32"): ("relative", 2.0**-23),
     ("div", "f32"): ("relative", 2.0**-22),  # .full and .approx: 2 units
@@ -28,7 +29,7 @@ BOUNDS = {
     ("tanh", "f16"): ("absolute", 2.0**-10.987),
     ("tanh", "bf16"): ("absolute", 2.0**-8),
 }
-FUNCTIONS = {"ex2": "np.exp2", "rcp": "np.reciprocal", "rsqrt": "rsqrt", "sqrt": "np.sqrt", "tanh": "np.tanh"}
+FUNCTIONS = {"ex2": "np.exp2", "lg2": "np.log2", "rcp": "np.reciprocal", "rsqrt": "rsqrt", "sqrt": "np.sqrt", "tanh": "np.tanh"}
 
 
 class Unknown(Exception):
@@ -806,6 +807,8 @@ class _Statement:
             raise Unknown("an approximation whose error is not known here")
         kind, bound = BOUNDS[self.name, type_]
         off = f"{value} * (1.0 + P.error * {bound!r})" if kind == "relative" else f"({value} + P.error * {bound!r})"
+        if kind == "either":
+            off = f"({value} + P.error * {bound!r} * np.maximum(1.0, np.abs({value})))"
         return f"np.clip({off}, -1.0, 1.0)" if self.name == "tanh" else off
 
     def _half(self, type_: str, packed: bool):
