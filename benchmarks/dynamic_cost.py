@@ -32,7 +32,7 @@ from tnt_fast.kernels import product
 
 IMAGE, PATCHES = 128, 64
 KINDS = {
-    "matrix": r"mma",
+    "matrix": r"(wg)?mma",
     "special": r"ex2|tanh|rcp|rsqrt|sqrt|lg2|sin|cos",
     "shuffle": r"shfl|redux",
     "shared": r"(ld|st)\.shared|(ld|st)matrix",

@@ -8,7 +8,18 @@ one sum, nothing is rescaled. Of 197 queries the last block would be mostly padd
 transposed, since Hopper's products have at least 64 rows. Of an image alone a program has only such a tail, of all keys in one
 tile. Scores, softmax and sums are float32; exponentials are rounded for their product before they are divided by their sum.
 
-Products are turned so that no left operand comes from registers, which ptxas 12.8 reuses too early: oᵀ = vᵀ pᵀ.
+Backward, of a gradient g of o:
+
+    P = exp(q kᵀ / √D − logsumexp),  dP = g vᵀ,  dS = P · (dP − Σ_D g · o)
+    dv = Pᵀ g,  dq = dS k / √D,  dk = dSᵀ q / √D
+
+A program has a head here, too. It keeps q and g on the chip, in tiles of ROWS queries and a smaller one of what is left, and
+goes through the keys, KEYS at once, the next of which are on their way: so every value is read once, dk and dv are whole after
+a turn, dq stays in registers, and no sum is shared between programs. The gradients are written as q, k and v lie, side by side
+in (B, T, 3, H, D), by no further copy. P and dS are rounded for their products, as PyTorch's kernels round them.
+
+Products are turned so that no left operand comes from registers, which ptxas 12.8 reuses too early: oᵀ = vᵀ pᵀ, dvᵀ = gᵀ P,
+dkᵀ = qᵀ dS, dqᵀ = kᵀ dSᵀ.
 """
 
 import math
@@ -22,7 +33,7 @@ from torch import Tensor
 
 from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, derived, launch, remembered
-from tnt_fast.kernels.tile import exp2, log2, reciprocal
+from tnt_fast.kernels.tile import dot, exp2, log2, reciprocal
 
 HEAD = 64  # channels of a head
 CAPABILITY = (9, 0)  # of GPUs where it was simulated to be faster than PyTorch's attention; there with these tokens
@@ -31,6 +42,8 @@ ENOUGH = 768  # heads of all images, which fill all multiprocessors twice
 FEW, ALONE = 16, 132  # queries of a program of few images; how many of those there may be, one for a multiprocessor
 FORWARD = Config(64, warps=4, registers=168, capability=CAPABILITY)  # three programs fit on a multiprocessor
 FORWARD_OF_FEW = Config(FEW, warps=4, capability=CAPABILITY)
+BACKWARD = Config(64, warps=4, chunk=32, stages=4, capability=CAPABILITY)  # rows of a tile, keys of a turn; registers for MOST
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 def _tiles_of(tokens: int, few: bool) -> tuple[int, ...]:
@@ -186,6 +199,98 @@ def _attention_fwd_kernel(qkv_ptr, out_ptr, logsumexp_ptr, Z: tl.constexpr):
         _finish(out, largest, total, last, out_ptr, logsumexp_ptr, Z)
 
 
+def _tail(Z: "BackwardSizes") -> int:
+    rest = Z.T % Z.ROWS
+    return 0 if rest == 0 else max(16, triton.next_power_of_2(rest))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackwardSizes(operation.Sizes):
+    """T tokens of H heads of D channels: TILES of ROWS of them and one of TAIL, by KEYS at once."""
+
+    T: int
+    H: int
+    D: int
+    ROWS: int
+    KEYS: int
+    E: int = derived(lambda Z: Z.H * Z.D)
+    TAIL: int = derived(_tail)
+    TILES: int = derived(lambda Z: Z.T // Z.ROWS + (Z.TAIL > 0))
+
+
+@triton.jit
+def _queries(gradient_ptr, qkv_ptr, out_ptr, logsumexp_ptr, FIRST: tl.constexpr, SIZE: tl.constexpr, Z: tl.constexpr):
+    """Of SIZE tokens q and the gradient, logsumexp to the base 2, Σ_D gradient · out, and zeros for the gradient of q."""
+    row, col = FIRST + tl.arange(0, SIZE), tl.arange(0, Z.D)
+    alive = (row < Z.T)[:, None]
+    q = tl.load(qkv_ptr + row[:, None] * (3 * Z.E) + col[None, :], mask=alive, other=0.0)
+    gradient = tl.load(gradient_ptr + row[:, None] * Z.E + col[None, :], mask=alive, other=0.0)
+    out = tl.load(out_ptr + row[:, None] * Z.E + col[None, :], mask=alive, other=0.0)
+    logsumexp = tl.load(logsumexp_ptr + row, mask=row < Z.T, other=float("inf")) * LOG2_E  # P of no token is 0
+    delta = tl.sum(gradient.to(tl.float32) * out.to(tl.float32), 1)
+    return q, gradient, logsumexp, delta, tl.full((Z.D, SIZE), 0.0, tl.float32)
+
+
+@triton.jit
+def _tile(q, gradient, logsumexp, delta, dq, k, v, dk, dv, Z: tl.constexpr):
+    """dqᵀ of a tile's rows, dkᵀ and dvᵀ of a turn's keys, each with what these have to do with one another added.
+
+    P is at most 1: so it is finite where there is no key, too, and what is multiplied by such a k, of zeros, is 0.
+    """
+    scores = dot(q, tl.trans(k), Z)  # [ROWS, KEYS]
+    dp = dot(gradient, tl.trans(v), Z)
+    power = scores * (Z.D**-0.5 * LOG2_E) - logsumexp[:, None]
+    p = exp2(tl.minimum(power, 0.0, propagate_nan=tl.PropagateNan.ALL), Z.FAST)
+    ds = (p * (dp - delta[:, None])).to(Z.DTYPE)
+    dv = dot(tl.trans(gradient), p.to(Z.DTYPE), Z, dv)
+    dk = dot(tl.trans(q), ds, Z, dk)
+    return dot(tl.trans(k), tl.trans(ds), Z, dq), dk, dv
+
+
+@triton.jit
+def _store(ptr, x, row, Z: tl.constexpr):
+    """[D, tokens] as the rows of these tokens."""
+    at = row[:, None] * (3 * Z.E) + tl.arange(0, Z.D)[None, :]
+    tl.store(ptr + at, tl.trans(x.to(Z.DTYPE)), mask=(row < Z.T)[:, None])
+
+
+@triton.jit
+def _attention_bwd_kernel(gradient_ptr, qkv_ptr, out_ptr, logsumexp_ptr, y_ptr, Z: tl.constexpr):
+    TILES: tl.constexpr = Z.TILES
+    head = tl.program_id(0) % Z.H
+    image = (tl.program_id(0) // Z.H).to(tl.int64)
+    gradient_ptr += image * (Z.T * Z.E) + head * Z.D
+    out_ptr += image * (Z.T * Z.E) + head * Z.D
+    qkv_ptr += image * (Z.T * 3 * Z.E) + head * Z.D
+    y_ptr += image * (Z.T * 3 * Z.E) + head * Z.D
+    logsumexp_ptr += (image * Z.H + head) * Z.T
+
+    queries, gradients, logsumexps, deltas, dqs = (), (), (), (), ()
+    for i in tl.static_range(TILES):
+        q, gradient, logsumexp, delta, dq = _queries(
+            gradient_ptr, qkv_ptr, out_ptr, logsumexp_ptr, i * Z.ROWS, Z.TAIL if i == Z.T // Z.ROWS else Z.ROWS, Z
+        )
+        queries, gradients, logsumexps = queries + (q,), gradients + (gradient,), logsumexps + (logsumexp,)
+        deltas, dqs = deltas + (delta,), dqs + (dq,)
+    # what addresses of shared memory do not depend on the turn would else take 100 registers
+    for first in tl.range(0, Z.T, Z.KEYS, num_stages=Z.STAGES, disable_licm=True):
+        row = first + tl.arange(0, Z.KEYS)
+        at, alive = row[:, None] * (3 * Z.E) + tl.arange(0, Z.D)[None, :], (row < Z.T)[:, None]
+        k = tl.load(qkv_ptr + Z.E + at, mask=alive, other=0.0)
+        v = tl.load(qkv_ptr + 2 * Z.E + at, mask=alive, other=0.0)
+        dk, dv = tl.full((Z.D, Z.KEYS), 0.0, tl.float32), tl.full((Z.D, Z.KEYS), 0.0, tl.float32)
+        found = ()
+        for i in tl.static_range(TILES):
+            dq, dk, dv = _tile(queries[i], gradients[i], logsumexps[i], deltas[i], dqs[i], k, v, dk, dv, Z)
+            found = found + (dq,)
+        dqs = found
+        _store(y_ptr + Z.E, dk * Z.D**-0.5, row, Z)
+        _store(y_ptr + 2 * Z.E, dv, row, Z)
+    for i in tl.static_range(TILES):
+        row = i * Z.ROWS + tl.arange(0, Z.TAIL if i == Z.T // Z.ROWS else Z.ROWS)
+        _store(y_ptr, dqs[i] * Z.D**-0.5, row, Z)
+
+
 # ---- on the host ----
 
 
@@ -195,8 +300,21 @@ def attends(B: int, T: int, H: int, D: int, dtype: torch.dtype, device: torch.de
         return False
     if ALONE < B * H * -(-T // FEW) and B * H < ENOUGH:
         return False
-    capability = operation.runner.capability(device)
-    return capability == CAPABILITY or (capability is None and operation.runner.on_cpu and not operation.runner.nvidia)
+    return _is_here(device)
+
+
+def attends_backward(T: int, D: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether attention's gradients of rows of T tokens and heads of D channels are faster here than PyTorch's.
+
+    Of fewer tokens than a tile products and a softmax find gradients that are closer to 0, where values are alike.
+    """
+    return dtype != torch.float32 and D == HEAD and BACKWARD.rows <= T <= MOST and _is_here(device)
+
+
+def _is_here(device: torch.device) -> bool:
+    """Whether it is such a GPU, or Triton's interpreter."""
+    runner, capability = operation.runner, operation.runner.capability(device)
+    return capability == CAPABILITY or (capability is None and runner.on_cpu and not runner.nvidia)
 
 
 @remembered
@@ -225,3 +343,20 @@ def prepared(B: int, T: int, H: int, dtype: torch.dtype, recorded: bool) -> Call
         return out, logsumexp
 
     return attended
+
+
+@remembered
+def _specialise_backward(dtype: torch.dtype, T: int, H: int, D: int) -> Launch:
+    sizes = BackwardSizes.computed(dtype, T=T, H=H, D=D, ROWS=BACKWARD.rows, KEYS=BACKWARD.chunk, STAGES=BACKWARD.stages)
+    return Launch(_attention_bwd_kernel, {"Z": sizes}, BACKWARD, T / H, -(-T // BACKWARD.chunk))
+
+
+def backward(gradient: Tensor, qkv: Tensor, out: Tensor, logsumexp: Tensor) -> Tensor:
+    """The gradient of q, k and v, (B, T, 3, H, D) as they are, from that of ``out``, (B, T, H, D) both; all contiguous.
+
+    ``logsumexp``: of the forward, (B, H, T) in float32.
+    """
+    B, T, _, H, D = qkv.shape
+    y = torch.empty_like(qkv)
+    launch(_specialise_backward(qkv.dtype, T, H, D), B * H, gradient, qkv, out, logsumexp, y)
+    return y

@@ -6,10 +6,9 @@
 
 Shapes: patch and result (B, T, E), T = 1 + N tokens. The products are large and the libraries', and so is the attention, but
 for what attention.py takes. What is left between them is two LayerNorms, of which fold's last launch does the first. Eight
-launches, ten with fold: each LayerNorm also
-writes what the branch behind it is added to, with the biases of that branch, so that the product that ends it adds in place;
-q, k and v are one product; GELU belongs to fc1's. Of few rows, where nothing is recorded or scaled, LayerNorms and what follows
-them are product.py's: five launches, six with fold.
+launches, ten with fold: each LayerNorm also writes what the branch behind it is added to, with the biases of that branch, so
+that the product that ends it adds in place; q, k and v are one product; GELU belongs to fc1's. Of few rows, where nothing is
+recorded or scaled, LayerNorms and what follows them are product.py's: five launches, six with fold.
 
 GELU of many rows in bfloat16 is cuBLAS's, of the tanh form: at most 4.7e-4 off the erf form, where rounding values near 1 to
 bfloat16 makes 3.9e-3; in float16, in float32 and where gradients are recorded it is a kernel of its own, with tile.py's form.
@@ -21,9 +20,10 @@ Backward, of each of the two branches r + scale · last(f(first(LN r))), f the a
 
 The kernels of GELU and LN also make f(h) and LN(r) again, which are not kept, and sum dh, g and dr over their rows: gradients
 of the biases of fc1, fc2 and proj, the latter two if there is no scale; totals.py adds up what their programs leave, a fold's,
-too. Nine launches of the forward and fourteen, of a fold two and six more. Where weights have another dtype, as under autocast,
-a cast of all of them before the products, whose gradients are products in float32 (on the CPU casts, too), biases of q, k and v
-one each way, a scale three of its branch.
+too. Nine launches of the forward and fourteen, of a fold two and six more; one less where attention.py takes the attention's
+gradients, of q, k and v side by side. Where weights have another dtype, as under autocast, a cast of all of them before the
+products, whose gradients are products in float32 (on the CPU casts, too), biases of q, k and v one each way, a scale three of
+its branch.
 
 This one operation keeps more than its input: the attention's q, k and v, result and logsumexp, x, and fc1's result; and its
 matrices where they were cast or joined. From the input alone all products and the attention would run twice, half as much
@@ -367,9 +367,14 @@ class Outer(Operation):
         if before := before - {"proj_weight", "proj_bias"}:
             qkv = kept["qkv"] if h1 is None else F.linear(h1, _matrix(a, "qkv_weight"), _qkv_bias(w, x.dtype))
             shape = B, T, a.num_heads, E // a.num_heads
-            given = (d @ _matrix(a, "proj_weight")).view(shape), *qkv.view(B, T, 3, *shape[2:]).unbind(2), attended.view(shape)
-            dh = torch.stack(attention.attend_backward(*given, kept["logsumexp"]), 2).view(B * T, 3 * E)
-            del given, qkv
+            dh, heads = (d @ _matrix(a, "proj_weight")).view(shape), qkv.view(B, T, 3, *shape[2:])
+            if short.attends_backward(T, shape[3], x.dtype, x.device):
+                dh = short.backward(dh, heads, attended.view(shape), kept["logsumexp"])
+            else:
+                given = attended.view(shape), kept["logsumexp"]
+                dh = torch.stack(attention.attend_backward(dh, *heads.unbind(2), *given), 2)
+            dh = dh.view(B * T, 3 * E)
+            del heads, qkv
             if before & {"qk_bias", "v_bias"}:
                 found["qk_bias"], found["v_bias"] = dh.sum(0, dtype=w.qk_bias.dtype).split((2 * E, E))
             before -= {"qk_bias", "v_bias"}

@@ -25,6 +25,7 @@ HOLDS = {
     "test_operation": ["tnt_fast/arguments.py"],
     "test_outer": ["kernels/product.py"],
     "test_short_attention": ["kernels/attention.py"],
+    "test_attention_backward": ["kernels/attention.py"],
     "test_kernels": ["kernels/*.py", "tests/conftest.py"],
     "test_backward": ["kernels/*.py"],
     "test_benchmarks": ["benchmarks/*.py", "tnt_fast/bench.py"],
