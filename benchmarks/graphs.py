@@ -224,6 +224,9 @@ def gradients(outputs: Any, inputs: Any, grad_outputs: Any = None, *_: Any, **__
                     found[wanted[node, i]] = gradient
             if node in ends or all(gradient is None for gradient in come):
                 continue
+            if hasattr(node, "apply"):  # written in Python: it gets zeros where nothing comes
+                likes = zip(come, node._input_metadata, strict=True)
+                come = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) if g is None else g for g, x in likes]
             out = node.apply(*come) if hasattr(node, "apply") else node(*come)
             out, edges = out if isinstance(out, tuple) else (out,), node.next_functions
             if hasattr(node, "needs_input_grad"):  # written in Python: a gradient for every argument, an edge for every tensor

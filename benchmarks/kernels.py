@@ -27,24 +27,27 @@ def arguments(variant: str, operation: str, batch: int, dtype: torch.dtype, devi
     block, sizes, shapes = model.blocks[0], model.sizes(), {}
     if operation == "pixel_embed":
         shapes["image"] = (batch, 3, *model.pixel_embed.img_size)
-    if operation in ("inner", "fold"):
+    if operation in ("inner", "fold", "block"):
         shapes["pixel"] = (batch * sizes["N"], sizes["S"], sizes["C"])
-    if operation in ("fold", "outer"):
+    if operation in ("fold", "outer", "block"):
         shapes["patch"] = (batch, 1 + sizes["N"], sizes["E"])
     outer = transformer_arguments(block.norm_out, block.attn_out, block.norm_mlp, block.mlp)
-    given = (model.fused_arguments() | block.fused_arguments() | {"outer": outer})[operation]
+    whole = {"outer": outer, "block": block.block_arguments(outer)}
+    given = (model.fused_arguments() | block.fused_arguments() | whole)[operation]
     given = {name: torch.randn(shape, device=device, dtype=dtype) for name, shape in shapes.items()} | reference.by_name(given)
     others = {name: x for name, x in given.items() if x is not None and not isinstance(x, torch.Tensor)}
     return {name: x for name, x in given.items() if name not in others}, others
 
 
 def call(function, given: dict, others: dict) -> torch.Tensor:
-    return function(**reference.in_records(given | others))
+    """The result; several as one, the values of one behind those of the other."""
+    found = function(**reference.in_records(given | others))
+    return found if isinstance(found, torch.Tensor) else torch.cat([x.flatten() for x in found])
 
 
 def activations(operation: str) -> int:
     """How many of an operation's arguments are activations, which come first; the others are weights."""
-    return 2 if operation == "fold" else 1
+    return 2 if operation in ("fold", "block") else 1
 
 
 def bytes_moved(operation: str, given: dict, out: torch.Tensor) -> int:

@@ -52,6 +52,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "chunk": (16, 32, 64),
     "stages": (1, 2, 3),
     "mma_arch": (None, "sm80"),
+    "registers": (None,),
+    "capability": (None,),
     "VALUES": (512, 1024, 2048, 4096, 8192),
     "EACH": (4, 8, 16, 32, 64),
     "PER_SM": (2, 4, 8, 16),

@@ -99,12 +99,19 @@ class Fold(Operation):
         return found | totals(parts, a.norm1_weight.dtype)
 
     def begun(
-        self, gradient: Tensor, a: SimpleNamespace, needed: set[str], dtype: torch.dtype, parts: dict[tuple[str, ...], Tensor]
+        self,
+        gradient: Tensor,
+        a: SimpleNamespace,
+        needed: set[str],
+        dtype: torch.dtype,
+        parts: dict[tuple[str, ...], Tensor],
+        rest: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Of all but the patch; some of them ``totals`` finds in what is left in ``parts``.
 
-        ``gradient``: of any strides, only read. ``dtype``: of the matrix, which ``a`` may have in another one.
-        """
+        ``gradient``: of any strides, only read. ``dtype``: of the matrix, which ``a`` may have in another one. ``rest``: a
+        gradient of the pixels that theirs is added to.
+        """  # fmt: skip
         if a.pixel.shape[0] == 0:
             return {name: torch.zeros_like(getattr(a, name)) for name in needed}
         found: dict[str, Any] = {}
@@ -146,7 +153,8 @@ class Fold(Operation):
             dh = torch.mm(dz, weight).view(1, -1, width)
             found["pixel"] = torch.empty_like(pixel) if "pixel" in needed else None
             sums = norm.partial_sums(x, 2) if needed & of_first else None
-            norm.backward(dh, x, a.norm1_weight, eps, found["pixel"], sums, y=y, bias=a.norm1_bias)
+            rest = None if rest is None else rest.contiguous().view(-1, width)
+            norm.backward(dh, x, a.norm1_weight, eps, found["pixel"], sums, rest=rest, y=y, bias=a.norm1_bias)
             if y is not None:
                 found["proj_weight"] = of_matrix(dz, y.view(rows, -1), dtype)
             if sums is not None:

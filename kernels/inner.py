@@ -3,9 +3,11 @@
     x = pixel + attn_scale · proj(softmax(q kᵀ / √D) v),   q, k, v = linear(LN₁ pixel), H heads of D channels
     y = x + mlp_scale · fc2(GELU(fc1(LN₂ x)))
 
+and, where a fold follows (block.py), its LayerNorm over all values of each patch of y, which is a warp's rows of a tile.
+
 Shapes: pixel and result (P, S, C) contiguous, weights in nn.Linear's layout, in the pixels' dtype or float32. Bytes moved:
-the pixels read once, written once; the weights stay on the chip over many patches. Statistics, softmax and accumulation are
-float32.
+the pixels read once, written once, or twice; the weights stay on the chip over many patches. Statistics, softmax and
+accumulation are float32.
 
 A program takes tiles of G patches with T rows each (T: S, or for other S the power of two from 16 on, the rest masked). What
 keeps the instructions few:
@@ -33,7 +35,7 @@ known to come out wrong (triton issues 9433, 11781), and are no fewer instructio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -75,6 +77,10 @@ CONFIGS = {
     },
 }
 CONFIGS["_inner_bwd_attention_kernel"] = CONFIGS["_inner_bwd_mlp_kernel"]
+# C_PAD in half precision whose forward is faster with the LayerNorm behind it than with a launch for that, by simulation for an
+# H200 and an A100, and with how many registers as many programs fit as without. Of TNT-Ti fewer would fit: it would take 28 µs
+# more, twice as long as that launch
+NORMS = {32: 128, 64: None}
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -107,6 +113,17 @@ class Sizes(operation.Sizes):
     LANES: int = derived(lambda Z: -(-Z.H // Z.HG) * Z.W)
     UNIT: float = derived(lambda Z: Z.C / Z.C_PAD)  # what the products make of x − mean: C, a power of two apart
     BY_PRODUCT: bool = derived(lambda Z: Z.RESIDENT and not Z.EXACT)  # float32 products are slow
+
+
+class Norm(NamedTuple):
+    """Of the LayerNorm over all values of a patch of the result: where it goes, and its weights; None: it is not made."""
+
+    ptr: Any = None
+    weight: Any = None
+    bias: Any = None
+
+
+NO_NORM = Norm()
 
 
 # ---- weights, once a program ----
@@ -407,11 +424,37 @@ def _upright(total, Z: tl.constexpr):
     return tl.trans(total) if Z.WIDE else total
 
 
+@triton.jit
+def _patch_weights(ptr, token, values, Z: tl.constexpr):
+    """Weights of a LayerNorm over all values of a patch, as they are stored, for each row of a tile."""
+    if ptr is None:
+        return tl.full((Z.ROWS, Z.C_PAD), 0.0, Z.DTYPE)
+    else:
+        return tl.load(ptr + token[:, None] * Z.C + tl.arange(0, Z.C_PAD)[None, :], mask=values, other=0.0)
+
+
+@triton.jit
+def _patch_mean(x, Z: tl.constexpr):
+    """A patch's mean in all of its rows, [ROWS, 1], of a tile that is 0 where it has no values."""
+    mean = tl.sum(tl.reshape(tl.sum(x, 1), (Z.G, Z.T)), 1) * (1.0 / (Z.S * Z.C))
+    return tl.reshape(tl.broadcast_to(mean[:, None], (Z.G, Z.T)), (Z.ROWS,))[:, None]
+
+
+@triton.jit
+def _patch_norm(x, weight, bias, real, eps, Z: tl.constexpr):
+    """LayerNorm over all values of a patch."""
+    x = tl.where(real, x, 0.0)
+    x = tl.where(real, x - _patch_mean(x, Z), 0.0)
+    x *= tl.rsqrt(_patch_mean(x * x, Z) + eps)
+    return x * weight.to(tl.float32) + bias.to(tl.float32)
+
+
 # ---- the kernels ----
 
 
 @triton.jit
-def _inner_fwd_kernel(x_ptr, y_ptr, w, attn_scale_ptr, mlp_scale_ptr, n_patches, eps, Z: tl.constexpr):
+def _inner_fwd_kernel(x_ptr, y_ptr, w, attn_scale_ptr, mlp_scale_ptr, norm, n_patches, eps, Z: tl.constexpr):
+    """``norm``: a ``Norm``."""
     M: tl.constexpr = Z.M
     CHUNK: tl.constexpr = Z.CHUNK
     ch = tl.arange(0, Z.C_PAD)
@@ -426,6 +469,9 @@ def _inner_fwd_kernel(x_ptr, y_ptr, w, attn_scale_ptr, mlp_scale_ptr, n_patches,
     fc2_bias = load(w.fc2_bias, ch, real) * up
     matrices = _matrices(Z)
     patch, token, offset = _layout(Z)
+    if norm.ptr is not None:  # outside of the loop, which would have them on their way like pixels
+        values = (token < Z.S)[:, None] & real[None, :]
+        norm_weight, norm_bias = _patch_weights(norm.weight, token, values, Z), _patch_weights(norm.bias, token, values, Z)
     for tile in tl.range(tl.program_id(0), tl.cdiv(n_patches, Z.G), tl.num_programs(0), num_stages=Z.STAGES):
         first, alive, mask = _place(tile, patch, token, n_patches, Z)
         mine = tile * Z.G + patch
@@ -442,6 +488,9 @@ def _inner_fwd_kernel(x_ptr, y_ptr, w, attn_scale_ptr, mlp_scale_ptr, n_patches,
             total = dot(hidden, fc2, Z, total)
         x = _add_branch(x, total, down, mlp_scale_ptr, mine, n_patches, Z)
         tl.store(y_ptr + first + offset, tl.where(real[None, :], x, 0.0).to(Z.DTYPE), mask=mask)
+        if norm.ptr is not None:
+            normed = _patch_norm(x, norm_weight, norm_bias, values, eps, Z)
+            tl.store(norm.ptr + first + offset, normed.to(Z.DTYPE), mask=mask)
 
 
 @triton.jit
@@ -673,7 +722,7 @@ class Inner(Operation):
     twin = staticmethod(reference.inner)
     activations = ("pixel",)
     factors = ("attn_scale", "mlp_scale")
-    together = ("qk_bias", "v_bias")
+    together = (("qk_bias", "v_bias"),)
     shapes = dict(pixel="P S C", attn_scale="P", mlp_scale="P") | transformer_shapes("C")
     limits = {"C": 96, "D": 32, "S": 64, "M": 384, "P*S": operation.MOST_ROWS}
 
@@ -701,23 +750,45 @@ class Inner(Operation):
         spec = _specialise(kernel, a.pixel.dtype, S, C, a.num_heads, M)
         return spec.again(), programs(a.pixel.device, -(-P // spec.patches), spec.config.per_sm)
 
-    def prepared(self, a: SimpleNamespace) -> Callable[[SimpleNamespace, Tensor], None]:
+    def prepared(self, a: SimpleNamespace, norms: bool = False) -> Callable[..., None]:
+        """``norms``: what launches it is given a ``Norm``, too, where ``norms`` says so."""
         (spec, grid), P = self._launched(_inner_fwd_kernel, a, a.weights.fc1_weight.shape[0]), a.pixel.shape[0]
+        if norms:
+            spec = spec._replace(config=spec.config._replace(registers=NORMS[spec.constants["Z"].C_PAD]))
 
-        def run(a: SimpleNamespace, out: Tensor) -> None:
-            launch(spec, grid, a.pixel.contiguous(), out, a.weights, *_scales(a), P, a.eps)
+        def run(a: SimpleNamespace, out: Tensor, norm: Norm = NO_NORM) -> None:
+            launch(spec, grid, a.pixel.contiguous(), out, a.weights, *_scales(a), norm, P, a.eps)
 
         return run
+
+    def norms(self, a: SimpleNamespace) -> bool:
+        """Whether what is ``prepared`` had better make the LayerNorm over each patch of the result, too: a ``Norm``."""
+        (_, S, C), M = a.pixel.shape, a.weights.fc1_weight.shape[0]
+        Z = _specialise(_inner_fwd_kernel, a.pixel.dtype, S, C, a.num_heads, M).constants["Z"]
+        return Z.C_PAD in NORMS and Z.T == 16 and not Z.EXACT
 
     def graded(
         self, gradient: Tensor, a: SimpleNamespace, needed: set[str]
     ) -> Callable[[Tensor, SimpleNamespace], dict[str, Tensor]]:
-        """By PyTorch for the sizes of ``gradients_unsupported``, and where the gradient of a scale is asked for."""
+        begun, finished = self.halves(a, needed)
+
+        def run(gradient: Tensor, a: SimpleNamespace) -> dict[str, Tensor]:
+            parts: dict[tuple[str, ...], Tensor] = {}
+            found = begun(gradient, a, parts)
+            return found | finished(a, totals(parts, torch.float32))
+
+        return run
+
+    def halves(self, a: SimpleNamespace, needed: set[str]) -> tuple[Callable[..., dict[str, Tensor]], Callable[..., dict]]:
+        """What ``graded`` does before ``totals``, for which it leaves parts, and what with them.
+
+        By PyTorch for the sizes of ``gradients_unsupported``, and where the gradient of a scale is asked for.
+        """
         (P, S, C), H, dtype = a.pixel.shape, a.num_heads, a.pixel.dtype
         M, has_sums = a.weights.fc1_weight.shape[0], needed != {"pixel"}
         reasons = self.gradients_unsupported(dict(S=S, C=C, H=H, M=M), dtype, a.pixel.device)
         if reasons or needed & {"attn_scale", "mlp_scale"}:
-            return lambda gradient, a: self.recomputed(gradient, a, needed)
+            return lambda gradient, a, parts: self.recomputed(gradient, a, needed), lambda a, summed: {}
         of_weights = _specialise(_inner_weights_kernel, dtype, S, C, H, M).again()
         Z = of_weights.constants["Z"]
         if Z.WIDE:
@@ -725,26 +796,31 @@ class Inner(Operation):
         mlp, grid = self._launched(_inner_bwd_mlp_kernel, a, M)
         attend, grid_attend = self._launched(_inner_bwd_attention_kernel, a, M)
 
-        def run(gradient: Tensor, a: SimpleNamespace) -> dict[str, Tensor]:
+        def begun(gradient: Tensor, a: SimpleNamespace, parts: dict[tuple[str, ...], Tensor]) -> dict[str, Tensor]:
             gradient, pixel, w, scales = gradient.to(dtype).contiguous(), a.pixel.contiguous(), a.weights, _scales(a)
             dx, x, of_mlp, of_attention = torch.empty_like(pixel), pixel, None, None
             if Z.WIDE:  # the attention's weights have no room beside the MLP's: its result by a forward of no hidden channels
                 none = w._replace(fc1_weight=w.fc1_weight[:0], fc2_bias=None)
-                launch(before, grid_before, pixel, dx, none, scales[0], None, P, a.eps)
+                launch(before, grid_before, pixel, dx, none, scales[0], None, NO_NORM, P, a.eps)
                 x = dx
             if has_sums:  # a row of each program
                 of_mlp = dx.new_empty((grid, (2 * Z.HIDDEN + 1) * Z.C_PAD), dtype=torch.float32)
                 of_attention = dx.new_empty((grid_attend, (4 * Z.LANES + 1) * Z.C_PAD), dtype=torch.float32)
             launch(mlp, grid, x, gradient, dx, w, *scales, of_mlp, P, a.eps)
             launch(attend, grid_attend, pixel, dx, w, scales[0], of_attention, P, a.eps)
-            if not has_sums:
-                return {"pixel": dx}
-            new = type(w)(*[None if x is None else torch.empty_like(x) for x in w])
-            summed = totals({("mlp",): of_mlp, ("attention",): of_attention}, torch.float32)
-            launch(of_weights, 2, summed["mlp"], summed["attention"], w, new)
-            return {"pixel": dx} | new._asdict()
+            if has_sums:
+                parts["mlp",], parts["attention",] = of_mlp, of_attention
+            return {"pixel": dx}
 
-        return run
+        def finished(a: SimpleNamespace, summed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            if not has_sums:
+                return {}
+            w = a.weights
+            new = type(w)(*[None if x is None else torch.empty_like(x) for x in w])
+            launch(of_weights, 2, summed["mlp"], summed["attention"], w, new)
+            return new._asdict()
+
+        return begun, finished
 
 
 def _scales(a: SimpleNamespace) -> list[Tensor | None]:

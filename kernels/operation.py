@@ -1,10 +1,11 @@
 """What a fused operation is, and what all share on the host: launching, calling, registration with PyTorch.
 
 An operation is registered as ``torch.ops.tnt_fast.NAME``, so that ``torch.compile``, ``torch.export`` and FlopCounterMode see
-one node. Its backward is another one, ``NAME_backward``, which starts again from the inputs: nothing else is kept. Where an
-operation ``keeps`` something, a call that records gradients is a third one, ``NAME_recorded``, with that as further results. By
-hand: of a call of inner that records gradients, ``torch.library.custom_op`` takes 80 of the host's 145 µs, nearly all of them
-to fill in defaults that no argument has (python -m benchmarks.host).
+one node. It has one result, a tensor, or several, a tuple, all of them new. Its backward is another one, ``NAME_backward``,
+which starts again from the inputs: nothing else is kept. Where an operation ``keeps`` something, a call that records gradients
+is a third one, ``NAME_recorded``, with that as further results. By hand: of a call of inner that records gradients,
+``torch.library.custom_op`` takes 80 of the host's 145 µs, nearly all of them to fill in defaults that no argument has (python
+-m benchmarks.host).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -249,10 +250,10 @@ def launch(spec: Launch, grid: int, *arguments: Any) -> None:
         return
     config = spec.config
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    capability = runner.capability(arguments[0].device) if config.mma_arch else None
-    if capability is not None and capability[0] >= 9:
+    capability = runner.capability(arguments[0].device) if config.mma_arch or config.registers else None
+    if capability is not None and config.mma_arch and capability[0] >= 9:
         options["arch"] = config.mma_arch
-    if config.registers:
+    if capability is not None and config.registers:  # an option of NVIDIA's compiler
         options["maxnreg"] = config.registers
     runner.launch(spec, grid, arguments, options)
 
@@ -286,8 +287,10 @@ class Operation(Arguments):
 
     factors: tuple[str, ...] = ()  # drop-path's, which with the activations are what changes from call to call
     passes: str | None = None  # a tensor that the result is added to: its gradient is the result's
+    results = 1
+    reread: tuple[str, ...] = ()  # what ``a.kept`` calls the first of several results, which the backward reads
 
-    def prepared(self, a: SimpleNamespace) -> Callable[[SimpleNamespace, Tensor], None]:
+    def prepared(self, a: SimpleNamespace) -> Callable[[SimpleNamespace, Any], None]:
         """What launches the forward of arguments that are alike: called with such, and the result as ``empty`` made it.
 
         It holds none of the tensors that it is made for. Arguments have been checked, and their weights are contiguous.
@@ -295,27 +298,29 @@ class Operation(Arguments):
         """
         raise NotImplementedError
 
-    def empty(self, a: SimpleNamespace) -> Tensor:
-        """A tensor like the result; by itself like the first activation."""
+    def empty(self, a: SimpleNamespace) -> Any:
+        """A tensor like the result, a tuple of such like several; by itself like the first activation."""
         return torch.empty_like(getattr(a, self.activations[0]), memory_format=torch.contiguous_format)
 
     keeps: Callable[[SimpleNamespace], dict[str, tuple[tuple[int, ...], torch.dtype]]] | None = None
     """Shapes and dtypes, by name, of the new tensors that the forward leaves for ``backward`` of such arguments."""
 
     def unread(self, a: Mapping[str, Any]) -> str | None:
-        """A tensor of the result's shape that ``backward`` does not read: nobody keeps it, the gradient stands in its place."""
+        """A tensor of the last result's shape that ``backward`` does not read: nobody keeps it, the gradient stands in its
+        place."""
         return self.passes
 
-    def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
+    def backward(self, gradient: Any, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         """Gradients of the tensors that ``needed`` names, in any dtype, none of them an input; more of them do no harm.
 
-        ``gradient``: of at least one value; ``a.kept``: what the forward left. By itself: once what ``graded`` finds.
+        ``gradient``: of at least one value, of several results a list; ``a.kept``: what the forward left. By itself: once what
+        ``graded`` finds.
         """
         return self.graded(gradient, a, needed)(gradient, a)
 
     def graded(
-        self, gradient: Tensor, a: SimpleNamespace, needed: set[str]
-    ) -> Callable[[Tensor, SimpleNamespace], dict[str, Tensor]]:
+        self, gradient: Any, a: SimpleNamespace, needed: set[str]
+    ) -> Callable[[Any, SimpleNamespace], dict[str, Tensor]]:
         """What computes ``backward`` of gradients and arguments that are alike, as ``prepared`` has it."""
         return lambda gradient, a: self.backward(gradient, a, needed)
 
@@ -338,7 +343,7 @@ class Operation(Arguments):
         PLANS.append(self._plans)
         self._register()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The twin, fused: float32, float16 or bfloat16, the weights in the same dtype (or float32 under autocast).
 
         Raises:
@@ -346,7 +351,7 @@ class Operation(Arguments):
         """
         return self._operation(*self.prepare(self.named(args, kwargs)).values())
 
-    def trusted(self, **given: Any) -> Tensor:
+    def trusted(self, **given: Any) -> Any:
         """As a call with weights and numbers that ``dispatch.choose`` has accepted: only the activations are looked at."""
         if torch.compiler.is_compiling():
             given = self.prepare(by_name(self.defaults | given))
@@ -397,12 +402,12 @@ class Operation(Arguments):
         def find(a: SimpleNamespace) -> Plan:
             a.kept = {} if recorded else None
             keeps = self.keeps(a) if recorded else {}  # type: ignore[misc]
-            return Plan(self.prepared(a) if self.empty(a).numel() else None, keeps)
+            return Plan(self.prepared(a) if any([x.numel() for x in _several(self.empty(a))]) else None, keeps)
 
         return self.planned(flat, recorded, (), find)
 
     def launched(self, plan: Plan, a: SimpleNamespace, recorded: bool) -> list[Tensor]:
-        """The result of a call like those that a plan is of, and where gradients are ``recorded`` what is kept."""
+        """The results of a call like those that a plan is of, and where gradients are ``recorded`` what is kept."""
         like = getattr(a, self.activations[0])
         a.kept = {} if recorded else None
         if like.is_cuda and like.device.index != torch.cuda.current_device():
@@ -413,7 +418,11 @@ class Operation(Arguments):
             plan.run(a, out)
         else:
             a.kept = {name: like.new_empty(shape, dtype=dtype) for name, (shape, dtype) in plan.keeps.items()}
-        return [out, *[a.kept[name] for name in plan.keeps]]
+        return [*_several(out), *[a.kept[name] for name in plan.keeps]]
+
+    def returned(self, found: Sequence[Tensor]) -> Any:
+        """What ``launched`` gives, as a call gives it."""
+        return found[0] if self.results == 1 else tuple(found[: self.results])
 
     def elsewhere(self, device: torch.device) -> list[str]:
         if device.type == "cuda" or runner.on_cpu:
@@ -450,48 +459,55 @@ class Operation(Arguments):
             plan, flat = self.forward_planned(flat[: len(names)], recorded)
             return self.launched(plan, self.packed(flat), recorded)
 
-        def gradients(gradient: Tensor, *flat: Any) -> list[Tensor]:
+        def gradients(gradient: Any, *flat: Any) -> list[Tensor]:
             flat, needed, kept = flat[: len(names)], flat[len(names)], [*flat[len(names) + 1 :]]
-            kept = kept[0] if kept else []
-            if gradient.numel() == 0:
+            kept, first = kept[0] if kept else [], flat[self.at[0]]
+            if not any([x.numel() for x in _several(gradient)]):
                 return [torch.zeros_like(flat[i], memory_format=torch.contiguous_format) for i in needed]
             wanted = {names[i] for i in needed}
 
             def find(a: SimpleNamespace) -> Plan:
                 return Plan(self.graded(gradient, a, wanted), self.keeps(a) if kept else {})  # type: ignore[misc]
 
+            about = [described(x) for x in _several(gradient)]
+
             plan = None
             if type(self).graded is not Operation.graded:  # else it takes longer to look than what is found saves
-                plan, flat = self.planned(flat, (*needed, described(gradient)), kept, find)
+                plan, flat = self.planned(flat, (*needed, *about), kept, find)
             a = self.packed(flat)
             plan = plan or find(a)
-            a.kept = dict(zip(plan.keeps, kept, strict=True)) if kept else None
-            with _there(gradient):
-                if torch.is_autocast_enabled(kind := gradient.device.type):
+            a.kept = dict(zip((*self.reread, *plan.keeps), kept, strict=True)) if kept else None
+            with _there(first):
+                if torch.is_autocast_enabled(kind := first.device.type):
                     with torch.autocast(kind, enabled=False):  # it has chosen the dtypes in the forward, and must not again
                         found = plan.run(gradient, a)
                 else:
                     found = plan.run(gradient, a)
                 return _new(plan, [found[names[i]] for i in needed], [flat[i] for i in needed])
 
-        def empty_gradients(gradient: Tensor, *flat: Any) -> list[Tensor]:
+        def empty_gradients(gradient: Any, *flat: Any) -> list[Tensor]:
             needed = [flat[i] for i in flat[len(names)]]
             return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in needed]
 
         # ``checked``: whether the caller has done so
-        schema = f"({self.schema}, bool checked=False) -> Tensor"
-        operation = define(self.name, schema, lambda *flat: run(flat, False)[0], lambda *flat: self.empty(self.packed(flat)))
+        schema, made = f"({self.schema}, bool checked=False) -> ", ", ".join(["Tensor"] * self.results)
+        operation = define(
+            self.name, schema + (made if self.results == 1 else f"({made})"), lambda *flat: self.returned(run(flat, False)),
+            lambda *flat: self.empty(self.packed(flat)),
+        )  # fmt: skip
         recorded_operation = operation
         if self.keeps is not None:
 
             def empty_recorded(*flat: Any) -> list[Tensor]:
                 a = self.packed(flat)
-                out = self.empty(a)
-                return [out, *[out.new_empty(shape, dtype=dtype) for shape, dtype in self.keeps(a).values()]]
+                out = _several(self.empty(a))
+                return [*out, *[out[0].new_empty(shape, dtype=dtype) for shape, dtype in self.keeps(a).values()]]
 
-            recorded_operation = define(f"{self.name}_recorded", f"{schema}[]", lambda *flat: run(flat, True), empty_recorded)
+            of_recorded = f"{schema}Tensor[]", lambda *flat: run(flat, True), empty_recorded
+            recorded_operation = define(f"{self.name}_recorded", *of_recorded)
         more = "" if self.keeps is None else ", Tensor[] kept"
-        schema = f"(Tensor gradient, {self.schema}, SymInt[] needed{more}) -> Tensor[]"
+        kind = "Tensor" if self.results == 1 else "Tensor[]"
+        schema = f"({kind} gradient, {self.schema}, SymInt[] needed{more}) -> Tensor[]"
         backward_operation = define(f"{self.name}_backward", schema, gradients, empty_gradients)
 
         for leaf in {backward_operation, recorded_operation} - {operation}:
@@ -517,45 +533,46 @@ class Operation(Arguments):
             ctx.past = callable(keys)
             if ctx.past:
                 with torch._C._AutoDispatchBelowAutograd():
-                    out, *kept = keys()
+                    found = keys()
             else:
                 found = below(recorded_operation, keys, *flat)
-                out, *kept = [found] if self.keeps is None else found
+                found = [found] if self.keeps is None else found
             tensors = [flat[i] for i in saved]
             ctx.unread = self.unread(dict(zip(names, flat, strict=False)))
             if ctx.unread is not None:
                 tensors[at[names.index(ctx.unread)]] = None
-            ctx.save_for_backward(*tensors, *kept)
+            ctx.save_for_backward(*tensors, *found[: len(self.reread)], *found[self.results :])
             ctx.others = [flat[i] for i in others]
-            return out
+            return self.returned(found)
 
-        def backward(ctx, gradient):
+        def backward(ctx, *several):
             batched = (torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor)
-            if not torch.compiler.is_compiling() and any(is_batched(gradient) for is_batched in batched):
+            if not torch.compiler.is_compiling() and any(is_batched(x) for x in several for is_batched in batched):
                 raise NotImplementedError(
                     f"the backward of {self.name} takes one gradient, not a batch (is_grads_batched, vectorize=True, "
                     "torch.func.vmap); compute them one by one, or take a model with backend='reference'"
                 )
+            gradient = several[0] if self.results == 1 else [*several]
             needed = [i for i, wanted in enumerate(ctx.needs_input_grad[1:]) if wanted]
             tensors = ctx.saved_tensors
             kept = [] if self.keeps is None else [list(tensors[len(saved) :])]
             flat = [*in_order((*tensors[: len(saved)], *ctx.others))]
             if ctx.unread is not None:
-                flat[names.index(ctx.unread)] = gradient
+                flat[names.index(ctx.unread)] = several[-1]
             found: dict[int, Tensor] = {}
             if self.passes is not None and (passed := names.index(self.passes)) in needed:
-                found[passed] = gradient  # autograd casts it
+                found[passed] = several[-1]  # autograd casts it
                 needed.remove(passed)
 
             def computed() -> tuple[Tensor, ...]:
-                if not ctx.past or type(gradient) is not Tensor or _watched():
+                if not ctx.past or {*map(type, several)} != {Tensor} or _watched():
                     return tuple(backward_operation(gradient, *flat, needed, *kept))
                 with torch._C._AutoDispatchBelowAutograd():
                     return tuple(gradients(gradient, *flat, needed, *kept))
 
             if needed:
                 graded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-                found |= zip(needed, once.apply(computed, gradient, *tensors) if graded else computed(), strict=True)
+                found |= zip(needed, once.apply(computed, *several, *tensors) if graded else computed(), strict=True)
             return None, *[found.get(i) for i in range(len(ctx.needs_input_grad) - 1)]
 
         methods = {"forward": staticmethod(recorded), "backward": staticmethod(backward)}
@@ -637,7 +654,7 @@ class Settled:
     def __reduce__(self) -> tuple:
         return type(None), ()  # a copy, which has other weights, begins anew
 
-    def __call__(self, *changing: Tensor | None) -> Tensor:
+    def __call__(self, *changing: Tensor | None) -> Any:
         operation, first = self.operation, changing[0]
         device = "cuda" if first.is_cuda else first.device.type  # type: ignore[union-attr] # which is a new string each time
         if torch.is_autocast_enabled(device):
@@ -648,7 +665,7 @@ class Settled:
             return self._looked(seen, changing, device)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*(flat := self._all(changing))):
             return operation._recorded(partial(self._computed, seen, changing, operation.keeps is not None), *flat)
-        return self._computed(seen, changing)[0]
+        return operation.returned(self._computed(seen, changing))
 
     def _computed(self, seen: tuple[Any, ...], changing: tuple[Tensor | None, ...], recorded: bool = False) -> list[Tensor]:
         operation = self.operation
@@ -668,7 +685,7 @@ class Settled:
             flat[i] = x
         return flat
 
-    def _looked(self, seen: tuple[Any, ...] | None, changing: tuple[Tensor | None, ...], device: str) -> Tensor:
+    def _looked(self, seen: tuple[Any, ...] | None, changing: tuple[Tensor | None, ...], device: str) -> Any:
         """A call of what has not been seen, or where somebody looks on."""
         operation, flat, like = self.operation, self._all(changing), self._weights[0]
         accepted = tuple([None if x is None else (x.shape, x.dtype, x.device, type(x)) for x in (*changing, like)])
@@ -682,6 +699,11 @@ class Settled:
             self._seen.clear()
         self._seen.add(seen)
         return self(*changing)
+
+
+def _several(x: Any) -> Sequence[Tensor]:
+    """A result, a gradient, or some of them."""
+    return (x,) if isinstance(x, Tensor) else x
 
 
 def _there(x: Tensor) -> Any:

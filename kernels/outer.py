@@ -148,7 +148,7 @@ class Outer(Operation):
     twin = staticmethod(reference.outer)
     activations = ("patch", "pixel")
     factors = ("attn_scale", "mlp_scale")
-    together = ("qk_bias", "v_bias")
+    together = (("qk_bias", "v_bias"),)
     shapes = dict(patch="B T E", attn_scale="B", mlp_scale="B", pixel="P S C") | transformer_shapes("E")
     shapes |= {f"fold_{name}": shape for name, shape in FOLD_SHAPES.items()}
     limits = {"E": norm.WIDEST, "B*T": operation.MOST_ROWS}
@@ -205,14 +205,15 @@ class Outer(Operation):
         cast = {name: x for name, x in _matrices(a).items() if x.dtype != dtype}
         return found | {name: (tuple(x.shape), dtype) for name, x in cast.items()}
 
-    def prepared(self, a: SimpleNamespace) -> Callable[[SimpleNamespace, Tensor], None]:
+    def prepared(self, a: SimpleNamespace, normalised: bool = False) -> Callable[[SimpleNamespace, Tensor], None]:
+        """``normalised``: of pixels that the fold's first LayerNorm was made of, where ``takes_normed`` says so."""
         if self._are_few(a):
             return self._prepared_few(a)
         (B, T, E), dtype, eps, M = a.patch.shape, a.patch.dtype, a.eps, a.weights.fc1_weight.shape[0]
         recorded, folds = a.kept is not None, _folds(a.pixel)
         normed, normed_then = (norm.prepared(B * T, E, dtype, again=True) for _ in range(2))
         if folds:
-            projected, cast_weight = _projecting(a)
+            projected, cast_weight = _projecting(a, normalised)
             added = norm.adding(a.patch.shape, dtype, eps)
         read = _reading(a, dtype, recorded, folds and cast_weight)
         attended_by = _attending(a, recorded)
@@ -253,6 +254,10 @@ class Outer(Operation):
             _add(rest, h, fc2_weight, w.fc2_bias, mlp_scale)
 
         return run
+
+    def takes_normed(self, a: SimpleNamespace) -> bool:
+        """Whether the forward has a launch for the fold's first LayerNorm, over all values of a patch."""
+        return _folds(a.pixel) and len(a.fold_weights.fold_norm1_weight) == prod(a.pixel.shape[1:]) and not _is_one_launch(a)
 
     def _are_few(self, a: SimpleNamespace) -> bool:
         """Whether product.py computes what is behind a LayerNorm: nothing recorded or scaled, and the shapes that it trusts."""
@@ -296,9 +301,25 @@ class Outer(Operation):
         return run
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
-        """By PyTorch where the gradient of a scale is asked for; nothing before the first that is needed."""
+        """By PyTorch where the gradient of a scale is asked for."""
         if needed & {*SCALES}:
             return self.recomputed(gradient, a, needed)
+        parts: dict[tuple[str, ...], Tensor] = {}
+        found = self.begun(gradient, a, needed, parts)
+        return totals(parts, a.weights.norm2_weight.dtype) | found
+
+    def begun(
+        self,
+        gradient: Tensor,
+        a: SimpleNamespace,
+        needed: set[str],
+        parts: dict[tuple[str, ...], Tensor],
+        rest: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Nothing before the first that is needed; some of them ``totals`` finds in what is left in ``parts``.
+
+        ``rest``: a gradient of the pixels that theirs is added to.
+        """  # fmt: skip
         (B, T, E), w, kept = a.patch.shape, contiguous(a.weights), a.kept
         patch = kept["folded"] if "folded" in kept else a.patch.contiguous().view(B * T, E)
         attended, x, h1, matrix_dtype = kept["attended"], kept.get("x"), None, w.fc1_weight.dtype
@@ -308,7 +329,6 @@ class Outer(Operation):
             h1 = norm.forward(patch, w.norm1_weight, w.norm1_bias, a.eps, x, later)
             _add(x, attended, _matrix(a, "proj_weight"), w.proj_bias, a.attn_scale)
         found: dict[str, Any] = {}
-        parts: dict[tuple[str, ...], Any] = {}  # for ``totals``
 
         def branch(gradient: Tensor, scale: Tensor | None) -> Tensor:
             return gradient if scale is None else (gradient.view(B, T, E) * _factors(scale, gradient)).view(B * T, E)
@@ -385,23 +405,35 @@ class Outer(Operation):
             if of_fold:
                 matrix = _matrix(a, "fold_proj_weight") if _folds(a.pixel) else a.fold_weights.fold_proj_weight
                 summed: dict[tuple[str, ...], Tensor] = {}
-                behind = fold.begun(found["patch"], _of_fold(a, matrix), {*of_fold}, matrix_dtype, summed)
+                behind = fold.begun(found["patch"], _of_fold(a, matrix), {*of_fold}, matrix_dtype, summed, rest)
                 found |= {of_fold[name]: x for name, x in behind.items() if name in of_fold}
                 parts |= {tuple([f"fold_{name}" for name in names]): x for names, x in summed.items()}
             if of_qkv is not None:
                 found["qk_weight"], found["v_weight"] = of_qkv.split((2 * E, E))
-        return totals(parts, w.norm2_weight.dtype) | found
+        return found
 
 
 def _folds(pixel: Tensor | None) -> bool:
     return pixel is not None and pixel.shape[0] > 0
 
 
-def _projecting(a: SimpleNamespace) -> tuple[Callable[[Tensor, Any, Any], Tensor], bool]:
-    """What makes W · LN(pixel) of the fold within, and whether in that it is given the matrix; product.py has one."""
-    f, dtype, (P, S, C) = a.fold_weights, a.patch.dtype, a.pixel.shape
-    width, E = f.fold_norm1_weight.shape[0], f.fold_proj_weight.shape[0]
-    if a.kept is not None or width < S * C or not product.takes(P, S * C, E, dtype):
+def _is_one_launch(a: SimpleNamespace) -> bool:
+    """Whether product.py has the product of the fold within, and its first LayerNorm."""
+    f, (P, S, C) = a.fold_weights, a.pixel.shape
+    whole = a.kept is None and len(f.fold_norm1_weight) == S * C
+    return whole and product.takes(P, S * C, len(f.fold_proj_weight), a.patch.dtype)
+
+
+def _projecting(a: SimpleNamespace, normalised: bool = False) -> tuple[Callable[[Tensor, Any, Any], Tensor], bool]:
+    """What makes W · LN(pixel) of the fold within, and whether in that it is given the matrix; product.py has one.
+
+    ``normalised``: of LN(pixel).
+    """
+    f, dtype, P = a.fold_weights, a.patch.dtype, a.pixel.shape[0]
+    width = f.fold_norm1_weight.shape[0]
+    if normalised:
+        return lambda pixel, f, weight: torch.mm(pixel.view(P, -1), weight.t()), True
+    if not _is_one_launch(a):
         projected = projecting(a.pixel.shape, width, dtype, a.eps)
         return lambda pixel, f, weight: projected(pixel, f.fold_norm1_weight, f.fold_norm1_bias, weight), True
 

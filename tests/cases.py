@@ -77,6 +77,13 @@ def with_fold(B, N, S, C, E, M, legacy, **more):
     return tensors | {f"fold_{name}": x for name, x in folded.items()}
 
 
+def block_tensors(B, N, S, C, E, M, F, legacy, **more):
+    """Of M hidden channels inside and F outside."""
+    of_inner = inner_tensors(B * N, S, C, M, **more)
+    tensors = {"pixel": of_inner.pop("pixel")} | with_fold(B, N, S, C, E, F, legacy, **more)
+    return tensors | {f"inner_{name}": x for name, x in of_inner.items()}
+
+
 def embed_case(B, channels, H, W, C, patch, stride, step, legacy):
     tensors = dict(
         image=normal(B, channels, H, W, mean=0.3), weight=normal(C, channels, 7, 7, scale=(49 * channels) ** -0.5),
@@ -129,4 +136,6 @@ def case(operation: str):
         return inner_tensors(3, 16, 12, 48, bias=True), dict(num_heads=2)
     if operation == "outer":
         return with_fold(2, 4, 16, 12, 24, 48, False, bias=True), dict(num_heads=3)
+    if operation == "block":
+        return block_tensors(2, 4, 16, 12, 24, 48, 48, False, bias=True), dict(inner_heads=2, num_heads=3)
     return fold_tensors(2, 3, 16, 12, 24, False) | {"proj_bias": normal(24)}, {}

@@ -47,7 +47,7 @@ from interpreter import hasten
 
 if DEVICE == "cpu":
     hasten()
-KINDS = {"pixel_embed": 4, "inner": 7, "fold": 5, "outer": 3, "model": 1, "surgery": 4}
+KINDS = {"pixel_embed": 4, "inner": 7, "fold": 5, "outer": 3, "block": 2, "model": 1, "surgery": 4}
 LIMIT_S = 120.0  # seconds for a case; the slowest takes a tenth of that on a busy machine
 VERDICTS = ("right", "named error", "reason", "reference raises too", "wrong")
 

@@ -114,19 +114,36 @@ def outer_values(dice: Dice) -> tuple[dict, dict, set, dict]:
     values = transformer_values(dice, dict(patch=dice.normal(B, T, E, mean=0.5)), M, heads, dict(C=E, E=E, H=heads))
     if T > 1 and dice.chance(0.5):
         S, C, legacy = dice.pick(1, 3, 4, 9, 16), dice.random.randint(3, 24), dice.chance(0.4)
-        width = C if legacy else S * C
-        values[0].update(
-            pixel=dice.normal(B * (T - 1), S, C, mean=0.5), fold_norm1_weight=dice.normal(width, scale=0.3, mean=1),
-            fold_norm1_bias=dice.normal(width, scale=0.3), fold_proj_weight=dice.normal(E, S * C, scale=(S * C) ** -0.5),
-            fold_proj_bias=dice.normal(E) if dice.chance(0.5) else None,
-            fold_norm2_weight=None if legacy else dice.normal(E, scale=0.3, mean=1),
-            fold_norm2_bias=None if legacy else dice.normal(E, scale=0.3),
-        )  # fmt: skip
+        values[0].update(pixel=dice.normal(B * (T - 1), S, C, mean=0.5), **folding(dice, S, C, E, legacy))
     return values
 
 
+def block_values(dice: Dice) -> tuple[dict, dict, set, dict]:
+    of_inner, inner_others, restrictions, sizes = inner_values(dice)
+    (P, S, C), heads = of_inner.pop("pixel").shape, dice.pick(1, 2, 3)
+    N = dice.pick(*[n for n in range(1, max(P, 1) + 1) if P % n == 0])
+    B, E, legacy = P // N, heads * dice.random.randint(3, 12), dice.chance(0.3)
+    activations = dict(pixel=dice.normal(P, S, C, mean=0.5), patch=dice.normal(B, 1 + N, E, mean=0.5))
+    tensors, others, _, _ = transformer_values(dice, activations, dice.upto(2 * E), heads, dict(C=E))
+    tensors |= folding(dice, S, C, E, legacy) | {f"inner_{name}": x for name, x in of_inner.items()}
+    return tensors, others | dict(inner_heads=inner_others["num_heads"]), restrictions, sizes | dict(
+        H=heads, inner_heads=sizes["H"], E=E
+    )  # fmt: skip
+
+
+def folding(dice: Dice, S: int, C: int, E: int, legacy: bool) -> dict[str, Tensor | None]:
+    width = C if legacy else S * C
+    return dict(
+        fold_norm1_weight=dice.normal(width, scale=0.3, mean=1), fold_norm1_bias=dice.normal(width, scale=0.3),
+        fold_proj_weight=dice.normal(E, S * C, scale=(S * C) ** -0.5),
+        fold_proj_bias=dice.normal(E) if dice.chance(0.5) else None,
+        fold_norm2_weight=None if legacy else dice.normal(E, scale=0.3, mean=1),
+        fold_norm2_bias=None if legacy else dice.normal(E, scale=0.3),
+    )  # fmt: skip
+
+
 def transformer_values(dice: Dice, activation: dict, M: int, heads: int, sizes: dict) -> tuple[dict, dict, set, dict]:
-    C, P = sizes["C"], len(next(iter(activation.values())))
+    C, P = sizes["C"], len([*activation.values()][-1])
     tensors = activation | dict(
         norm1_weight=dice.normal(C, scale=0.3, mean=1), norm1_bias=dice.normal(C, scale=0.3),
         qk_weight=dice.normal(2 * C, C, scale=1.5 * C**-0.5), qk_bias=dice.normal(2 * C, scale=0.3),
@@ -197,7 +214,7 @@ def spoil(dice: Dice, tensors: dict, others: dict, operation: str) -> tuple[str,
                         ("patch_stride", (0, 0))],
         "inner": [("num_heads", 0), ("num_heads", -2), ("num_heads", 5), ("num_heads", 7), ("eps", -1.0)],
         "fold": [("eps", -1.0)],
-    }["inner" if operation == "outer" else operation]  # fmt: skip
+    }["inner" if operation in ("outer", "block") else operation]  # fmt: skip
     what = dice.pick("number", "longer", "shorter", "0-d", "more dimensions", "fewer dimensions", "list")
     if what == "number":
         key, value = dice.pick(*numbers)
@@ -237,7 +254,7 @@ def draw_call(operation: str, dice: Dice) -> Call:
             if name != next(iter(tensors)):
                 tensors[name] = None
                 about.append(f"{name}=None")
-        if operation in ("inner", "outer"):
+        if operation in ("inner", "outer", "block"):
             restrictions.add("absent")
     if dice.chance(0.05):
         what, more = spoil(dice, tensors, others, operation)
@@ -246,7 +263,7 @@ def draw_call(operation: str, dice: Dice) -> Call:
     if kernels.OPERATIONS[operation].unsupported(sizes):
         restrictions.add("size")
     dtypes = {
-        name: dtype if i == 0 or name in ("patch", "pixel", "attn_scale", "mlp_scale") else weights
+        name: dtype if i == 0 or name in ("patch", "pixel") or name.endswith("_scale") else weights
         for i, name in enumerate(tensors)
     }
     if dice.chance(0.06):

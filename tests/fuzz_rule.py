@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from helpers import ExactSoftmax
+from helpers import ExactSoftmax, joined
 from torch import Tensor
 
 from tnt_fast import attention, kernels, reference
@@ -252,7 +252,11 @@ class Call:
             return torch.autocast(DEVICE, self.half) if on else nullcontext()
 
         given, largest = {}, 0.0
-        if draw and self.operation in ("inner", "outer"):  # whose biases are added onto the pixels or patches with all else
+        if draw and self.operation in (
+            "inner",
+            "outer",
+            "block",
+        ):  # whose biases are added onto the pixels or patches with all else
             finite = self.activation.detach().double().nan_to_num(0.0, 0.0, 0.0).abs()
             largest = finite.max().item() if finite.numel() else 0.0
         for i, (name, x) in enumerate(self.tensors.items()):
@@ -262,11 +266,11 @@ class Call:
                     x = x.to(self.dtype)  # what is in half is of half's values
                 x = x if dtype is None else x.to(dtype, copy=True)
                 if draw and i > 0 and name != "patch":
-                    x = off_by_rounding(x, self.dtype, draw, largest if name in ("proj_bias", "fc2_bias") else 0.0)
+                    x = off_by_rounding(x, self.dtype, draw, largest if name.endswith(("proj_bias", "fc2_bias")) else 0.0)
                 x.requires_grad_(name in self.wanted)
             given[name] = x
         with on(0):
-            out = function(**reference.in_records(given | self.others))
+            out = joined(function(**reference.in_records(given | self.others)))
         found = {"output": out}
         leaves = {name: given[name] for name in self.wanted}
         if leaves:
@@ -289,7 +293,7 @@ class Call:
         casts = [None] + [self.half] * self.autocast[0] + [torch.float32] * (self.dtype in HALVES)
         found = [self.compute(function, cast, draw=draw) for draw in (0, *DRAWS) for cast in casts]
         found += [self.compute(function, cast, recomputed=True) for cast in casts if cast == torch.float32]
-        if self.operation == "outer" and self.dtype in HALVES and DEVICE == "cuda":
+        if self.operation in ("outer", "block") and self.dtype in HALVES and DEVICE == "cuda":
             with fused_attention():
                 found += [self.compute(function, cast) for cast in casts if cast != torch.float32]
         with rounded_softmax(self.dtype):

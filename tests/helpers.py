@@ -170,11 +170,16 @@ def lay(tensor: torch.Tensor, axis: int | None) -> torch.Tensor:
     return whole.as_strided(tensor.shape, strides).copy_(tensor)
 
 
-def call(function: Callable[..., torch.Tensor], **given: Any) -> torch.Tensor:
+def call(function: Callable[..., Any], **given: Any) -> torch.Tensor:
     """An operation of arguments by name, a transformer's weights among them by their own."""
     from tnt_fast.reference import in_records  # only here: conftest says first how Triton runs
 
-    return function(**in_records(given))
+    return joined(function(**in_records(given)))
+
+
+def joined(found: Any) -> torch.Tensor:
+    """An operation's result; several as one, the values of one behind those of the other."""
+    return found if isinstance(found, torch.Tensor) else torch.cat([x.flatten() for x in found])
 
 
 def results(
@@ -187,23 +192,27 @@ def results(
     gradients: bool | Collection[str] = True,
     far: Mapping[str, int] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """A function's output, and its gradients by name, in ``kind``, of values that are rounded to ``dtype``.
+    """A function's output, or several, and its gradients by name, in ``kind``, of values that are rounded to ``dtype``.
 
     ``gradients``: of all tensors, of those that are named, or of none; ``others`` get none. ``far``: an axis by name, also of
     "upstream", the gradient of the output, as ``lay`` takes it.
     """
+    from tnt_fast.reference import in_records  # only here: conftest says first how Triton runs
+
     far = far or {}
     given = {k: v if v is None else lay(v.to(dtype).to(device, kind), far.get(k)) for k, v in tensors.items()}
     wanted = [k for k, v in given.items() if v is not None and (gradients is True or (gradients and k in gradients))]
     given = {k: v if v is None else v.detach().requires_grad_(k in wanted) for k, v in given.items()}
     fixed = {k: v.to(device, kind) if isinstance(v, torch.Tensor) else v for k, v in others.items()}
     with ExactSoftmax() if kind == torch.float64 else nullcontext():
-        out = call(function, **given, **fixed)
-        found = {"output": out.detach()}
+        out = function(**in_records({**given, **fixed}))
+        out = (out,) if isinstance(out, torch.Tensor) else out
+        found = {f"output {i}" if i else "output": x.detach() for i, x in enumerate(out)}
         if wanted:
             generator = torch.Generator().manual_seed(9)
-            upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype).to(device, kind)
-            of_wanted = torch.autograd.grad(out, [given[k] for k in wanted], lay(upstream, far.get("upstream")))
+            upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype).to(device, kind) for x in out]
+            upstream = [lay(x, far.get("upstream")) for x in upstream]
+            of_wanted = torch.autograd.grad(out, [given[k] for k in wanted], upstream)
             found |= {f"gradient of {k}": g for k, g in zip(wanted, of_wanted, strict=True)}
     return found
 

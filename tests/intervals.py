@@ -459,6 +459,11 @@ def _of_norm(launch: Any) -> Iterator[dict[str, Interval]]:
         }
 
 
+def _of_block(launch: Any) -> Iterator[dict[str, Any]]:
+    """Of inner's kernels, and of what comes between outer's products."""
+    return _of_norm(launch) if "n_rows" in integers(launch) else _of_inner(launch)
+
+
 def _of_totals(launch: Any) -> Iterator[dict[str, Any]]:
     """Of what programs leave: a row each; as many columns as gradients, of a matrix at most, in each part as it likes."""
     parts = sum(name.endswith("n_columns") for name in integers(launch))
@@ -481,8 +486,9 @@ OPTIONAL = {
         "a_ptr", "bias_ptr", "rest_ptr", "later_ptr", "shift", "bias", "next_bias", "later", "dx", "y", "second_bias",
         "norm_bias", "sum_bias",
     },
+    "block": {"qk_bias", "v_bias", "attn_scale_ptr", "mlp_scale_ptr", "bias"},
 }  # fmt: skip
-PASSED = {"pixel_embed": _of_pixel_embed, "inner": _of_inner, "fold": _of_norm, "outer": _of_norm}
+PASSED = {"pixel_embed": _of_pixel_embed, "inner": _of_inner, "fold": _of_norm, "outer": _of_norm, "block": _of_block}
 LIMITS = {"n_tokens": ROWS, "n_cells": ROWS, "n_patches": ROWS, "n_rows": ROWS, "n_group": ROWS, "height": SIDE, "width": SIDE}
 
 

@@ -401,7 +401,7 @@ def test_an_exported_model_has_the_operation_where_no_gradient_is_asked_for():
     with torch.no_grad():
         program = torch.export.export(model, (image,))
         torch.testing.assert_close(program.module()(image), model(image))
-    assert sum("tnt_fast.outer" in str(node.target) for node in program.graph.nodes) == 2
+    assert sum("tnt_fast.block" in str(node.target) for node in program.graph.nodes) == 2
 
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])

@@ -49,7 +49,7 @@ def blocks():
 
 def test_a_block_of_tnt_s_launches_what_its_operations_do(blocks):
     one, two = map(Counter, blocks)
-    folded = ["_norm_kernel", "mm", "_norm_add_kernel"]
+    folded = ["mm", "_norm_add_kernel"]
     attention = ["linear", "_attention_fwd_kernel", "addmm_"]
     mlp = ["_norm_kernel", "_addmm_activation", "addmm_"]
     assert two - one == Counter(["_inner_fwd_kernel", "cat", *folded, *attention, *mlp])
@@ -78,9 +78,9 @@ def test_launches_of_a_block_of_tnt_s_in_a_training_step():
         return Counter(names(graphs.eager(H200, run)))
 
     found = step(3) - step(2)
-    assert found.total() <= 36, found
+    assert found.total() <= 33, found
     assert found["_attention_bwd_kernel"] == 1, found
-    assert found["_totals_kernel"] == 2, found
+    assert found["_totals_kernel"] == 1, found
     casts = {name: found[name] for name in ("_foreach_copy_", "_to_copy", "copy_", "to") if name in found}
     assert casts == {"_foreach_copy_": 1}  # of weights, before the products
 
@@ -90,7 +90,7 @@ def test_what_is_compiled_is_inductors_plan(blocks):
     ours = [c.name for c in calls if c.by == "ours"]
     assert ours == [name for name in blocks[0] if name.endswith("_kernel")]
     assert {c.name for c in calls if c.by == "inductor"}  # the last LayerNorm and what becomes of the class token
-    assert [c.name for c in calls if c.by == "host"] == ["pixel_embed", "fold", "inner", "outer"]
+    assert [c.name for c in calls if c.by == "host"] == ["pixel_embed", "fold", "block"]
 
 
 def test_gradients_are_those_of_pytorch():

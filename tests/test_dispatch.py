@@ -26,6 +26,7 @@ CHANGING = {  # from call to call, in order
     "inner": ["pixel", "attn_scale", "mlp_scale"],
     "fold": ["pixel", "patch"],
     "outer": ["patch", "pixel", "attn_scale", "mlp_scale"],
+    "block": ["pixel", "patch", "inner_attn_scale", "inner_mlp_scale", "attn_scale", "mlp_scale"],
 }
 
 
@@ -45,7 +46,8 @@ def remembered(model: TNT, image: torch.Tensor) -> TNT:
 @pytest.fixture
 def stand_ins(monkeypatch):
     """Every operation has a "kernel"; the machine has nothing against it; calls are counted."""
-    calls = dict.fromkeys(dispatch.OPERATIONS, 0)
+    names = (*dispatch.OPERATIONS, "block")
+    calls = dict.fromkeys(names, 0)
 
     class StandIn:
         def __init__(self, name):
@@ -63,7 +65,7 @@ def stand_ins(monkeypatch):
             run.given = given
             return run
 
-    monkeypatch.setattr(kernels, "OPERATIONS", {name: StandIn(name) for name in dispatch.OPERATIONS})
+    monkeypatch.setattr(kernels, "OPERATIONS", {name: StandIn(name) for name in names})
     monkeypatch.setattr(kernels, "on_cpu", lambda: False)
     monkeypatch.setattr(dispatch, "_machine_reasons", lambda image, backend: [])
     monkeypatch.setattr(dispatch, "_warned", set())
@@ -86,21 +88,22 @@ def test_the_fused_path_hands_every_weight_to_the_kernels(stand_ins, options):
     for name, a, b in zip(("out", "image", *dict(model.named_parameters())), *found, strict=True):
         assert relative_error(b, a) <= 1e-13, name
     inner, outer = 1 if "inner_blocks" in options else 2, 0 if "se_ratio" in options else 2
-    folds = 0 if outer else inner  # within outer
-    assert stand_ins == {"pixel_embed": 1, "inner": inner, "fold": 1 + folds, "outer": outer}
+    whole = inner if outer else 0
+    apart = {"inner": inner - whole, "fold": 1 + inner - whole, "outer": outer - whole}
+    assert stand_ins == {"pixel_embed": 1, **apart, "block": whole}
     with torch.no_grad():
         assert relative_error(model(image), found[0][0]) <= 1e-13
-    assert stand_ins["outer"] == 2 * outer
+    assert (stand_ins["block"], stand_ins["outer"]) == (2 * whole, 2 * (outer - whole))
 
 
 def test_fused_is_fused_in_intermediates_and_with_checkpointing(stand_ins):
     model = tiny(backend="fused").train()
     with torch.no_grad():
         model.forward_intermediates(torch.randn(2, 3, 32, 32))
-    assert stand_ins == {"pixel_embed": 1, "inner": 2, "fold": 1, "outer": 2}  # which folds, too, but for the stem
+    assert stand_ins == {"pixel_embed": 1, "inner": 0, "fold": 1, "outer": 0, "block": 2}
     model.set_grad_checkpointing()
     model(torch.randn(2, 3, 32, 32)).sum().backward()
-    assert stand_ins["inner"] == 2 + 2 + 2  # once more, then again in the backward
+    assert stand_ins["block"] == 2 + 2 + 2  # once more, then again in the backward
 
 
 def test_fused_does_not_touch_the_reference(stand_ins, monkeypatch):
@@ -274,7 +277,7 @@ def test_each_attribute_of_the_outer_submodules_changed_is_the_references_answer
         for name in attributes(module, lambda: answer("reference")):
             value = getattr(module, name)
             for other in changed(name, value):
-                before = stand_ins["outer"]
+                before = stand_ins["outer"] + stand_ins["block"]
                 with torch.no_grad():
                     remembered(model, image)
                 try:
@@ -287,7 +290,7 @@ def test_each_attribute_of_the_outer_submodules_changed_is_the_references_answer
                     assert isinstance(found, Exception), what
                 else:
                     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True), what
-                    answers, fused = answers + 1, fused + stand_ins["outer"] - before
+                    answers, fused = answers + 1, fused + stand_ins["outer"] + stand_ins["block"] - before
     assert answers > fused > 20, (answers, fused)
 
 
@@ -330,8 +333,8 @@ def test_what_is_done_to_an_outer_submodule_is_done(stand_ins, what, gradients):
         with torch.set_grad_enabled(gradients):
             found.append(model(image).detach())
     assert relative_error(found[1], found[0]) <= 1e-5
-    # of the other block the outer transformer folds, too
-    assert stand_ins == {"pixel_embed": 1, "inner": 2, "fold": 2, "outer": 1}
+    # the other block is one operation
+    assert stand_ins == {"pixel_embed": 1, "inner": 1, "fold": 2, "outer": 0, "block": 1}
 
 
 @pytest.mark.parametrize("norm", ["norm_out", "norm_mlp"])
@@ -362,27 +365,28 @@ def test_a_weight_of_queries_and_keys_is_not_broadcast():
             model(image)
 
 
-def test_outer_folds_with_gradients_and_without(stand_ins):
+def test_a_block_is_one_operation_with_gradients_and_without(stand_ins):
     model, image = tiny(backend="fused"), torch.randn(2, 3, 32, 32)
 
     def calls(*contexts):
-        """Folds beside the stem's, and outer transformers."""
+        """Folds beside the stem's, outer transformers, whole blocks."""
         before = dict(stand_ins)
         with contextlib.ExitStack() as stack:
             for context in contexts:
                 stack.enter_context(context)
             model(image)
-        return stand_ins["fold"] - before["fold"] - 1, stand_ins["outer"] - before["outer"]
+        folds, *others = [stand_ins[name] - before[name] for name in ("fold", "outer", "block")]
+        return folds - 1, *others
 
-    assert calls() == calls(torch.no_grad()) == calls(torch.inference_mode()) == (0, 2)
-    assert calls(torch.autocast("cpu", torch.bfloat16)) == (0, 2)
-    model.blocks[1].norm1_proj.eps = model.blocks[1].norm2_proj.eps = 1e-3  # of outer the operation takes one
-    assert calls() == calls(torch.no_grad()) == (1, 2)
+    assert calls() == calls(torch.no_grad()) == calls(torch.inference_mode()) == (0, 0, 2)
+    assert calls(torch.autocast("cpu", torch.bfloat16)) == (0, 0, 2)
+    model.blocks[1].norm1_proj.eps = model.blocks[1].norm2_proj.eps = 1e-3  # the operation takes one
+    assert calls() == calls(torch.no_grad()) == (1, 1, 1)
     model.requires_grad_(False)
     with torch.no_grad():
         model.blocks[0].mlp.to(torch.bfloat16)
-        assert calls(torch.autocast("cpu", torch.bfloat16)) == (1, 2)  # cast anyway
-        assert calls(torch.autocast("cpu", torch.float16)) == (2, 1)  # by its submodules, which take any
+        assert calls(torch.autocast("cpu", torch.bfloat16)) == (1, 1, 1)  # cast anyway
+        assert calls(torch.autocast("cpu", torch.float16)) == (2, 1, 0)  # by its submodules, which take any
         with pytest.raises(RuntimeError, match="dtype"):
             model(image)
 
@@ -742,9 +746,9 @@ def test_whatever_the_import_of_triton_raises_is_named(error, tmp_path, monkeypa
     assert f"does not import ({kind}: {text}); install" in kernels._without_triton()
 
 
-@pytest.mark.parametrize("name", ["fold", "outer"])
+@pytest.mark.parametrize("name", ["inner", "fold", "outer"])
 @pytest.mark.parametrize("of", ["instance", "class"])
-def test_a_replaced_fold_or_outer_of_a_block_is_called(stand_ins, name, of):
+def test_a_replaced_step_of_a_block_is_called(stand_ins, name, of):
     model, image = tiny(), torch.randn(2, 3, 32, 32)
     right = getattr(type(model.blocks[0]), name)
 

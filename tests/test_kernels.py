@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import timm
 import torch
-from cases import case, check, embed_case, fold_tensors, inner_tensors, normal, outer_tensors
+from cases import block_tensors, case, check, embed_case, fold_tensors, inner_tensors, normal, outer_tensors
 from helpers import ExactSoftmax, Tf32Products, call, paths, perturb, results
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -111,6 +111,8 @@ def test_nothing_in_nothing_out(operation):
         tensors, others = inner_tensors(0, 16, 24, 96), dict(num_heads=4)
     elif operation == "outer":
         tensors, others = outer_tensors(0, 5, 24, 96), dict(num_heads=4)
+    elif operation == "block":
+        tensors, others = block_tensors(0, 4, 16, 24, 48, 96, 96, False), dict(inner_heads=4, num_heads=4)
     else:
         tensors, others = fold_tensors(0, 4, 16, 24, 48, False), {}
     given = {k: None if v is None else v.float().to(DEVICE) for k, v in tensors.items()}
@@ -150,6 +152,7 @@ def test_the_same_bits_twice(operation, C, E, path, dtype):
         embed_case(2, 3, 32, 48, C, (16, 16), 4, (16, 16), False) if operation == "pixel_embed"
         else (inner_tensors(13, 16, C, 4 * C), dict(num_heads=2)) if operation == "inner"
         else (outer_tensors(2, 7, E, E), dict(num_heads=4)) if operation == "outer"
+        else (block_tensors(1, 7, 16, C, E, 4 * C, E, False), dict(inner_heads=2, num_heads=4)) if operation == "block"
         else (fold_tensors(2, 7, 16, C, E, False), {})
     )  # fmt: skip
     given = {k: None if v is None else v.to(path.device, dtype) for k, v in tensors.items()}
@@ -163,10 +166,14 @@ def test_opcheck(operation):
         embed_case(1, 3, 16, 32, 12, (16, 16), 4, (16, 16), False) if operation == "pixel_embed"
         else (inner_tensors(3, 16, 12, 48), dict(num_heads=2, eps=1e-5, a=None, m=None)) if operation == "inner"
         else (outer_tensors(2, 3, 12, 48), dict(H=2, eps=1e-5, **dict.fromkeys("amp012345"), r="none")) if operation == "outer"
+        else (block_tensors(1, 3, 16, 12, 24, 48, 48, False), {}) if operation == "block"
         else (fold_tensors(1, 3, 16, 12, 24, False), dict(eps=1e-5))
     )  # fmt: skip
     given = [None if v is None else v.float().to(DEVICE).requires_grad_() for v in tensors.values()]
     others = [list(v) if isinstance(v, tuple) else v for v in others.values()]
+    if operation == "block":  # whose numbers are not the last
+        named = {**dict(zip(tensors, given, strict=True)), "inner_heads": 2, "num_heads": 3, "eps": 1e-5, "recompute": "mlp"}
+        given, others = [named.get(name) for name in kernels.OPERATIONS[operation].kinds], []
     torch.library.opcheck(getattr(torch.ops.tnt_fast, operation).default, (*given, *others))
 
 
@@ -218,7 +225,8 @@ def test_fused_operations_count_as_many_flops_as_the_reference():
             model(torch.randn(2, 3, 32, 32, device=DEVICE))
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
-    assert {str(op) for op in counter.get_flop_counts()["Global"]} >= {f"tnt_fast.{n}" for n in kernels.OPERATIONS}
+    counted = {str(operation) for operation in counter.get_flop_counts()["Global"]}
+    assert counted >= {f"tnt_fast.{name}" for name in ("pixel_embed", "fold", "block")}
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "gradients"])
@@ -284,7 +292,7 @@ def test_a_fused_model_trains_compiles_and_exports(legacy):
     for a, b in zip(found, gradients[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     program = torch.export.export(fused.eval(), (image.detach(),))
-    assert any("tnt_fast.inner" in str(node.target) for node in program.graph.nodes)
+    assert any("tnt_fast.block" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(image.detach()), expected)
 
 
@@ -379,6 +387,7 @@ def test_a_tensor_on_the_cpu_is_refused_outside_the_interpreter(operation, monke
         embed_case(1, 3, 16, 16, 24, (16, 16), 4, (16, 16), False) if operation == "pixel_embed"
         else (inner_tensors(1, 16, 24, 96), dict(num_heads=4)) if operation == "inner"
         else (outer_tensors(1, 2, 24, 96), dict(num_heads=4)) if operation == "outer"
+        else (block_tensors(1, 2, 16, 12, 24, 48, 48, False), dict(inner_heads=4, num_heads=4)) if operation == "block"
         else (fold_tensors(1, 1, 16, 24, 48, False), {})
     )  # fmt: skip
     given = {k: None if v is None else v.float() for k, v in tensors.items()}

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("triton")
 
 from cases import case, check, fold_tensors, inner_tensors, normal
-from helpers import HERE, call
+from helpers import HERE, call, joined
 
 from tnt_fast import TNT, dispatch, kernels, reference, why_not_fused
 from tnt_fast.arguments import beyond
@@ -43,7 +43,7 @@ def run(operation: str, tensors: dict, others: dict) -> torch.Tensor:
 def test_the_description_is_of_the_references_arguments(operation):
     tensors, others = case(operation)
     described = [argument.name for argument in kernels.OPERATIONS[operation].arguments]
-    assert set(described) == set(tensors) | ({"attn_scale", "mlp_scale"} if operation in ("inner", "outer") else set())
+    assert set(described) == set(tensors) | set(kernels.OPERATIONS[operation].factors)
 
 
 @OPERATIONS
@@ -59,8 +59,9 @@ def test_none_is_computed_as_the_reference_does_or_named(operation):
             with pytest.raises(TypeError, match=rf"{operation}: {name} is a list; accepted: torch.Tensor"):
                 run(operation, {**tensors, name: [1.0, 2.0]}, others)
             continue
-        if name in ("qk_bias", "v_bias"):
-            with pytest.raises(ValueError, match=f"{operation}: qk_bias and v_bias are given or left out together"):
+        if name.removeprefix("inner_") in ("qk_bias", "v_bias"):
+            both = " and ".join([name.replace("v_bias", "qk_bias"), name.replace("qk_bias", "v_bias")])
+            with pytest.raises(ValueError, match=f"{operation}: {both} are given or left out together"):
                 run(operation, tensors, others)
         else:
             torch.testing.assert_close(run(operation, tensors, others), expected, rtol=1e-4, atol=1e-5, msg=name)
@@ -69,7 +70,7 @@ def test_none_is_computed_as_the_reference_does_or_named(operation):
 @OPERATIONS
 def test_shapes_that_do_not_fit_are_named(operation):
     # activations set the sizes that weights are held to
-    others_of = {"pixel": "(?:fold_)?norm1_weight", "patch": "proj_weight"}
+    others_of = {"pixel": "(?:fold_|inner_)?norm1_weight", "patch": "proj_weight"}
     for name in [name for name, x in given(operation)[0].items() if x is not None]:
         tensors, others = given(operation)
         for spoil in (lambda x: x.new_ones(()), lambda x: x[None], lambda x: x.repeat(*[1] * (x.ndim - 1), 2)):
@@ -281,7 +282,7 @@ def test_past_the_dispatcher_the_bits_are_the_same(operation, monkeypatch):
         with contextlib.ExitStack() as stack:
             for context in contexts:
                 stack.enter_context(context)
-            return function.trusted(**arguments), len(calls) - before
+            return joined(function.trusted(**arguments)), len(calls) - before
 
     for context in (contextlib.nullcontext, lambda: torch.autocast(DEVICE, torch.float16)):
         expected, through = run(context(), torch.no_grad(), Seen())
@@ -315,7 +316,7 @@ def test_past_the_dispatcher_the_gradients_are_the_same(operation, autocast, mon
 
     def run(forwards, backwards):
         with forwards, torch.autocast(DEVICE, torch.float16, enabled=autocast):
-            out = function.trusted(**arguments)
+            out = joined(function.trusted(**arguments))
         with backwards, torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):  # which a backward does not heed
             return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True), *torch.autograd.grad(
                 out, leaves, torch.ones_like(out))]  # fmt: skip
@@ -325,7 +326,7 @@ def test_past_the_dispatcher_the_gradients_are_the_same(operation, autocast, mon
     for others in found[1:]:
         assert [x.dtype for x in others] == [x.dtype for x in found[0]]
         assert all(map(torch.equal, others, found[0]))
-    first = torch.autograd.grad(function.trusted(**arguments).square().sum(), leaves, create_graph=True)
+    first = torch.autograd.grad(joined(function.trusted(**arguments)).square().sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match=f"the gradients of {operation} were to be differentiated"):
         torch.autograd.grad(sum(x.sum() for x in first), leaves)
 
@@ -370,7 +371,7 @@ def test_what_is_found_once_holds_for_all_that_is_alike_and_keeps_no_weights(ope
                 setattr(a, name, x.contiguous())
         expected = function.empty(a)
         prepared(a)(a, expected)
-        assert all(torch.equal(x, expected) for x in found)
+        assert all(torch.equal(joined(x), joined(expected)) for x in found)
         return made
 
     with torch.no_grad():

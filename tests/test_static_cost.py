@@ -586,6 +586,8 @@ class TestShipped:
         allowed |= {f"_attention_fwd {variant}": 144 for variant in ("ti", "s", "s_legacy", "b")}
 
         def most(row):
+            if row["kernel"] == "block":  # the inner forward with a LayerNorm's weights in registers
+                return 64
             name = row["function"]
             return allowed.get(f"{name[: max(name.find('bwd'), name.find('fwd')) + 3]} {row['variant']}", 0)
 

@@ -15,7 +15,7 @@ from tnt_fast import kernels
 from tnt_fast.kernels import inner, norm, pixel_embed
 from tnt_fast.kernels.operation import Config, Launch
 
-BOWL = {"rows": 64, "warps": 4, "per_sm": 3, "chunk": 32, "stages": 1, "mma_arch": None}
+BOWL = {"rows": 64, "warps": 4, "per_sm": 3, "chunk": 32, "stages": 1, "mma_arch": None, "registers": None, "capability": None}
 """Where the made-up times are least."""
 
 

@@ -80,7 +80,7 @@ class Arguments:
     twin: Any  # the function of reference.py, whose arguments are the operation's
     shapes: Mapping[str, str]  # of its tensors, by name
     activations: tuple[str, ...]  # the first names dtype and device of the computation
-    together: tuple[str, ...] = ()  # tensors that are given or left out together
+    together: tuple[tuple[str, ...], ...] = ()  # tensors that are given or left out together
     limits: Mapping[str, int]  # the most that the kernels take of what ``NAMES`` has
 
     def __init__(self) -> None:
@@ -243,8 +243,9 @@ class Arguments:
             expected = tuple([_size(axis, sizes) for axis in axes])
             if actual != expected:
                 found.append(f"{name} has shape {actual}; expected ({', '.join(map(str, expected))}{',' * (len(axes) == 1)})")
-        if len({given.get(name) is None for name in self.together}) > 1:
-            found.append(f"{' and '.join(self.together)} are given or left out together")
+        for names in self.together:
+            if len({given.get(name) is None for name in names}) > 1:
+                found.append(f"{' and '.join(names)} are given or left out together")
         return self.unsupported(sizes) + found if known else found
 
     def packed(self, flat: Sequence[Any]) -> SimpleNamespace:

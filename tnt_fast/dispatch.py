@@ -21,10 +21,10 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
 from tnt_fast import kernels
-from tnt_fast.reference import RECOMPUTE, FoldWeights, by_name
+from tnt_fast.reference import RECOMPUTE, by_name
 
 BACKENDS = ("auto", "fused", "reference")
-OPERATIONS = ("pixel_embed", "inner", "fold", "outer")
+OPERATIONS = ("pixel_embed", "inner", "fold", "outer")  # of the flow; "block" is the last three
 OLDEST = (8, 0)  # compute capability that the kernels are compiled and checked for
 MOST_LOOKS = 64  # of one model: sizes of images, modes
 REQUIRED = ("pixel_embed", "inner", "fold")  # an operation outside of these runs through its modules where it has no kernel
@@ -80,23 +80,16 @@ class Chosen:
             self._settled[operation, owner] = found = kernel(operation).settled(given(), looked_at=True)
         return found
 
-    def outer(self, block: Any, patch: Tensor) -> tuple[Any, Any]:
-        """As ``settled``, for such patches; None where the block's submodules run. And with fold before it, None where not."""
+    def block(self, block: Any, patch: Tensor) -> tuple[Any, Any]:
+        """As ``settled``, for such patches: the block as one operation, and its outer transformer; None where not."""
         key = block, patch.dtype, patch.device
         found = self._settled.get(key)
         if found is None:
-            self._settled[key] = found = _settled_outer(block, patch)
+            outer = outer_arguments(block, patch)
+            given = outer and dict(block=block_arguments(block, patch), outer=outer)
+            settled = {name: kernel(name).settled(x, looked_at=True) for name, x in (given or {}).items() if x is not None}
+            self._settled[key] = found = settled.get("block"), settled.get("outer")
         return found
-
-
-def _settled_outer(block: Any, patch: Tensor) -> tuple[Any, Any]:
-    given = outer_arguments(block, patch)
-    if given is None:
-        return None, None
-    *weights, eps = block.fused_arguments()["fold"].values()
-    folding = given | dict(fold_weights=FoldWeights(*weights)) if eps == given["eps"] else None
-    outer, folding = [x and kernel("outer").settled(x, looked_at=True) for x in (given, folding)]
-    return outer, folding
 
 
 class Look:
@@ -283,6 +276,12 @@ def outer_arguments(block: Any, patch: Tensor) -> dict[str, Any] | None:
         return None
     given, reasons = _of_outer("", block, patch)
     return given if not reasons and all([x is None or _is_plain(x) for x in given["weights"]]) else None
+
+
+def block_arguments(block: Any, patch: Tensor) -> dict[str, Any] | None:
+    """What a block on the fused path gives the operation ``block``; None where it is several, or its submodules."""
+    outer = outer_arguments(block, patch) if "block" in kernels.OPERATIONS else None
+    return None if outer is None else block.block_arguments(outer)
 
 
 def _recompute_reasons(model: Any, image: Tensor) -> list[str]:

@@ -243,7 +243,7 @@ class Operation(nn.Module):
         self.given = reference.in_records(found)
         self._settled: Any = None
 
-    def forward(self, **activations: Tensor) -> Tensor:
+    def forward(self, **activations: Tensor) -> Any:
         if not self.fused:
             return getattr(reference, self.operation)(**activations, **self.given)
         if torch.compiler.is_compiling():
@@ -254,31 +254,30 @@ class Operation(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """A block by the fused operations, the outer transformer too where it can be, with fold before it where that can be."""
+    """A block by the fused operations: as one where that can be, else with the outer transformer, too, where it can be."""
 
     def __init__(self, block: Any, dtype: torch.dtype):
         super().__init__()
         given, weight = block.fused_arguments(), block.norm_out.weight
-        of_outer = dispatch.outer_arguments(block, weight.new_empty(1, 1, len(weight)))
-        self.inner = self.fold = None
-        self.outer_is_fused, self.outer_folds = of_outer is not None, False
+        patch = weight.new_empty(1, 1, len(weight))
+        of_outer, whole = dispatch.outer_arguments(block, patch), dispatch.block_arguments(block, patch) if given else None
+        self.whole = self.inner = self.fold = self.outer = None
+        self.outer_is_fused = of_outer is not None
+        if whole is not None:
+            self.whole = Operation("block", whole, dtype)
+            return
         if given:
-            self.inner = Operation("inner", given["inner"], dtype)
-            *of_fold, eps = given["fold"].values()
-            if of_outer is not None and of_outer["eps"] == eps:
-                of_outer["fold_weights"], self.outer_folds = reference.FoldWeights(*of_fold), True
-            else:
-                self.fold = Operation("fold", given["fold"], dtype)
+            self.inner, self.fold = (Operation(name, given[name], dtype) for name in ("inner", "fold"))
         self.outer = Outer(block, dtype) if of_outer is None else Operation("outer", of_outer, dtype)
 
     def forward(self, pixel: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
-        if self.inner is not None:
+        if self.whole is not None:
+            return self.whole(pixel=pixel, patch=patch)
+        if self.inner is not None and self.fold is not None:
             pixel = self.inner(pixel=pixel)
-        if self.outer_folds:
-            return pixel, self.outer(patch=patch, pixel=pixel)
-        if self.fold is not None:
             patch = self.fold(pixel=pixel, patch=patch)
-        return pixel, self.outer(patch=patch) if self.outer_is_fused else self.outer(patch)
+        outer: Any = self.outer
+        return pixel, outer(patch=patch) if self.outer_is_fused else outer(patch)
 
 
 class OptimizedTNT(nn.Module):

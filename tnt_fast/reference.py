@@ -1,4 +1,4 @@
-"""TNT's four operations in plain PyTorch. This file is the specification: the fused kernels are held to it.
+"""TNT's four operations, and a block of three, in plain PyTorch. This file is the specification: the kernels are held to it.
 
 Every operation is a pure function of tensors, in any floating dtype, on any device, differentiable, and equal to timm's
 TNT (1.0.31) bit for bit. Sizes are the paper's (Han et al. 2021, arXiv:2103.00112): B images, N patches an image, S
@@ -49,6 +49,25 @@ class FoldWeights(NamedTuple):
     fold_norm2_bias: Tensor | None = None
 
 
+class InnerWeights(NamedTuple):
+    """``TransformerWeights`` of the inner transformer, as ``block`` is given them."""
+
+    inner_norm1_weight: Tensor
+    inner_norm1_bias: Tensor | None
+    inner_qk_weight: Tensor
+    inner_qk_bias: Tensor | None
+    inner_v_weight: Tensor
+    inner_v_bias: Tensor | None
+    inner_proj_weight: Tensor
+    inner_proj_bias: Tensor | None
+    inner_norm2_weight: Tensor
+    inner_norm2_bias: Tensor | None
+    inner_fc1_weight: Tensor
+    inner_fc1_bias: Tensor | None
+    inner_fc2_weight: Tensor
+    inner_fc2_bias: Tensor | None
+
+
 NO_FOLD = FoldWeights()
 RECOMPUTE = ("none", "mlp", "all")  # what ``outer`` may be told to compute again for its gradients
 
@@ -57,7 +76,7 @@ def by_name(given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of an operation with the weights of its records under their own names, in order."""
     found: dict[str, Any] = {}
     for name, value in given.items():
-        if isinstance(value, (TransformerWeights, FoldWeights)):  # in forms that torch 2.8 compiles
+        if isinstance(value, (TransformerWeights, FoldWeights, InnerWeights)):  # in forms that torch 2.8 compiles
             found.update(zip(type(value)._fields, value, strict=True))
         else:
             found[name] = value
@@ -67,7 +86,7 @@ def by_name(given: Mapping[str, Any]) -> dict[str, Any]:
 def in_records(given: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of ``by_name``: arguments as the operation takes them."""
     found = dict(given)
-    for name, record in (("weights", TransformerWeights), ("fold_weights", FoldWeights)):
+    for name, record in (("weights", TransformerWeights), ("fold_weights", FoldWeights), ("inner_weights", InnerWeights)):
         if given.keys() >= set(record._fields):
             found[name] = record(*(found.pop(field) for field in record._fields))
     return found
@@ -250,3 +269,30 @@ def outer(
     if pixel is not None:
         patch = fold(pixel, patch, *fold_weights, eps)  # type: ignore[arg-type]
     return _transformer(patch, weights, num_heads, eps, attn_scale, mlp_scale)
+
+
+def block(  # noqa: PLR0913  of two operations
+    pixel: Tensor,
+    patch: Tensor,
+    inner_weights: InnerWeights,
+    inner_heads: int,
+    weights: TransformerWeights,
+    num_heads: int,
+    fold_weights: FoldWeights,
+    eps: float = 1e-5,
+    inner_attn_scale: Tensor | None = None,
+    inner_mlp_scale: Tensor | None = None,
+    attn_scale: Tensor | None = None,
+    mlp_scale: Tensor | None = None,
+    recompute: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """``inner`` of the pixels, then ``outer`` of the patches, onto which those are folded: a block of TNT.
+
+    The arguments are theirs, with the same eps: those that begin with ``inner`` of the first, the others of the second.
+
+    Returns:
+        Pixels ``(B·N, S, C)`` and patches ``(B, 1 + N, E)``.
+    """
+    of_inner = TransformerWeights(*inner_weights)
+    pixel = inner(pixel, of_inner, inner_heads, eps, inner_attn_scale, inner_mlp_scale)
+    return pixel, outer(patch, weights, num_heads, eps, attn_scale, mlp_scale, pixel, fold_weights, recompute)

@@ -188,31 +188,31 @@ class Block(nn.Module):
 
     def forward(self, pixel: Tensor, patch: Tensor, fused: bool = False) -> tuple[Tensor, Tensor]:
         if self.has_inner:
-            pixel = self.inner(pixel, fused)
             if fused and not torch.jit.is_scripting():
-                return pixel, self._fused_rest(pixel, patch, fused)
+                return self._fused(pixel, patch, fused)
+            pixel = self.inner(pixel, fused)
             patch = self.fold(pixel, patch, fused)
         return pixel, self.outer(patch, fused)
 
     @torch.jit.unused
-    def _fused_rest(self, pixel: Tensor, patch: Tensor, fused: bool) -> Tensor:
-        """fold and outer, as one operation where that can be."""
-        replaced = type(self) is not Block or "fold" in self.__dict__ or "outer" in self.__dict__
-        if not replaced and _is_chosen(fused):
-            outer, folding = fused.outer(self, patch)  # type: ignore[attr-defined]
-            if folding is not None:
-                return folding(patch, pixel, *self._scales(patch))
-            patch = self.fold(pixel, patch, fused)
-            return self.outer(patch, True) if outer is None else outer(patch, None, *self._scales(patch))
-        given = None if replaced else dispatch.outer_arguments(self, patch)
-        if given is None:
-            return self.outer(self.fold(pixel, patch, True), True)
-        *weights, eps = _fold_arguments(self).values()
-        if eps == given["eps"]:
-            given = given | dict(fold_weights=reference.FoldWeights(*weights), pixel=pixel)
-        else:
-            patch = self.fold(pixel, patch, True)
-        return self._fused_transformer("outer", given, patch=patch)
+    def _fused(self, pixel: Tensor, patch: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+        """As one operation where that can be."""
+        outer: Any = None
+        if type(self) is Block and not any([name in self.__dict__ for name in ("inner", "fold", "outer")]):
+            if _is_chosen(fused):
+                whole, outer = fused.block(self, patch)  # type: ignore[attr-defined]
+                if whole is not None:
+                    return whole(pixel, patch, *self._scales(pixel), *self._scales(patch))
+            elif (given := dispatch.block_arguments(self, patch)) is not None:
+                inner_attn_scale, inner_mlp_scale = self._scales(pixel)
+                attn_scale, mlp_scale = self._scales(patch)
+                return dispatch.kernel("block").trusted(
+                    pixel=pixel, patch=patch, **given, inner_attn_scale=inner_attn_scale, inner_mlp_scale=inner_mlp_scale,
+                    attn_scale=attn_scale, mlp_scale=mlp_scale,
+                )  # fmt: skip
+        pixel = self.inner(pixel, fused)
+        patch = self.fold(pixel, patch, fused)
+        return pixel, self.outer(patch, True) if outer is None else outer(patch, None, *self._scales(patch))
 
     def inner(self, pixel: Tensor, fused: bool = False) -> Tensor:
         """``reference.inner`` over the pixels ``(B·N, S, C)`` of every patch."""
@@ -278,6 +278,15 @@ class Block(nn.Module):
     def outer_arguments(self) -> dict[str, Any]:
         """What the fused ``outer`` is given besides the patches and drop-path's factors."""
         return transformer_arguments(self.norm_out, self.attn_out, self.norm_mlp, self.mlp) | {"recompute": self.recompute}
+
+    @torch.jit.ignore
+    def block_arguments(self, outer: dict[str, Any]) -> dict[str, Any] | None:
+        """What the fused ``block`` is given besides activations and factors, ``outer``'s, too; None: there are several eps."""
+        inner, fold = self._inner_arguments(), _fold_arguments(self)
+        if not inner["eps"] == fold.pop("eps") == outer["eps"]:
+            return None
+        of_inner = dict(inner_weights=reference.InnerWeights(*inner["weights"]), inner_heads=inner["num_heads"])
+        return outer | of_inner | dict(fold_weights=reference.FoldWeights(*fold.values()))
 
     @torch.jit.ignore
     def fused_arguments(self) -> dict[str, dict[str, Any]]:
