@@ -30,7 +30,7 @@ import benchmarks.test_scaling as scaling_suite
 import tnt_fast
 from benchmarks import compare, measure, precompile, report, residual, stack
 from benchmarks import kernels as timed
-from tnt_fast import cli, flops, kernels, reference
+from tnt_fast import cli, dispatch, flops, kernels, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -605,7 +605,7 @@ def test_the_steps_of_the_waterfall_move_fewer_bytes_for_the_same_work():
     assert {step["macs"] for step in found} == {flops_suite.closed_form("tnt_s")}
     moved = [step["bytes"] for step in found]
     assert moved == sorted(moved, reverse=True)
-    assert len(set(moved)) == len(moved) == 1 + len(kernels.OPERATIONS)
+    assert len(set(moved)) == len(moved) == 1 + len(dispatch.OPERATIONS)
 
 
 def test_the_fitted_exponent():
