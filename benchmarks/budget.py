@@ -220,7 +220,15 @@ def simulated(found: Launched, gpu: simulate.Gpu, patches: int) -> Cost:
         warps = found.options["num_warps"]
         resident, _ = occupancy(gpu.target, warps, about["registers"], compiled.metadata.shared)
         time = simulate.simulate(
-            code, gpu, warps=warps, resident=resident, grid=found.grid, bytes=found.bytes, tiles=tiles, loops=loops
+            code,
+            gpu,
+            warps=warps,
+            resident=resident,
+            grid=found.grid,
+            bytes=found.bytes,
+            tiles=tiles,
+            loops=loops,
+            l1=found.spec.l1,
         )
         return time._asdict()
 

@@ -73,6 +73,10 @@ SLOTS_PER_US = 132 * 4 * 1980
 TIMED_TARGET = "sm_90"
 
 
+class NotLaunched(LookupError):
+    """An operation has another launch on GPUs of a target."""
+
+
 class Target(NamedTuple):
     """What a compiler has to know of a GPU, and the limits of one of its SMs (AMD: compute units).
 
@@ -251,14 +255,14 @@ def _as_launched(kernel: str, variant: str, dtype: str, launch: Launched, target
     """A launch as it is started, at batch 256, on a GPU of that target.
 
     Raises:
-        ValueError: the operation does not launch it there.
+        NotLaunched: the operation does not launch it there.
     """
     if not isinstance(shipped.OPERATIONS[kernel], Operation):  # a launch alone
         return launch
     for found in _recorded(kernel, variant, dtype, target):
         if found.code == launch.code:
             return found
-    raise ValueError(f"{kernel} does not launch {launch.kernel.__name__} with {launch.constants} at batch {BATCH}")
+    raise NotLaunched(f"{kernel} does not launch {launch.kernel.__name__} with {launch.constants} at batch {BATCH}")
 
 
 def compile_launch(found: Launched, target: Target) -> Any:
@@ -319,6 +323,7 @@ def _time(found: Launched, launch: Any, text: str, resident: int, gpu: simulate.
             tiles=tiles,
             loops=launch.turns if launch.turns > 1 else 0,
             conflicts=conflicts,
+            l1=launch.l1,
         )
     except ValueError as error:
         return {"gpu": gpu.name, "error": str(error)}
@@ -481,7 +486,7 @@ def rows(
     time: str | None = None,
     counted: bool = True,
 ) -> list[dict[str, Any]]:
-    """One row for each shipped launch and target among those asked for (None: all), in that order.
+    """One row for each shipped launch and target among those asked for (None: all) that it is launched on, in that order.
 
     What does not compile has a row, too, with ``error`` instead of numbers. ``sass``: a folder that gets the disassembly.
     ``dynamic``: NVIDIA's rows of the targets that are asked for by name, or sm_90's, have what is executed as well, under that
@@ -525,17 +530,16 @@ def rows(
             found[pool.submit(_row, kernel, number, target, sass, timed, counted, conflicts)] = row
         futures = {*found, *executed.values()}
         for future in tqdm(as_completed(futures), total=len(futures), desc="compile", file=sys.stderr, disable=not found):
-            if future in found:
-                error = future.exception()
+            if future in found and not isinstance(error := future.exception(), NotLaunched):
                 found[future] |= {"error": f"{type(error).__name__}: {error}"} if error else {"error": None} | future.result()
     for (kernel, _, variant, dtype, launch, target), row in zip(every, found.values(), strict=True):
         counts = executed.get((kernel, variant, dtype, target))
-        if counts is not None and row["error"] is None:
+        if counts is not None and row.get("error", "") is None:
             if error := counts.exception():
                 row["error"] = f"{type(error).__name__}: {error}"
             else:
                 row["dynamic"] = _counted(counts.result(), launch)
-    return list(found.values())
+    return [row for row in found.values() if "error" in row]
 
 
 def _told(simulated: dict[str, Any] | None) -> list[str]:

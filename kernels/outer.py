@@ -11,7 +11,8 @@ that the product that ends it adds in place; q, k and v are one product; GELU be
 recorded or scaled, LayerNorms and what follows them are product.py's: five launches, six with fold.
 
 GELU of many rows in bfloat16 is cuBLAS's, of the tanh form: at most 4.7e-4 off the erf form, where rounding values near 1 to
-bfloat16 makes 3.9e-3; in float16, in float32 and where gradients are recorded it is a kernel of its own, with tile.py's form.
+bfloat16 makes 3.9e-3; in float16, in float32 and where gradients are recorded it is a kernel of its own, with tile.py's form,
+or, where gradients are recorded and that is faster, in one with its product (gelu.py), both ways.
 
 Backward, of each of the two branches r + scale · last(f(first(LN r))), f the attention or GELU, with g the gradient of the sum:
 
@@ -20,10 +21,10 @@ Backward, of each of the two branches r + scale · last(f(first(LN r))), f the a
 
 The kernels of GELU and LN also make f(h) and LN(r) again, which are not kept, and sum dh, g and dr over their rows: gradients
 of the biases of fc1, fc2 and proj, the latter two if there is no scale; totals.py adds up what their programs leave, a fold's,
-too. Nine launches of the forward and fourteen, of a fold two and six more; one less where attention.py takes the attention's
-gradients, of q, k and v side by side. Where weights have another dtype, as under autocast, a cast of all of them before the
-products, whose gradients are products in float32 (on the CPU casts, too), biases of q, k and v one each way, a scale three of
-its branch.
+too. Nine launches of the forward and fourteen, of a fold two and six more; one less each way where gelu.py takes GELU's
+products, and one where attention.py takes the attention's gradients, of q, k and v side by side. Where weights have another
+dtype, as under autocast, a cast of all of them before the products, whose gradients are products in float32 (on the CPU casts,
+too), biases of q, k and v one each way, a scale three of its branch.
 
 This one operation keeps more than its input: the attention's q, k and v, result and logsumexp, x, and fc1's result; and its
 matrices where they were cast or joined. From the input alone all products and the attention would run twice, half as much
@@ -47,6 +48,7 @@ from torch import Tensor
 from tnt_fast import attention, reference
 from tnt_fast.arguments import FOLD_SHAPES, transformer_shapes
 from tnt_fast.kernels import attention as short
+from tnt_fast.kernels import gelu as ending
 from tnt_fast.kernels import norm, operation, product
 from tnt_fast.kernels.fold import fold
 from tnt_fast.kernels.fold import product as projecting
@@ -218,6 +220,8 @@ class Outer(Operation):
         read = _reading(a, dtype, recorded, folds and cast_weight)
         attended_by = _attending(a, recorded)
         activated = _activating(B * T, M, dtype, a.patch.device, again=True)
+        ends = recorded and ending.takes(B * T, E, M, dtype, a.patch.device)
+        multiplied = ending.prepared(B * T, E, M, dtype, a.patch.device) if ends else None
         by_tanh = dtype == torch.bfloat16 and a.weights.fc1_bias is not None and not recorded
 
         def run(a: SimpleNamespace, out: Tensor) -> None:
@@ -246,6 +250,8 @@ class Outer(Operation):
             h = normed_then(x, w.norm2_weight, w.norm2_bias, eps, rest, w.fc2_bias if mlp_scale is None else None)
             if by_tanh:
                 h = torch._addmm_activation(fc1_bias, h, fc1_weight.t(), use_gelu=True)
+            elif multiplied is not None:
+                kept["hidden"], h = multiplied(h, fc1_weight, fc1_bias, a.recompute == "none")
             else:
                 h = F.linear(h, fc1_weight, fc1_bias)
                 if recorded:
@@ -361,8 +367,12 @@ class Outer(Operation):
             if before == {"fc2_weight"}:
                 found["fc2_weight"] = of_matrix(d, _gelu(hidden), matrix_dtype)
         if before := before - {"fc2_weight"}:
-            dh = d @ _matrix(a, "fc2_weight")
-            activated, sums = _gelu_backward(hidden, dh, "fc2_weight" in needed, "fc1_bias" in needed)
+            fc2_weight, asked = _matrix(a, "fc2_weight"), ("fc2_weight" in needed, "fc1_bias" in needed)
+            if ending.takes(B * T, *fc2_weight.shape, d.dtype, d.device):
+                dh, activated, sums = ending.backward(d, fc2_weight, hidden, *asked)
+            else:
+                dh = d @ fc2_weight
+                activated, sums = _gelu_backward(hidden, dh, *asked)
             if sums is not None:
                 parts["fc1_bias",] = sums
             del hidden

@@ -23,6 +23,7 @@ HOLDS = {
     "test_gradients": ["tnt_fast/tnt.py", "kernels/pixel_embed.py"],
     "test_timm_parity": ["tnt_fast/tnt.py", "tnt_fast/variants.py"],
     "test_operation": ["tnt_fast/arguments.py"],
+    "test_gelu": ["kernels/outer.py"],
     "test_outer": ["kernels/product.py"],
     "test_short_attention": ["kernels/attention.py"],
     "test_attention_backward": ["kernels/attention.py"],

@@ -414,7 +414,7 @@ def test_a_launch_that_no_operation_starts_is_an_error():
     _, _, launch = launches("inner")[0]
     pixel, out, w, _, *rest = launch.arguments
     scaled = launch._replace(arguments=(pixel, out, w, torch.empty(1), *rest))
-    with pytest.raises(ValueError, match="inner does not launch _inner_fwd_kernel"):
+    with pytest.raises(static_cost.NotLaunched, match="inner does not launch _inner_fwd_kernel"):
         static_cost._as_launched("inner", "ti", "bf16", scaled, "sm_90")
 
 

@@ -1,0 +1,124 @@
+"""Products of many rows with GELU, or its gradient, at their end, against float64; and outer, which takes them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import check, normal, outer_tensors
+from helpers import KernelPath, paths
+
+pytest.importorskip("triton")
+
+from tnt_fast.kernels import OPERATIONS, gelu, operation
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+BLOCK = gelu.CONFIG.rows
+# the machine for PTX wants all programs at their products together: as many tiles of each
+SIZES = [(1, 64, 128), (2 * BLOCK + 1, 192, 256), (6 * BLOCK - 1, 384, 128)]
+half = paths("float16", "float16 bfloat16")
+everywhere = pytest.mark.everywhere
+
+
+@pytest.fixture
+def known(path):
+    if path.name == "sm_100":
+        pytest.skip("its matrix instructions, which the machine does not know, are not launched: gelu.CAPABILITIES")
+
+
+def exactly(x, weight, bias, dtype):
+    """(h, GELU(h)) in float64, and as PyTorch has them in a dtype, of values that are rounded to it."""
+    results = []
+    for kind in (torch.float64, dtype):
+        h = F.linear(x.to(kind), weight.to(kind), None if bias is None else bias.to(kind))
+        results.append((h, F.gelu(h)))
+    return results
+
+
+@half
+@everywhere
+@pytest.mark.usefixtures("known")
+@pytest.mark.parametrize(("rows", "K", "N"), SIZES)
+def test_a_product_that_ends_in_gelu(rows, K, N, path: KernelPath, dtype):
+    x, weight, bias = normal(rows, K), normal(N, K, scale=2 * K**-0.5), None if rows == 1 else normal(N)
+    given = [None if each is None else each.to(dtype) for each in (x, weight, bias)]
+    exact, same = exactly(*given, dtype)
+    given = [None if each is None else each.to(path.device) for each in given]
+    product = gelu.prepared(rows, K, N, dtype, given[0].device)
+    h, a = product(*given, True)
+    for name, each, own, known in zip(("h", "GELU(h)"), (h, a), same, exact, strict=True):
+        path.rule(name, each, own, known, dtype)
+    nothing, again = product(*given, False)
+    assert nothing is None
+    assert torch.equal(again, a)
+
+
+@half
+@everywhere
+@pytest.mark.usefixtures("known")
+@pytest.mark.parametrize(("rows", "K", "N"), SIZES)
+def test_a_product_that_ends_in_the_gradient_of_gelu(rows, K, N, path: KernelPath, dtype):
+    d, weight, h = (x.to(dtype) for x in (normal(rows, K), normal(K, N, scale=K**-0.5), normal(rows, N)))
+
+    def by_pytorch(kind):
+        leaf = h.to(kind).requires_grad_()
+        a = F.gelu(leaf)
+        (dh,) = torch.autograd.grad(a, leaf, d.to(kind) @ weight.to(kind))
+        return dh, a.detach(), dh.sum(0)
+
+    exact, same = by_pytorch(torch.float64), by_pytorch(dtype)
+    given = [x.to(path.device) for x in (d, weight, h)]
+    found = gelu.backward(*given, True, True)
+    found = *found[:2], found[2].sum(0)
+    for name, each, own, known in zip(("dh", "GELU(h)", "sums"), found, same, exact, strict=True):
+        path.rule(name, each, own, known, dtype)
+    alone, nothing, neither = gelu.backward(*given, False, False)
+    assert nothing is neither is None
+    assert torch.equal(alone, found[0])
+    assert torch.equal(gelu.backward(*given, True, True)[2].sum(0), found[2])
+
+
+@pytest.fixture
+def taken(monkeypatch, known):
+    """Of few rows, and wherever the kernels run."""
+    monkeypatch.setattr(OPERATIONS["outer"], "_plans", {})
+    monkeypatch.setattr(gelu, "LEAST", 0)
+    monkeypatch.setattr(gelu, "CAPABILITIES", ((8, 0), (8, 9), (9, 0), (12, 0), None))
+    launched: list[str] = []
+    launch = gelu.launch
+    monkeypatch.setattr(gelu, "launch", lambda spec, *given: launched.append(spec.kernel.__name__) or launch(spec, *given))
+    yield launched
+    assert {*launched} == {"_gelu_product_kernel", "_gelu_product_bwd_kernel"}
+
+
+@half
+@pytest.mark.parametrize("recompute", ["none", "mlp", "all"])
+def test_outer_with_them(recompute, taken, path, dtype):
+    check(path, "outer", outer_tensors(2, 37, 64, 128), dict(num_heads=2, recompute=recompute), dtype)
+
+
+@half
+def test_outer_with_them_and_drop_path_without_biases(taken, path, dtype):
+    tensors = outer_tensors(3, 23, 64, 256) | dict.fromkeys(("fc1_bias", "fc2_bias"))
+    scales = dict(attn_scale=torch.tensor([0.0, 1.25, 2.0]).double(), mlp_scale=torch.tensor([2.0, 0.0, 1.25]).double())
+    check(path, "outer", tensors, dict(num_heads=2) | scales, dtype)
+
+
+def test_where_they_are_taken(monkeypatch):
+    class Gpu(operation.Gpu):
+        def capability(self, device=None):
+            return device
+
+    monkeypatch.setattr(operation, "runner", Gpu())
+    known, hopper = (256 * 197, 384, 1536, torch.bfloat16), (9, 0)
+
+    def takes(rows=known[0], K=known[1], N=known[2], dtype=known[3], device=hopper):
+        return gelu.takes(rows, K, N, dtype, device)
+
+    assert takes()
+    assert takes(dtype=torch.float16)
+    assert takes(K=192, N=768)
+    assert not takes(dtype=torch.float32)
+    assert not takes(rows=197)
+    assert not takes(K=640, N=2560)  # whose parts of W do not fit twice
+    assert not takes(K=200)
+    assert not takes(N=1000)
+    assert not any(takes(device=device) for device in ((8, 0), (8, 9), (10, 0), (12, 0), None))
