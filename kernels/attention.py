@@ -22,6 +22,7 @@ Products are turned so that no left operand comes from registers, which ptxas 12
 dkᵀ = qᵀ dS, dqᵀ = kᵀ dSᵀ.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ FEW, ALONE = 16, 132  # queries of a program of few images; how many of those th
 FORWARD = Config(64, warps=4, registers=168, capability=CAPABILITY)  # three programs fit on a multiprocessor
 FORWARD_OF_FEW = Config(FEW, warps=4, capability=CAPABILITY)
 BACKWARD = Config(64, warps=4, chunk=32, stages=4, capability=CAPABILITY)  # rows of a tile, keys of a turn; registers for MOST
+STAYS = "disable_licm" in inspect.signature(tl.range).parameters  # from Triton 3.5 on: nothing is taken out of a loop
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -308,7 +310,7 @@ def attends_backward(T: int, D: int, dtype: torch.dtype, device: torch.device) -
 
     Of fewer tokens than a tile products and a softmax find gradients that are closer to 0, where values are alike.
     """
-    return dtype != torch.float32 and D == HEAD and BACKWARD.rows <= T <= MOST and _is_here(device)
+    return STAYS and dtype != torch.float32 and D == HEAD and BACKWARD.rows <= T <= MOST and _is_here(device)
 
 
 def _is_here(device: torch.device) -> bool:
