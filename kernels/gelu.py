@@ -116,7 +116,7 @@ def _gelu_product_bwd_kernel(d_ptr, w_ptr, h_ptr, dh_ptr, a_ptr, sums_ptr, n_row
         first, row, alive = _tile(tile, n_rows, Z)
         at = row * Z.N + col[None, :]
         h = tl.load(h_ptr + first * Z.N + at, mask=alive, other=0.0).to(tl.float32)
-        a, dh = gelu_gradient(h, da.to(tl.float32), Z.FAST, False, tl.float32)
+        a, dh = gelu_gradient(h, da.to(tl.float32), Z.FAST, False, tl.float32, tl.float16 == Z.DTYPE)
         if sums_ptr is not None:  # of rows that lie in the same threads, which add them up without one another
             total += tl.sum(tl.reshape(dh, (Z.BLOCK // Z.SUMS, Z.SUMS, Z.COLUMNS)), 0)
         tl.store(dh_ptr + first * Z.N + at, dh.to(Z.DTYPE), mask=alive)

@@ -93,7 +93,8 @@ def _gelu_bwd_kernel(h_ptr, dh_ptr, a_ptr, sums_ptr, n_rows, Z: tl.constexpr):
         mask = (row < n_rows)[:, None] & real[None, :]
         start = row[:, None] * Z.M
         dh = load(dh_ptr + start, col[None, :], mask)
-        a, dh = gelu_gradient(load(h_ptr + start, col[None, :], mask), dh, Z.FAST, False, tl.float32)  # [BLOCK, COLUMNS]
+        h = load(h_ptr + start, col[None, :], mask)  # [BLOCK, COLUMNS]
+        a, dh = gelu_gradient(h, dh, Z.FAST, False, tl.float32, tl.float16 == Z.DTYPE)
         total += dh
         tl.store(dh_ptr + start + col[None, :], dh.to(Z.DTYPE), mask=mask)
         if a_ptr is not None:

@@ -103,11 +103,12 @@ def gelu_pairs(x, FAST: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def gelu_gradient(x, da, FAST: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.constexpr):
+def gelu_gradient(x, da, FAST: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.constexpr, FINE: tl.constexpr = False):
     """GELU(x), and its derivative times da; with PAIRS GELU(8x)/4 and twice the derivative at 8x times da.
 
     The polynomial of gelu and its derivative. Pairs of float16 as in gelu_pairs, but for the product with da, which may be
-    too small for them. x·(1 − t²) is of an x clamped where 1 − t² is 0, but for what tanh.approx may be off there.
+    too small for them. x·(1 − t²) is of an x clamped where 1 − t² is 0, but for what tanh.approx may be off there. FINE, for
+    results in float16: t is 1 − 2r, r = 1/(1 + exp(2u)), so that 1 − t² = 4·r·(1 − r) is not what rounding leaves of 1 − 1.
     """
     if PAIRS and FAST:
         return tl.inline_asm_elementwise(
@@ -155,6 +156,13 @@ def gelu_gradient(x, da, FAST: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.cons
             is_pure=True,
             pack=2,
         )
+    elif FAST and FINE:
+        x2 = tl.minimum(x * x, 36.0)
+        u = x * (0.7975079 + x2 * (0.0370056 - 0.0003515 * x2))
+        r = reciprocal(1.0 + exp2(u * 2.8853900817779268, FAST), FAST)
+        value = x * (1.0 - r)
+        slope = (1.0 - r) + 2.0 * r * value * (0.7975079 + x2 * (0.1110168 - 0.0017575 * x2))
+        return value.to(DTYPE), (da * slope).to(DTYPE)
     elif FAST:
         x2 = tl.minimum(x * x, 36.0)
         t = tanh(x * (0.7975079 + x2 * (0.0370056 - 0.0003515 * x2)))

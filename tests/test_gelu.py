@@ -1,5 +1,7 @@
 """Products of many rows with GELU, or its gradient, at their end, against float64; and outer, which takes them."""
 
+from importlib import import_module
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,8 @@ from helpers import KernelPath, paths
 pytest.importorskip("triton")
 
 from tnt_fast.kernels import OPERATIONS, gelu, operation
+
+outer_kernels = import_module("tnt_fast.kernels.outer")  # tnt_fast.kernels.outer is the operation
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 BLOCK = gelu.CONFIG.rows
@@ -56,7 +60,7 @@ def test_a_product_that_ends_in_gelu(rows, K, N, path: KernelPath, dtype):
 @pytest.mark.usefixtures("known")
 @pytest.mark.parametrize(("rows", "K", "N"), SIZES)
 def test_a_product_that_ends_in_the_gradient_of_gelu(rows, K, N, path: KernelPath, dtype):
-    d, weight, h = (x.to(dtype) for x in (normal(rows, K), normal(K, N, scale=K**-0.5), normal(rows, N)))
+    d, weight, h = (x.to(dtype) for x in (normal(rows, K), normal(K, N, scale=K**-0.5), normal(rows, N, scale=2.0)))
 
     def by_pytorch(kind):
         leaf = h.to(kind).requires_grad_()
@@ -74,6 +78,23 @@ def test_a_product_that_ends_in_the_gradient_of_gelu(rows, K, N, path: KernelPat
     assert nothing is neither is None
     assert torch.equal(alone, found[0])
     assert torch.equal(gelu.backward(*given, True, True)[2].sum(0), found[2])
+
+
+@half
+def test_the_gradient_of_gelu_alone(path: KernelPath, dtype):
+    """Of what is far from 0, too, where the derivative is 1 or 0 but for its last bits."""
+    h, d = (x.to(dtype) for x in (normal(193, 256, scale=3.0), normal(193, 256)))
+
+    def by_pytorch(kind):
+        leaf = h.to(kind).requires_grad_()
+        a = F.gelu(leaf)
+        return torch.autograd.grad(a, leaf, d.to(kind))[0], a.detach()
+
+    found = d.to(path.device).clone()
+    a, sums = outer_kernels._gelu_backward(h.to(path.device), found, True, True)
+    for name, each, own, known in zip(("dh", "GELU(h)"), (found, a), *map(by_pytorch, (dtype, torch.float64)), strict=True):
+        path.rule(name, each, own, known, dtype)
+    assert sums.shape[1] == 256
 
 
 @pytest.fixture
