@@ -85,7 +85,7 @@ def _product(x_ptr, begun, matrix, tile, n_rows, Z: tl.constexpr):
 
 
 @triton.jit
-def _gelu_product_kernel(x_ptr, w_ptr, bias_ptr, h_ptr, a_ptr, n_rows, Z: tl.constexpr):
+def _gelu_product_kernel(x_ptr, w_ptr, bias_ptr, h_ptr, y_ptr, n_rows, Z: tl.constexpr):
     col, member, members = _place(Z)
     matrix = _matrix(w_ptr, 1, Z.K, col, Z)
     bias = tl.full((Z.COLUMNS,), 0.0, tl.float32)
@@ -100,7 +100,7 @@ def _gelu_product_kernel(x_ptr, w_ptr, bias_ptr, h_ptr, a_ptr, n_rows, Z: tl.con
         at = row * Z.N + col[None, :]
         if h_ptr is not None:
             tl.store(h_ptr + first * Z.N + at, h, mask=alive)
-        tl.store(a_ptr + first * Z.N + at, gelu(h.to(tl.float32), Z.FAST).to(Z.DTYPE), mask=alive)
+        tl.store(y_ptr + first * Z.N + at, gelu(h.to(tl.float32), Z.FAST).to(Z.DTYPE), mask=alive)
 
 
 @triton.jit
