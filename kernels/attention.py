@@ -189,7 +189,7 @@ def _attention_fwd_kernel(qkv_ptr, out_ptr, logsumexp_ptr, Z: tl.constexpr):
     for i in tl.static_range(COUNT):
         v = v + (_tokens(q_ptr + 2 * Z.WIDTH, _keys_of(i, Z), Z),)
     if Z.BLOCKS > 0:
-        for block in range(Z.BLOCKS):
+        for block in tl.range(0, Z.BLOCKS, disable_licm=True):
             first = block * Z.BLOCK
             following = _tokens(q_ptr, first + Z.BLOCK + token, Z)
             out, largest, total = _attended(q, k, v, False, Z)
@@ -310,13 +310,13 @@ def attends_backward(T: int, D: int, dtype: torch.dtype, device: torch.device) -
 
     Of fewer tokens than a tile products and a softmax find gradients that are closer to 0, where values are alike.
     """
-    return STAYS and dtype != torch.float32 and D == HEAD and BACKWARD.rows <= T <= MOST and _is_here(device)
+    return dtype != torch.float32 and D == HEAD and BACKWARD.rows <= T <= MOST and _is_here(device)
 
 
 def _is_here(device: torch.device) -> bool:
-    """Whether it is such a GPU, or Triton's interpreter."""
+    """Whether it is such a GPU, or Triton's interpreter, and a Triton that compiles the loops as they were meant."""
     runner, capability = operation.runner, operation.runner.capability(device)
-    return capability == CAPABILITY or (capability is None and runner.on_cpu and not runner.nvidia)
+    return STAYS and (capability == CAPABILITY or (capability is None and runner.on_cpu and not runner.nvidia))
 
 
 @remembered

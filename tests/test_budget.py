@@ -20,6 +20,7 @@ from tnt_fast.kernels.operation import Config, Launch
 
 H200 = simulate.gpu("h200")
 RESULTS = Path(budget.__file__).parent / "results"
+ATTENTION = "_attention_fwd_kernel" if attention.STAYS else "_scaled_dot_product_cudnn_attention"
 
 
 def call(name, *shapes, moved=0, by="pytorch", made=()):
@@ -51,16 +52,16 @@ def blocks():
 def test_a_block_of_tnt_s_launches_what_its_operations_do(blocks):
     one, two = map(Counter, blocks)
     folded = ["mm", "_norm_add_kernel"]
-    attention = ["linear", "_attention_fwd_kernel", "addmm_"]
+    attended = ["linear", ATTENTION, "addmm_"]
     mlp = ["_norm_kernel", "_addmm_activation", "addmm_"]
-    assert two - one == Counter(["_inner_fwd_kernel", "cat", *folded, *attention, *mlp])
+    assert two - one == Counter(["_inner_fwd_kernel", "cat", *folded, *attended, *mlp])
     assert not one - two
 
 
 @pytest.mark.parametrize("name", ["tnt_s", "tnt_ti"])
 def test_a_block_of_one_image_launches_seven_times(name):
     one, two = (Counter(names(eager(name, depth, batch=1))) for depth in (1, 2))
-    ours = ["_inner_fwd_kernel", "_attention_fwd_kernel"] + ["_product_kernel"] * 3  # of fold, of q, k and v, of fc1
+    ours = ["_inner_fwd_kernel", ATTENTION] + ["_product_kernel"] * 3  # of fold, of q, k and v, of fc1
     assert two - one == Counter([*ours, "addmm_", "addmm_"])
     assert not one - two
 

@@ -14,7 +14,10 @@ from tnt_fast.kernels import attention
 from tnt_fast.kernels.attention import HEAD
 from tnt_fast.kernels.operation import launch
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(not attention.STAYS, reason="this version of Triton takes things out of loops"),
+]
 everywhere, wide = pytest.mark.everywhere, pytest.mark.wide
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,6 +40,12 @@ def attended(path, qkv: torch.Tensor, B: int, T: int, H: int, dtype: torch.dtype
     assert none is None
     assert torch.equal(again, found[0])
     return again
+
+
+@pytest.fixture(autouse=True)
+def known(request):
+    if "path" in request.fixturenames and request.getfixturevalue("path").name == "sm_100":
+        pytest.skip("its matrix instructions, which the machine does not know, are not launched: attention.CAPABILITY")
 
 
 @pytest.fixture(params=[0, 10**6], ids=["heads", "queries"])
