@@ -129,6 +129,10 @@ def widest():
         yield "pixel_embed", tensors(image=(2, channels, 48, 48), weight=(C, channels, 7, 7)) | others
     for S, C, H, M in ((64, 96, 3, 384), (49, 24, 4, 96), (9, 62, 2, 248)):
         yield "inner", tensors(pixel=(100, S, C), **weights(C, M)) | dict(num_heads=H)
+    for S, C, H, M in ((16, 62, 2, 248), (9, 31, 1, 124)):  # whose LayerNorm of fold is inner's
+        given = tensors(pixel=(490, S, C), patch=(10, 50, 1024), **weights(1024, 4096), **folded(S, C, 1024, "fold_"))
+        of_inner = {f"inner_{name}": shape for name, shape in weights(C, M).items()}
+        yield "block", given | tensors(**of_inner) | dict(num_heads=1, inner_heads=H)
     for S, C, E in ((1, 1, 1), (128, 128, 1024)):
         yield "fold", tensors(pixel=(98, S, C), patch=(2, 50, E), **folded(S, C, E))
         given = tensors(pixel=(98, S, C), patch=(2, 50, E), **weights(E, 4 * E), **folded(S, C, E, "fold_"))

@@ -29,20 +29,21 @@ def images(count: int = 2) -> torch.Tensor:
 
 
 class Asked(TorchDispatchMode):
-    """Records which gradients each fused backward is asked for."""
+    """Records which gradients each fused backward is asked for, by name."""
 
     def __init__(self):
         super().__init__()
-        self.needed = {"pixel_embed": [], "inner": [], "fold": []}
+        self.needed = {"pixel_embed": [], "fold": [], "block": []}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for name in self.needed:
             if str(function) == f"tnt_fast.{name}_backward.default":
-                self.needed[name].append(list(args[-1]))
+                names = [*kernels.OPERATIONS[name].kinds]
+                self.needed[name].append({names[i] for i in args[1 + len(names)]})
         return function(*args, **(kwargs or {}))
 
 
-def asked(model: TNT, image: torch.Tensor) -> dict[str, list[list[int]]]:
+def asked(model: TNT, image: torch.Tensor) -> dict[str, list[set[str]]]:
     with Asked() as mode:
         model(image).square().sum().backward()
     return mode.needed
@@ -51,17 +52,17 @@ def asked(model: TNT, image: torch.Tensor) -> dict[str, list[list[int]]]:
 def test_only_what_is_needed_is_asked_for():
     model = tiny()
     everything = asked(model, images().requires_grad_())
-    assert everything["pixel_embed"] == [[0, 1, 2, 3]]
-    assert everything["inner"] == [[0, 1, 2, 3, 5, 7, 8, 9, 10, 11, 12, 13, 14]] * 2  # no q, k, v biases
-    assert len(everything["fold"]) == 1  # of the stem: blocks fold within outer
-    assert asked(model, images())["pixel_embed"] == [[1, 2, 3]]  # not of the image
+    assert everything["pixel_embed"] == [{"image", "weight", "bias", "pixel_pos"}]
+    function = kernels.OPERATIONS["block"]
+    absent = {"qk_bias", "v_bias", "inner_qk_bias", "inner_v_bias", "fold_proj_bias"}
+    assert everything["block"] == [{*function.shapes} - {*function.factors} - absent] * 2
+    assert len(everything["fold"]) == 1  # of the stem
+    assert asked(model, images())["pixel_embed"] == [{"weight", "bias", "pixel_pos"}]  # not of the image
     model.requires_grad_(False)
     model.head.requires_grad_(True)  # a linear probe
-    assert asked(model, images()) == {"pixel_embed": [], "inner": [], "fold": []}
+    assert asked(model, images()) == {"pixel_embed": [], "fold": [], "block": []}
     model.blocks[1].attn_in.v.weight.requires_grad_(True)
-    found = asked(model, images())
-    assert found["inner"] == [[5]]
-    assert found["pixel_embed"] == []
+    assert asked(model, images()) == {"pixel_embed": [], "fold": [], "block": [{"inner_v_weight"}]}
 
 
 @pytest.mark.parametrize(

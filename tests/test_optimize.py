@@ -145,7 +145,7 @@ def test_weights_one_behind_the_other_are_joined_without_a_copy():
     assert torch.equal(joined(first, second), whole)
     for pair in ((second, first), (first, second.clone()), (first.clone(), second)):
         assert torch.equal(joined(*pair), torch.cat(pair))
-    given = optimize_for_inference(made(backend="fused", qkv_bias=True)).blocks[0].outer.given["weights"]
+    given = optimize_for_inference(made(backend="fused", qkv_bias=True)).blocks[0].whole.given["weights"]
     assert joined(given.qk_weight, given.v_weight).data_ptr() == given.qk_weight.data_ptr()
     assert joined(given.qk_bias, given.v_bias).data_ptr() == given.qk_bias.data_ptr()
 
