@@ -338,7 +338,7 @@ def test_the_command_line_counts_writes_and_replays(tmp_path, capsys):
     assert capsys.readouterr().out.partition(":")[0] == examine(SEED, "fold", 3)[0]
     with pytest.raises(SystemExit):
         fuzz.main(["--case", "nosuch:3"])
-    assert "pixel_embed, inner, fold, outer, model, surgery" in capsys.readouterr().err
+    assert "pixel_embed, inner, fold, outer, block, model, surgery" in capsys.readouterr().err
 
 
 def test_stopped_it_says_what_it_found_so_far(monkeypatch, tmp_path, capsys):
