@@ -23,7 +23,6 @@ dkᵀ = qᵀ dS, dqᵀ = kᵀ dSᵀ.
 """
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,7 +33,7 @@ from torch import Tensor
 
 from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, derived, launch, remembered
-from tnt_fast.kernels.tile import dot, exp2, log2, reciprocal
+from tnt_fast.kernels.tile import LOG2_E, dot, exp2, log2, reciprocal
 
 HEAD = 64  # channels of a head
 CAPABILITY = (9, 0)  # of GPUs where it was simulated to be faster than PyTorch's attention; there with these tokens
@@ -45,7 +44,6 @@ FORWARD = Config(64, warps=4, registers=168, capability=CAPABILITY)  # three pro
 FORWARD_OF_FEW = Config(FEW, warps=4, capability=CAPABILITY)
 BACKWARD = Config(64, warps=4, chunk=32, stages=4, capability=CAPABILITY)  # rows of a tile, keys of a turn; registers for MOST
 STAYS = "disable_licm" in inspect.signature(tl.range).parameters  # from Triton 3.5 on: nothing is taken out of a loop
-LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 def _tiles_of(tokens: int, few: bool) -> tuple[int, ...]:
@@ -72,7 +70,7 @@ class ForwardSizes(operation.Sizes):
     PADDED: bool = derived(lambda Z: sum(Z.TILES) > Z.T)
     WIDTH: int = derived(lambda Z: Z.H * HEAD)
     D: int = HEAD
-    SCALE: float = HEAD**-0.5 * math.log2(math.e)
+    SCALE: float = HEAD**-0.5 * LOG2_E.value
 
 
 @triton.jit

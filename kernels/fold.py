@@ -111,7 +111,7 @@ class Fold(Operation):
 
         ``gradient``: of any strides, only read. ``dtype``: of the matrix, which ``a`` may have in another one. ``rest``: a
         gradient of the pixels that theirs is added to.
-        """  # fmt: skip
+        """
         if a.pixel.shape[0] == 0:
             return {name: torch.zeros_like(getattr(a, name)) for name in needed}
         found: dict[str, Any] = {}

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tnt_fast.kernels import operation
-from tnt_fast.kernels.operation import Config, Launch, derived, launch, programs, remembered
+from tnt_fast.kernels.operation import Config, Launch, derived, launch, remembered, sharing
 from tnt_fast.kernels.tile import dot, gelu, gelu_gradient
 
 CONFIG, COLUMNS, CHUNK = Config(64, warps=4, per_sm=2), 128, 128  # by simulation, of TNT-S on an H200
@@ -145,18 +145,12 @@ def _specialise(dtype: torch.dtype, K: int, N: int, backward: bool) -> Launch:
     return Launch(kernel, {"Z": sizes}, CONFIG, CONFIG.rows / sizes.GROUPS, l1=False)
 
 
-def _members(spec: Launch, rows: int, device: torch.device) -> int:
-    """How many programs share a group of columns."""
-    groups = spec.constants["Z"].GROUPS
-    return max(1, programs(device, -(-rows // spec.config.rows) * groups, spec.config.per_sm) // groups)
-
-
 def prepared(
     rows: int, K: int, N: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor | None, Tensor]]:
     """For a plan: of contiguous x (rows, K), W (N, K) and bias, h if it is asked for, and GELU(h)."""
     spec = _specialise(dtype, K, N, False)
-    grid = _members(spec, rows, device) * spec.constants["Z"].GROUPS
+    grid = sharing(spec, rows, device) * spec.constants["Z"].GROUPS
     spec = spec.again()
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None, has_hidden: bool) -> tuple[Tensor | None, Tensor]:
@@ -173,9 +167,9 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of contiguous d (rows, K) and W (K, N): the gradient of h; if asked for, GELU(h), and what ``totals`` adds up of it."""
     spec = _specialise(d.dtype, *weight.shape, True)
-    members = _members(spec, len(d), d.device)
+    each = sharing(spec, len(d), d.device)
     dh = torch.empty_like(h)
     a = torch.empty_like(h) if has_result else None
-    sums = torch.empty(members, h.shape[1], dtype=torch.float32, device=h.device) if has_sums else None
-    launch(spec, members * spec.constants["Z"].GROUPS, d, weight, h, dh, a, sums, len(d))
+    sums = torch.empty(each, h.shape[1], dtype=torch.float32, device=h.device) if has_sums else None
+    launch(spec, each * spec.constants["Z"].GROUPS, d, weight, h, dh, a, sums, len(d))
     return dh, a, sums

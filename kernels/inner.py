@@ -49,7 +49,7 @@ from tnt_fast.kernels.operation import Config, Launch, Operation, derived, launc
 from tnt_fast.kernels.totals import totals
 
 from tnt_fast.kernels.tile import (  # isort: skip
-    accumulators, centred, dot, dot_onto, exp2, exponent, gelu_gradient, gelu_pairs, load, power_of_two, reciprocal,
+    LOG2_E, accumulators, centred, dot, dot_onto, exp2, exponent, gelu_gradient, gelu_pairs, load, power_of_two, reciprocal,
     scaled, store,
 )  # fmt: skip
 
@@ -81,7 +81,6 @@ CONFIGS["_inner_bwd_attention_kernel"] = CONFIGS["_inner_bwd_mlp_kernel"]
 # H200 and an A100, and with how many registers as many programs fit as without. Of TNT-Ti fewer would fit: it would take 28 µs
 # more, twice as long as that launch
 NORMS = {32: 128, 64: None}
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True, kw_only=True)

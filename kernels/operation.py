@@ -221,6 +221,12 @@ def programs(device: torch.device, tiles: int, per_sm: int) -> int:
     return min(tiles, runner.programs(device, per_sm), MOST_PROGRAMS)
 
 
+def sharing(spec: "Launch", rows: int, device: torch.device) -> int:
+    """How many programs of a grid that stays share the rows of each of its GROUPS of columns."""
+    groups = spec.constants["Z"].GROUPS
+    return max(1, programs(device, -(-rows // spec.config.rows) * groups, spec.config.per_sm) // groups)
+
+
 def remembered(specialise: Callable[..., Launch]) -> Callable[..., Launch]:
     """A function's launches, made once for the same arguments and the same way to compute products."""
     known: dict[tuple[Any, ...], Launch] = {}

@@ -52,7 +52,7 @@ from tnt_fast.kernels import gelu as ending
 from tnt_fast.kernels import norm, operation, product
 from tnt_fast.kernels.fold import fold
 from tnt_fast.kernels.fold import product as projecting
-from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, launch, of_matrix, programs, remembered
+from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, launch, of_matrix, remembered, sharing
 from tnt_fast.kernels.tile import gelu, gelu_gradient, load
 from tnt_fast.kernels.totals import totals
 
@@ -111,16 +111,10 @@ def _specialise(kernel: Any, dtype: torch.dtype, M: int) -> Launch:
     return Launch(kernel, {"Z": sizes}, config, config.rows / sizes.GROUPS)
 
 
-def _members(spec: Launch, rows: int, device: torch.device) -> int:
-    """How many programs share the rows of a group of columns."""
-    groups = spec.constants["Z"].GROUPS
-    return max(1, programs(device, -(-rows // spec.config.rows) * groups, spec.config.per_sm) // groups)
-
-
 def _activating(rows: int, M: int, dtype: torch.dtype, device: torch.device, again: bool) -> Callable[[Tensor], Tensor]:
     """GELU of contiguous matrices; PyTorch's waits longer for the error function than for memory. ``again``: of a plan."""
     spec = _specialise(_gelu_kernel, dtype, M)
-    grid = _members(spec, rows, device) * spec.constants["Z"].GROUPS
+    grid = sharing(spec, rows, device) * spec.constants["Z"].GROUPS
     spec = spec.again() if again else spec
 
     def activated(h: Tensor) -> Tensor:
@@ -138,10 +132,10 @@ def _gelu(h: Tensor) -> Tensor:
 def _gelu_backward(h: Tensor, dh: Tensor, has_result: bool, has_sums: bool) -> tuple[Tensor | None, Tensor | None]:
     """``dh`` becomes the gradient of h; if asked for, GELU(h), and what ``totals`` adds up: of dh over its rows."""
     spec = _specialise(_gelu_bwd_kernel, h.dtype, h.shape[1])
-    members = _members(spec, h.shape[0], h.device)
+    each = sharing(spec, h.shape[0], h.device)
     result = torch.empty_like(h) if has_result else None
-    sums = torch.empty(members, h.shape[1], dtype=torch.float32, device=h.device) if has_sums else None
-    launch(spec, members * spec.constants["Z"].GROUPS, h, dh, result, sums, h.shape[0])
+    sums = torch.empty(each, h.shape[1], dtype=torch.float32, device=h.device) if has_sums else None
+    launch(spec, each * spec.constants["Z"].GROUPS, h, dh, result, sums, h.shape[0])
     return result, sums
 
 
@@ -326,7 +320,7 @@ class Outer(Operation):
         """Nothing before the first that is needed; some of them ``totals`` finds in what is left in ``parts``.
 
         ``rest``: a gradient of the pixels that theirs is added to.
-        """  # fmt: skip
+        """
         (B, T, E), w, kept = a.patch.shape, contiguous(a.weights), a.kept
         patch = kept["folded"] if "folded" in kept else a.patch.contiguous().view(B * T, E)
         attended, x, h1, matrix_dtype = kept["attended"], kept.get("x"), None, w.fc1_weight.dtype

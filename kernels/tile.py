@@ -15,6 +15,8 @@ the kernel computes in those, compiled for an NVIDIA GPU. In float32 and in the 
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def _asm(x, CODE: tl.constexpr):
