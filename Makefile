@@ -16,7 +16,8 @@ SEED ?= 0
 PROCESSES ?= $(shell nproc)
 
 COMPILED := sm_80,sm_89,sm_90,sm_100,sm_120
-KERNELS := $(foreach name,outer backward pixel_embed fold inner kernels approximations,tests/test_$(name).py)
+KERNELS := $(foreach name,outer block short_attention attention_backward gelu backward pixel_embed fold inner totals kernels \
+    approximations,tests/test_$(name).py)
 
 .PHONY: demo quick test test-newest test-oldest fuzz check check-compiled docs bench tune gpu sanitize clean
 .DELETE_ON_ERROR:
@@ -62,8 +63,9 @@ fuzz: $(READY)
 # The compiled kernels run on the CPU, all of it: five targets, four precisions, every case, then mutations; for a release, in one
 # to two hours on two cores. Fails where an answer is wrong, and where fewer than 95% of the mutations are noticed.
 check-compiled: $(READY)
-	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist worksteal --wide --paths $(COMPILED) -k "sm_ or Shipped" \
-	    --compiled-json benchmarks/results/compiled.json $(KERNELS) tests/test_static_cost.py
+	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist worksteal --wide --paths $(COMPILED) -k "sm_ or Shipped or wide" \
+	    --compiled-json benchmarks/results/compiled.json $(KERNELS) tests/test_static_cost.py tests/test_mutations.py \
+	    tests/test_shared_memory.py
 	$(BIN)/python -m tests.mutations --count 300 --seed $(SEED) --processes $(PROCESSES) --json benchmarks/results/mutations.json
 
 # The docstrings and all pages as HTML in site/; a broken link or a name that is not there fails. The pages and the package are

@@ -23,8 +23,8 @@ everywhere, wide = pytest.mark.everywhere, pytest.mark.wide
     ("P", "S", "C", "H", "M"),
     [
         pytest.param(11, 16, 24, 4, 96, marks=everywhere),
-        (5, 16, 40, 4, 160), (9, 16, 12, 2, 48), (3, 64, 6, 2, 24), (7, 4, 96, 4, 384), (6, 16, 24, 8, 48),
-        (5, 16, 32, 1, 64), (2, 16, 64, 4, 128), (1, 4, 24, 3, 96), (3, 9, 24, 4, 96),
+        (5, 16, 40, 4, 160), (9, 16, 12, 2, 48), (3, 64, 6, 2, 24), (7, 4, 96, 4, 384), (5, 16, 32, 1, 64), (3, 9, 24, 4, 96),
+        *(pytest.param(*sizes, marks=wide) for sizes in ((6, 16, 24, 8, 48), (2, 16, 64, 4, 128), (1, 4, 24, 3, 96))),
     ],
     ids=lambda v: str(v),
 )  # fmt: skip
@@ -121,7 +121,7 @@ def test_gradients_of_saturated_attention(S, C, H, scale, path, dtype):
 
 
 @everywhere
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=wide) for seed in range(2, 6))])
 @pytest.mark.parametrize(("S", "C", "H", "scale"), [(3, 24, 1, 20), (2, 12, 2, 30)], ids=str)
 @paths("float32", "float32")
 def test_gradients_of_saturated_attention_have_all_of_their_digits(S, C, H, scale, seed, path, dtype):
@@ -173,8 +173,9 @@ def test_inner_without_an_eps(P, S, path, dtype):
 @pytest.mark.parametrize(
     ("name", "factor", "gradients"),
     [
-        ("fc2_weight", 1.0, True), ("fc2_weight", 2e4, False), ("fc2_weight", 1e-7, False), ("fc1_weight", 3e3, True),
-        ("norm2_weight", 3e3, True), ("fc1_bias", 6e4, True),
+        ("fc2_weight", 1.0, True), ("fc2_weight", 2e4, False), ("fc2_weight", 1e-7, False),
+        pytest.param("fc1_weight", 3e3, True, marks=wide), pytest.param("norm2_weight", 3e3, True, marks=wide),
+        ("fc1_bias", 6e4, True),
     ],
     ids=str,
 )  # fmt: skip
@@ -214,7 +215,8 @@ def test_gelu_in_pairs_takes_weights_of_any_size(name, factor, gradients, scales
 @pytest.mark.parametrize(
     ("factors", "others"),
     [
-        ({"fc2_weight": 1e6}, {}), ({"fc2_weight": 1e30}, {}), ({"fc1_weight": 1e5}, {}), ({"fc1_bias": 1e6}, {}),
+        pytest.param({"fc2_weight": 1e6}, {}, marks=wide), ({"fc2_weight": 1e30}, {}),
+        pytest.param({"fc1_weight": 1e5}, {}, marks=wide), pytest.param({"fc1_bias": 1e6}, {}, marks=wide),
         ({"fc1_bias": 1e30}, {}), ({"norm2_weight": 1e7}, {}), ({"pixel": 1e18}, {}),
         (dict.fromkeys(("pixel", "fc2_weight", "fc2_bias", "proj_weight", "proj_bias"), 1e-8), {"eps": 1e-20}),
     ],

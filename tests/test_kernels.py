@@ -82,7 +82,7 @@ def test_of_equal_values_folds_norms_leave_nothing_in_half_precision(path, dtype
 
 
 @pytest.mark.everywhere
-@pytest.mark.parametrize(("S", "C"), [(16, 24), (9, 5)], ids=str)
+@pytest.mark.parametrize(("S", "C"), [pytest.param(16, 24, marks=pytest.mark.wide), (9, 5)], ids=str)
 @paths("float32", "float32")
 def test_of_equal_values_a_norm_leaves_nothing(S, C, path, dtype):
     """To the bit, as in PyTorch on a GPU, whose own error then is 0: the gradient of a norm's weight is 0, whatever comes back.

@@ -15,6 +15,7 @@ from mutations import Judge, Launches, judge_ptx
 from ptx.flow import depends_on_data, normal
 from ptx.machine import Fault, Kernel
 
+wide = pytest.mark.wide
 KINDS = {kind.name: kind for kind in (*PTX_KINDS, IN_HALF)}
 
 
@@ -49,20 +50,20 @@ def break_(judge: Judge, name: str, kind: str, operation: str, seed: int, precis
     [
         ("_inner_fwd_kernel", "barrier dropped", "bar.sync"),
         ("_inner_fwd_kernel", "operands swapped", "mma.sync"),
-        ("_inner_fwd_kernel", "stage shifted", "ldmatrix"),
+        pytest.param("_inner_fwd_kernel", "stage shifted", "ldmatrix", marks=wide),
         ("_inner_bwd_mlp_kernel", "barrier dropped", "bar.sync"),
-        ("_inner_bwd_mlp_kernel", "operands swapped", "cvt.rn.bf16x2"),
+        pytest.param("_inner_bwd_mlp_kernel", "operands swapped", "cvt.rn.bf16x2", marks=wide),
         ("_inner_bwd_attention_kernel", "barrier dropped", "bar.sync"),
-        ("_inner_bwd_attention_kernel", "store skipped", "st.shared"),
-        ("_inner_bwd_attention_kernel", "operands swapped", "mma.sync"),
-        ("_norm_kernel", "constant changed", "shfl"),
+        pytest.param("_inner_bwd_attention_kernel", "store skipped", "st.shared", marks=wide),
+        pytest.param("_inner_bwd_attention_kernel", "operands swapped", "mma.sync", marks=wide),
+        pytest.param("_norm_kernel", "constant changed", "shfl", marks=wide),
         ("_norm_kernel", "operands swapped", "cvt.rn.bf16x2"),
         ("_norm_add_kernel", "mask weakened", "ld.global"),
-        ("_norm_add_kernel", "store skipped", "st.global"),
+        pytest.param("_norm_add_kernel", "store skipped", "st.global", marks=wide),
         ("_norm_bwd_kernel", "wait weakened", "cp.async.wait_group"),
-        ("_norm_bwd_kernel", "stage shifted", "st.shared"),
+        pytest.param("_norm_bwd_kernel", "stage shifted", "st.shared", marks=wide),
         ("_pixel_embed_fwd_kernel", "barrier dropped", "bar.sync"),
-        ("_pixel_embed_fwd_kernel", "mask weakened", "ld.global"),
+        pytest.param("_pixel_embed_fwd_kernel", "mask weakened", "ld.global", marks=wide),
         ("_pixel_embed_weight_bwd_kernel", "stage shifted", "ldmatrix"),
         ("_pixel_embed_image_bwd_kernel", "barrier dropped", "bar.sync"),
     ],
@@ -357,6 +358,7 @@ def test_a_broken_source_is_noticed(judge):
     assert "rule in fold" in why
 
 
+@wide
 def test_a_broken_source_is_noticed_by_other_tests():
     """GELU's polynomial, by a judge whose case does not reach it."""
     edit = next(e for e in mutants.Source("tile.py").edits if e.function == "gelu" and e.kind == "operands swapped")
@@ -365,6 +367,7 @@ def test_a_broken_source_is_noticed_by_other_tests():
     assert mutations.judge_source(Judge("sm_90", {"inner wide, bfloat16"}), mutant) == ("noticed", why)
 
 
+@wide
 def test_what_lies_beyond_a_mask_may_reach_nothing(monkeypatch):
     """The scale of a patch that is not there, of which the gradient is 0."""
     edits = mutants.Source("tile.py").edits
