@@ -71,7 +71,8 @@ def _launched(kernel: str, variant: str, dtype: str, target: str, images: int) -
                 out = shipped.OPERATIONS[kernel](**reference.in_records(each))
             if recorded:
                 leaves = [x for x in each.values() if isinstance(x, Tensor) and x.requires_grad]
-                torch.autograd.grad(out, leaves, torch.randn_like(out))
+                results = out if isinstance(out, tuple) else (out,)
+                torch.autograd.grad(results, leaves, [*map(torch.randn_like, results)])
     return executor.launched
 
 

@@ -129,20 +129,24 @@ def recorded(
             function.prepared(packed)(packed, out)
             if gradients:
                 needed = {name for name, x in each.items() if isinstance(x, Tensor)}
-                function.backward(torch.empty_like(out), packed, needed)
+                if several := isinstance(out, tuple):
+                    packed.kept |= zip(function.reread, out, strict=False)
+                gradient: Any = [*map(torch.empty_like, out)] if several else torch.empty_like(out)
+                function.graded(gradient, packed, needed)(gradient, packed)
     return [found for found in recorder.launched if kernel != "block" or _is_own(found)]
 
 
 def _is_own(found: Launched) -> bool:
     """Of a block's launches: whether neither inner nor outer alone has it."""
-    return any(isinstance(x, shipped.inner.Norm) and x.ptr is not None for x in found.arguments)
+    within = any(isinstance(x, shipped.inner.Norm) and x.ptr is not None for x in found.arguments)
+    return within or found.kernel is shipped.norm._norms_bwd_kernel
 
 
 def calls(kernel: str, given: dict[str, Any]) -> list[tuple[dict[str, Any], bool]]:
-    """The arguments that an operation is called with, and whether it records gradients: outer has no fold, then; nor does a
-    block, whose launches are those of the others then."""
+    """The arguments that an operation is called with, and whether it records gradients: outer has no fold, then, as a block
+    has."""
     if kernel != "outer":
-        return [(given, kernel != "block")]
+        return [(given, True)]
     return [(given, False), (given | {"pixel": None} | reference.NO_FOLD._asdict(), True)]
 
 

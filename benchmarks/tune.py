@@ -247,11 +247,12 @@ def broken(entry: Entry, fields: Fields) -> float:
 
 def _results(function: Any, given: dict[str, Any]) -> dict[str, Tensor]:
     leaves = {name: x.detach().requires_grad_() for name, x in given.items() if isinstance(x, Tensor)}
-    out = function(**reference.in_records(given | leaves))
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
-    gradients = torch.autograd.grad(out, list(leaves.values()), upstream, allow_unused=True)
+    out, generator = function(**reference.in_records(given | leaves)), torch.Generator().manual_seed(0)
+    several = out if isinstance(out, tuple) else (out,)
+    upstream = [torch.randn(x.shape, generator=generator).to(x) for x in several]
+    gradients = torch.autograd.grad(several, list(leaves.values()), upstream, allow_unused=True)
     found = {name: x for name, x in zip(leaves, gradients, strict=True) if x is not None}
-    return {"result": out.detach(), **found}
+    return {f"result {i}": x.detach() for i, x in enumerate(several)} | found
 
 
 def checked(entry: Entry, fields: Fields) -> float:

@@ -18,8 +18,9 @@ Backward, from the inputs alone (nothing else is saved), with g the gradient of 
     dW = dzᵀ · h,  dh = dz · W
     dpixel = LN's backward of dh
 
-The patch's gradient is that of y. What programs leave of the sums is added up in one launch (totals.py). Bytes moved at most:
-pixel and dh read twice, z, dz and h as often, each written once.
+The patch's gradient is that of y. Where outer has the norm behind the fold, and asks for both, LN_E's backward lies in that
+norm's launch. What programs leave of the sums is added up in one launch (totals.py). Bytes moved at most: pixel and dh read
+twice, z, dz and h as often, each written once.
 """
 
 from collections.abc import Callable, Mapping
@@ -106,11 +107,13 @@ class Fold(Operation):
         dtype: torch.dtype,
         parts: dict[tuple[str, ...], Tensor],
         rest: Tensor | None = None,
+        behind: Callable[[norm.Added, tuple[str, ...]], None] | None = None,
     ) -> dict[str, Tensor]:
         """Of all but the patch; some of them ``totals`` finds in what is left in ``parts``.
 
         ``gradient``: of any strides, only read. ``dtype``: of the matrix, which ``a`` may have in another one. ``rest``: a
-        gradient of the pixels that theirs is added to.
+        gradient of the pixels that theirs is added to. ``behind``: launches LN_E's backward with that of the norm behind the
+        fold, given the names of its sums; called once, if something is needed and LN_E is there.
         """
         if a.pixel.shape[0] == 0:
             return {name: torch.zeros_like(getattr(a, name)) for name in needed}
@@ -137,10 +140,13 @@ class Fold(Operation):
             z = torch.mm(h, weight.t())
             dz = torch.empty_like(z) if needed - of_second else None
             summed = ("norm2_weight", "norm2_bias") if a.proj_bias is None else ("norm2_weight", "norm2_bias", "proj_bias")
-            sums = norm.partial_sums(z, len(summed)) if needed & of_second else None
-            norm.backward(gradient, z, a.norm2_weight, eps, dz, sums, shift=a.proj_bias)
-            if sums is not None:
-                parts[summed] = sums
+            if behind is not None:
+                behind(norm.Added(z, a.norm2_weight, a.proj_bias, dz), summed)
+            else:
+                sums = norm.partial_sums(z, len(summed)) if needed & of_second else None
+                norm.backward(gradient, z, a.norm2_weight, eps, dz, sums, shift=a.proj_bias)
+                if sums is not None:
+                    parts[summed] = sums
             del z
         y, x = None, pixel.view(-1, width)
         if "proj_weight" in needed:

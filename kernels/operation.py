@@ -227,6 +227,12 @@ def sharing(spec: "Launch", rows: int, device: torch.device) -> int:
     return max(1, programs(device, -(-rows // spec.config.rows) * groups, spec.config.per_sm) // groups)
 
 
+def piece(W: int) -> int:
+    """How many of a row's W columns are a piece, as tile.py takes rows: 128, or 64 where that leaves less padding."""
+    columns = 128 if -W % 128 < 64 else 64
+    return min(columns, max(16, triton.next_power_of_2(W)))
+
+
 def remembered(specialise: Callable[..., Launch]) -> Callable[..., Launch]:
     """A function's launches, made once for the same arguments and the same way to compute products."""
     known: dict[tuple[Any, ...], Launch] = {}

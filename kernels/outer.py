@@ -21,10 +21,10 @@ Backward, of each of the two branches r + scale · last(f(first(LN r))), f the a
 
 The kernels of GELU and LN also make f(h) and LN(r) again, which are not kept, and sum dh, g and dr over their rows: gradients
 of the biases of fc1, fc2 and proj, the latter two if there is no scale; totals.py adds up what their programs leave, a fold's,
-too. Nine launches of the forward and fourteen, of a fold two and six more; one less each way where gelu.py takes GELU's
-products, and one where attention.py takes the attention's gradients, of q, k and v side by side. Where weights have another
-dtype, as under autocast, a cast of all of them before the products, whose gradients are products in float32 (on the CPU casts,
-too), biases of q, k and v one each way, a scale three of its branch.
+too. Nine launches of the forward and fourteen, of a fold two and five more, for its second norm's backward lies within LN₁'s;
+one less each way where gelu.py takes GELU's products, and one where attention.py takes the attention's gradients, of q, k and
+v side by side. Where weights have another dtype, as under autocast, a cast of all of them before the products, whose
+gradients are products in float32 (on the CPU casts, too), biases of q, k and v one each way, a scale three of its branch.
 
 This one operation keeps more than its input: the attention's q, k and v, result and logsumexp, x, and fc1's result; and its
 matrices where they were cast or joined. From the input alone all products and the attention would run twice, half as much
@@ -335,18 +335,20 @@ class Outer(Operation):
             return gradient if scale is None else (gradient.view(B, T, E) * _factors(scale, gradient)).view(B * T, E)
 
         def begun(
-            dh: Tensor, name: str, h: Any, r: Tensor, layer: str, out: Tensor | None, weight: bool, rest: Any, *biases: str
-        ) -> Any:
+            dh: Tensor, name: str, h: Any, r: Tensor, layer: str, out: Tensor | None, weight: bool, rest: Any, *biases: str,
+            added: norm.Added | None = None,
+        ) -> Any:  # fmt: skip
             """Of a product with LN(r): into ``out``, if it is there, the gradient of r; returned, if asked for, the matrix's.
 
-            ``h``: LN(r), if it is there. ``biases``: whose gradients are the sums of r's and of ``rest``.
+            ``h``: LN(r), if it is there. ``biases``: whose gradients the sums behind those of LN are.
             """
             names = f"{layer}_weight", f"{layer}_bias", *biases
             scale, shift = (getattr(w, each) for each in names[:2])
             if out is not None:
                 y = torch.empty_like(r) if weight and h is None else None
-                sums = parts[names] = norm.partial_sums(r, len(names))
-                norm.backward((dh @ _matrix(a, name)).view(1, B * T, E), r, scale, a.eps, out, sums, rest=rest, y=y, bias=shift)
+                sums = parts[names] = norm.partial_sums(r, len(names), added is not None)
+                g = (dh @ _matrix(a, name)).view(1, B * T, E)
+                norm.backward(g, r, scale, a.eps, out, sums, rest=rest, y=y, bias=shift, added=added)
                 h = y if h is None else h
             elif weight and h is None:
                 h = norm.forward(r, scale, shift, a.eps)
@@ -404,13 +406,23 @@ class Outer(Operation):
                 found["qk_bias"], found["v_bias"] = dh.sum(0, dtype=w.qk_bias.dtype).split((2 * E, E))
             before -= {"qk_bias", "v_bias"}
             deeper = before - {"qk_weight", "v_weight"}
-            of_qkv = begun(dh, "qkv_weight", h1, patch, "norm1", dx if deeper else None, before > deeper, dx)
-            found["patch"] = dx.view(B, T, E)
+            found["patch"], of_qkv = dx.view(B, T, E), None
             of_fold = {name.removeprefix("fold_"): name for name in deeper if name == "pixel" or name.startswith("fold_")}
+
+            def first(added: norm.Added | None = None, summed: tuple[str, ...] = ()) -> None:
+                nonlocal of_qkv
+                given = dh, "qkv_weight", h1, patch, "norm1", dx if deeper else None, before > deeper, dx
+                of_qkv = begun(*given, *[f"fold_{name}" for name in summed], added=added)
+
+            # LN₁'s backward and that of the fold's second norm, row by row of the same tokens, in one launch
+            joint = of_fold and a.fold_weights.fold_norm2_weight is not None and _folds(a.pixel) and a.pixel.dtype == x.dtype
+            if not joint:
+                first()
             if of_fold:
                 matrix = _matrix(a, "fold_proj_weight") if _folds(a.pixel) else a.fold_weights.fold_proj_weight
                 summed: dict[tuple[str, ...], Tensor] = {}
-                behind = fold.begun(found["patch"], _of_fold(a, matrix), {*of_fold}, matrix_dtype, summed, rest)
+                given = found["patch"], _of_fold(a, matrix), {*of_fold}, matrix_dtype, summed, rest
+                behind = fold.begun(*given, first if joint else None)
                 found |= {of_fold[name]: x for name, x in behind.items() if name in of_fold}
                 parts |= {tuple([f"fold_{name}" for name in names]): x for names, x in summed.items()}
             if of_qkv is not None:

@@ -20,12 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tnt_fast.kernels import operation
-from tnt_fast.kernels.operation import Config, Launch, derived, launch, remembered
-from tnt_fast.kernels.tile import dot, gelu, load
+from tnt_fast.kernels.operation import Config, Launch, derived, launch, piece, remembered
+from tnt_fast.kernels.tile import columns, dot, gelu, load, load_rows, load_vector, plus, plus_product, standardised, store_rows
 
-# Tiles (rows, columns), of which the first is taken that makes no more programs than an H200 has multiprocessors, their warps,
-# and how many columns of a row are a piece: by simulation of an image of TNT-Ti and TNT-S
-TILES, PROGRAMS, WARPS, CHUNK = ((16, 32), (16, 64), (16, 128), (32, 64), (32, 128)), 132, 8, 128
+# Tiles (rows, columns), of which the first is taken that makes no more programs than an H200 has multiprocessors, and their
+# warps: by simulation of an image of TNT-Ti and TNT-S
+TILES, PROGRAMS, WARPS = ((16, 32), (16, 64), (16, 128), (32, 64), (32, 128)), 132, 8
 OTHER_BYTES = 40 << 10  # on the chip besides a program's part of the matrix, at most
 LEAST_BYTES = 99 << 10  # that a GPU has there: sm_86, sm_89, sm_120
 # rows, and values of a matrix, which the programs of every 16 or 32 rows read once more: where there are more of either the
@@ -50,9 +50,9 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes(operation.Sizes):
-    """Rows of K values to N, of which FIRST are the first matrix's, in GROUPS of columns, OWN of them the first's."""
+    """Rows of W values to N, of which FIRST are the first matrix's, in GROUPS of columns, OWN of them the first's."""
 
-    K: int
+    W: int
     N: int
     FIRST: int
     BLOCK: int
@@ -62,78 +62,14 @@ class Sizes(operation.Sizes):
     SUM: bool  # x is made of z and patches
     OWN: int = derived(lambda Z: -(-Z.FIRST // Z.COLUMNS))
     GROUPS: int = derived(lambda Z: Z.OWN + -(-(Z.N - Z.FIRST) // Z.COLUMNS))
-    PIECES: int = derived(lambda Z: -(-Z.K // Z.CHUNK))
-
-
-@triton.jit
-def _columns(i: tl.constexpr, Z: tl.constexpr):
-    """Those of a piece, and which of them are real."""
-    col = i * Z.CHUNK + tl.arange(0, Z.CHUNK)
-    return col, col < Z.K
-
-
-@triton.jit
-def _rows(ptr, start, alive, Z: tl.constexpr):
-    """Rows that begin at ``start``, in float32: a tuple of PIECES, [BLOCK, CHUNK] each, 0 past K and in rows not alive."""
-    PIECES: tl.constexpr = Z.PIECES
-    found = ()
-    for i in tl.static_range(PIECES):
-        col, real = _columns(i, Z)
-        found = found + (load(ptr + start[:, None], col[None, :], alive[:, None] & real[None, :]),)
-    return found
-
-
-@triton.jit
-def _vector(ptr, Z: tl.constexpr):
-    """K values, in such pieces, [1, CHUNK] each."""
-    PIECES: tl.constexpr = Z.PIECES
-    found = ()
-    for i in tl.static_range(PIECES):
-        col, real = _columns(i, Z)
-        found = found + (load(ptr, col, real)[None, :],)
-    return found
-
-
-@triton.jit
-def _sum(x, y, Z: tl.constexpr):
-    """x + y, piece by piece."""
-    PIECES: tl.constexpr = Z.PIECES
-    found = ()
-    for i in tl.static_range(PIECES):
-        found = found + (x[i] + y[i],)
-    return found
-
-
-@triton.jit
-def _centred(x, Z: tl.constexpr):
-    """x less the mean of its rows, 0 past K."""
-    PIECES: tl.constexpr = Z.PIECES
-    total = x[0]
-    for i in tl.static_range(1, PIECES):
-        total += x[i]
-    mean = tl.div_rn(tl.sum(total, 1), tl.full((Z.BLOCK,), Z.K, tl.float32))
-    found = ()
-    for i in tl.static_range(PIECES):
-        _, real = _columns(i, Z)
-        found = found + (tl.where(real[None, :], x[i] - mean[:, None], 0.0),)
-    return found
+    PIECES: int = derived(lambda Z: -(-Z.W // Z.CHUNK))
 
 
 @triton.jit
 def _normed(x, weight, bias, eps, Z: tl.constexpr):
-    """LN of rows that are 0 past K, there 0, too; centred twice in float32, as tile.centred."""
-    PIECES: tl.constexpr = Z.PIECES
-    x = _centred(x, Z)
-    if Z.EXACT:
-        x = _centred(x, Z)
-    total = x[0] * x[0]
-    for i in tl.static_range(1, PIECES):
-        total += x[i] * x[i]
-    rstd = tl.rsqrt(tl.sum(total, 1) * (1.0 / Z.K) + eps)
-    found = ()
-    for i in tl.static_range(PIECES):
-        found = found + (x[i] * rstd[:, None] * weight[i] + bias[i],)
-    return found
+    """LN of rows that are 0 past W, there 0, too."""
+    x, _ = standardised(x, eps, Z)
+    return plus_product(bias, x, weight, Z)
 
 
 @triton.jit
@@ -152,17 +88,17 @@ def _product_kernel(
     bias = load(w.bias, col, used & own) + load(w.second_bias, col, used & (group >= Z.OWN))
     matrix = ()
     for i in tl.static_range(PIECES):
-        at, real = _columns(i, Z)
-        part = tl.load(weight_ptr + col[None, :] * Z.K + at[:, None], mask=real[:, None] & used[None, :], other=0.0)
+        at, real = columns(i, Z)
+        part = tl.load(weight_ptr + col[None, :] * Z.W + at[:, None], mask=real[:, None] & used[None, :], other=0.0)
         matrix = matrix + (part.to(Z.DTYPE),)
 
-    norm_weight, norm_bias = _vector(w.norm_weight, Z), _vector(w.norm_bias, Z)
+    norm_weight, norm_bias = load_vector(w.norm_weight, Z), load_vector(w.norm_bias, Z)
     if Z.SUM:
-        sum_weight, sum_bias, shift = _vector(w.sum_weight, Z), _vector(w.sum_bias, Z), _vector(w.shift, Z)
+        sum_weight, sum_bias, shift = load_vector(w.sum_weight, Z), load_vector(w.sum_bias, Z), load_vector(w.shift, Z)
         image, token = (row.to(tl.int32) // n_tokens).to(tl.int64), row.to(tl.int32) % n_tokens
         folded = token > 0  # the class token has no pixels
-        z = _sum(_rows(x_ptr, (row - image - 1) * Z.K, alive & folded, Z), shift, Z)
-        x = _rows(patch_ptr, image * stride_image + token.to(tl.int64) * stride_token, alive, Z)
+        z = plus(load_rows(x_ptr, (row - image - 1) * Z.W, alive & folded, Z), shift, Z)
+        x = load_rows(patch_ptr, image * stride_image + token.to(tl.int64) * stride_token, alive, Z)
         if w.sum_weight is not None:
             z = _normed(z, sum_weight, sum_bias, eps, Z)
         added = ()
@@ -170,13 +106,10 @@ def _product_kernel(
             added = added + (x[i] + tl.where(folded[:, None], z[i], 0.0),)
         x = added
     else:
-        x = _rows(x_ptr, row * Z.K, alive, Z)
+        x = load_rows(x_ptr, row * Z.W, alive, Z)
     if rest_ptr is not None:
-        rest = _sum(x, _vector(w.later, Z), Z)
-        for i in tl.static_range(PIECES):
-            at, real = _columns(i, Z)
-            mask = (alive & (group == 0))[:, None] & real[None, :]
-            tl.store(rest_ptr + (row * Z.K)[:, None] + at[None, :], rest[i].to(Z.DTYPE), mask=mask)
+        rest = plus(x, load_vector(w.later, Z), Z)
+        store_rows(rest_ptr, row * Z.W, alive & (group == 0), rest, Z)
     x = _normed(x, norm_weight, norm_bias, eps, Z)
 
     total = tl.full((Z.BLOCK, Z.COLUMNS), 0.0, tl.float32)
@@ -201,8 +134,8 @@ def takes(rows: int, K: int, N: int, dtype: torch.dtype) -> bool:
 @remembered
 def specialise(dtype: torch.dtype, K: int, N: int, first: int, tile: tuple[int, int], gelu: bool, sums: bool) -> Launch:
     block, columns = tile
-    chunk = min(CHUNK if -K % CHUNK < CHUNK // 2 else CHUNK // 2, max(16, triton.next_power_of_2(K)))
-    sizes = Sizes.computed(dtype, K=K, N=N, FIRST=first, BLOCK=block, COLUMNS=columns, CHUNK=chunk, GELU=gelu, SUM=sums)
+    of = dict(W=K, N=N, FIRST=first, BLOCK=block, COLUMNS=columns, CHUNK=piece(K))
+    sizes = Sizes.computed(dtype, **of, GELU=gelu, SUM=sums)
     return Launch(_product_kernel, {"Z": sizes}, Config(block, warps=WARPS), block / sizes.GROUPS)
 
 

@@ -215,6 +215,111 @@ def store(ptr, at, x, mask):
         tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=mask)
 
 
+# Rows in pieces: tuples of PIECES, [BLOCK, CHUNK] each, of W columns, so that rows of 384 values have no 128 of padding.
+
+
+@triton.jit
+def columns(i: tl.constexpr, Z: tl.constexpr):
+    """Those of a piece, and which of them are real."""
+    col = i * Z.CHUNK + tl.arange(0, Z.CHUNK)
+    return col, col < Z.W
+
+
+@triton.jit
+def load_rows(ptr, start, alive, Z: tl.constexpr):
+    """Rows that begin at ``start``, in float32, 0 past W and in rows not alive."""
+    PIECES: tl.constexpr = Z.PIECES
+    found = ()
+    for i in tl.static_range(PIECES):
+        col, real = columns(i, Z)
+        found = found + (load(ptr + start[:, None], col[None, :], alive[:, None] & real[None, :]),)
+    return found
+
+
+@triton.jit
+def load_vector(ptr, Z: tl.constexpr):
+    """W values, in pieces of [1, CHUNK]; 0 with ptr None."""
+    PIECES: tl.constexpr = Z.PIECES
+    found = ()
+    for i in tl.static_range(PIECES):
+        col, real = columns(i, Z)
+        found = found + (load(ptr, col, real)[None, :],)
+    return found
+
+
+@triton.jit
+def store_rows(ptr, start, alive, x, Z: tl.constexpr):
+    """Nothing with ptr None."""
+    PIECES: tl.constexpr = Z.PIECES
+    for i in tl.static_range(PIECES):
+        col, real = columns(i, Z)
+        if ptr is not None:
+            tl.store(ptr + start[:, None] + col[None, :], x[i].to(Z.DTYPE), mask=alive[:, None] & real[None, :])
+
+
+@triton.jit
+def plus(x, y, Z: tl.constexpr):
+    """x + y, piece by piece."""
+    PIECES: tl.constexpr = Z.PIECES
+    found = ()
+    for i in tl.static_range(PIECES):
+        found = found + (x[i] + y[i],)
+    return found
+
+
+@triton.jit
+def plus_product(total, x, y, Z: tl.constexpr):
+    """total + x · y, piece by piece."""
+    PIECES: tl.constexpr = Z.PIECES
+    found = ()
+    for i in tl.static_range(PIECES):
+        found = found + (x[i] * y[i] + total[i],)
+    return found
+
+
+@triton.jit
+def sums_of_rows(x, y, Z: tl.constexpr):
+    """[BLOCK]: of x, and of x · y."""
+    PIECES: tl.constexpr = Z.PIECES
+    plain, weighted = x[0], x[0] * y[0]
+    for i in tl.static_range(1, PIECES):
+        plain += x[i]
+        weighted += x[i] * y[i]
+    return tl.sum(plain, 1), tl.sum(weighted, 1)
+
+
+@triton.jit
+def _centred(x, Z: tl.constexpr):
+    """x less the mean of its rows, 0 past W; by a rounded division, as ``centred`` says."""
+    PIECES: tl.constexpr = Z.PIECES
+    total = x[0]
+    for i in tl.static_range(1, PIECES):
+        total += x[i]
+    mean = tl.div_rn(tl.sum(total, 1), tl.full((Z.BLOCK,), Z.W, tl.float32))
+    found = ()
+    for i in tl.static_range(PIECES):
+        _, real = columns(i, Z)
+        found = found + (tl.where(real[None, :], x[i] - mean[:, None], 0.0),)
+    return found
+
+
+@triton.jit
+def standardised(x, eps, Z: tl.constexpr):
+    """Of rows that are 0 past W x̂, there 0, too, and 1/σ [BLOCK]; in float32 they are centred twice."""
+    PIECES: tl.constexpr = Z.PIECES
+    x = _centred(x, Z)
+    if Z.EXACT:
+        x = _centred(x, Z)
+    total = x[0] * x[0]
+    for i in tl.static_range(1, PIECES):
+        total += x[i] * x[i]
+    rstd = tl.rsqrt(tl.sum(total, 1) * (1.0 / Z.W) + eps)
+    found = ()
+    for i in tl.static_range(PIECES):
+        found = found + (x[i] * rstd[:, None],)
+    return found, rstd
+
+
 @triton.jit
 def scaled(dy, scale_ptr, patch, n_patches):
     """The gradient of a branch from that of its scaled result."""

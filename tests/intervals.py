@@ -486,7 +486,7 @@ OPTIONAL = {
         "a_ptr", "bias_ptr", "rest_ptr", "later_ptr", "shift", "bias", "next_bias", "later", "dx", "y", "second_bias",
         "norm_bias", "sum_bias",
     },
-    "block": {"qk_bias", "v_bias", "attn_scale_ptr", "mlp_scale_ptr", "bias"},
+    "block": {"qk_bias", "v_bias", "attn_scale_ptr", "mlp_scale_ptr", "bias", "shift", "next_bias", "y", "dz"},
 }  # fmt: skip
 PASSED = {"pixel_embed": _of_pixel_embed, "inner": _of_inner, "fold": _of_norm, "outer": _of_norm, "block": _of_block}
 LIMITS = {"n_tokens": ROWS, "n_cells": ROWS, "n_patches": ROWS, "n_rows": ROWS, "n_group": ROWS, "height": SIDE, "width": SIDE}

@@ -249,6 +249,10 @@ def cases() -> list[Case]:
         gradients=False)  # fmt: skip
     folded = with_fold(3, 5, 5, 6, 90, 50, False)
     add("bfloat16 float32", "outer E90 of a fold", "outer", folded, outer | drops | dict(eps=0.5), gradients=False)
+    folded |= dict(fold_proj_bias=torch.randn(90, dtype=torch.float64))
+    names = ("patch", "pixel", "qk_weight", "norm1_weight", "norm1_bias")
+    names += ("fold_norm2_weight", "fold_norm2_bias", "fold_proj_bias", "fold_proj_weight")
+    add("bfloat16 float32", "outer E90 of a fold, gradients", "outer", folded, outer, gradients=names)
     without = dict.fromkeys(("proj_bias", "fc2_bias", "norm1_bias", "norm2_bias"))
     add("bfloat16", "outer S, no biases", "outer", outer_tensors(2, 5, 384, 48) | without, outer)
 

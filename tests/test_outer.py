@@ -76,10 +76,36 @@ def test_outer_of_a_fold(B, N, S, C, E, H, legacy, path, dtype):
 
 @paths("float32", "bfloat16 float32")
 def test_outer_of_a_fold_with_drop_path_and_without_biases(path, dtype):
+    """Nothing is divided by 0 of class tokens, which have no pixels, nor of rows that are not there."""
     tensors = with_fold(2, 5, 16, 12, 24, 48, False) | dict.fromkeys(("proj_bias", "norm1_bias", "fold_norm1_bias"))
-    check(path, "outer", tensors, dict(num_heads=3), dtype)
+    check(path, "outer", tensors, dict(num_heads=3, eps=0.0), dtype)
     scales = dict(attn_scale=torch.tensor([0.0, 2.0]).double(), mlp_scale=torch.tensor([1.25, 0.0]).double())
-    check(path, "outer", with_fold(2, 5, 16, 12, 24, 48, False) | scales, dict(num_heads=3), dtype)
+    tensors = with_fold(2, 5, 16, 12, 24, 48, False) | {"fold_proj_bias": normal(24)}
+    check(path, "outer", tensors | scales, dict(num_heads=3), dtype)
+
+
+def test_two_norms_backwards_are_one_launch_where_both_are_needed(monkeypatch):
+    """LN₁'s and that of the fold's end; whatever else is asked for, each gradient has the same bits."""
+    launched: list = []
+
+    def launch(spec, *given):
+        launched.append(spec.kernel.__name__)
+        kernels.operation.launch(spec, *given)
+
+    monkeypatch.setattr(kernels.norm, "launch", launch)
+    given = {name: x if x is None else x.float().to(DEVICE) for name, x in with_fold(2, 5, 16, 12, 24, 48, False).items()}
+    upstream, gradients = torch.randn(2, 6, 24, device=DEVICE), []
+    every = [name for name, x in given.items() if x is not None]
+    for needed, joint in ((every, 1), (["pixel"], 1), (["fold_proj_weight"], 1), (["fold_norm2_bias"], 1), (["patch"], 0)):
+        tensors = {name: x if x is None else x.clone().requires_grad_(name in needed) for name, x in given.items()}
+        out = call(kernels.OPERATIONS["outer"], **tensors, num_heads=3)
+        launched.clear()
+        found = torch.autograd.grad(out, [tensors[name] for name in needed], upstream)
+        assert [launched.count(f"_norm{s}_bwd_kernel") for s in ("", "s")] == [1 + ("pixel" in needed) + (not joint), joint]
+        gradients.append(dict(zip(needed, found, strict=True)))
+    for found in gradients[1:]:
+        for name, x in found.items():
+            assert torch.equal(x, gradients[0][name]), name
 
 
 # ---- without gradients: of a few rows by product.py's launches ----

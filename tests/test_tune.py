@@ -117,7 +117,7 @@ def test_every_entry_of_a_named_variant_is_swept():
     assert {name: found[name].variant for name in keys} == keys
     assert not [name for name in found if "False" in name or "128" in name]
     assert found["norm"].fields == dict(VALUES=norm.VALUES, EACH=norm.EACH, PER_SM=norm.PER_SM, STAGES=norm.STAGES)
-    assert {name for name, _ in found["norm"].launches} == {"fold", "outer"}
+    assert {name for name, _ in found["norm"].launches} == {"fold", "outer", "block"}
     assert before == [inner.CONFIGS[name] for name in inner.CONFIGS]
     assert all(type(table) is dict for table in inner.CONFIGS.values())
     fp32 = [entry.name for entry in tune.entries(["inner"], ["fp32"])]
