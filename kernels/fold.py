@@ -13,7 +13,8 @@ outputs in a program so that LN_E sees them, reads all weights in each program: 
 
 Backward, from the inputs alone (nothing else is saved), with g the gradient of y[:, 1:]:
 
-    h = LN(pixel),  z = h · Wᵀ + bias                  recomputed; without LN_E h alone, by LN's backward
+    h = LN(pixel),  z = h · Wᵀ + bias                  recomputed; z in one launch where gelu.py says so, h then, as
+                                                       without LN_E, by LN's backward
     dz = LN_E's backward of g (or g),  dbias = Σ dz
     dW = dzᵀ · h,  dh = dz · W
     dpixel = LN's backward of dh
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from tnt_fast import reference
 from tnt_fast.arguments import FOLD_SHAPES, beyond
+from tnt_fast.kernels import gelu as many
 from tnt_fast.kernels import norm, operation
 from tnt_fast.kernels.operation import Operation, contiguous, of_matrix
 from tnt_fast.kernels.totals import totals
@@ -130,14 +132,18 @@ class Fold(Operation):
         width = a.norm1_weight.shape[0]  # S·C, or legacy C: then a matrix of more, shorter rows
         of_first, of_second = {"norm1_weight", "norm1_bias"}, {"proj_bias", "norm2_weight", "norm2_bias"}
         deeper, h = needed & ({"pixel"} | of_first), None
-        if a.norm2_weight is not None or ("proj_weight" in needed and not deeper):
+        merged = width == pixel[0].numel() and deeper and many.takes_norm(rows, width, E, pixel.dtype, pixel.device)
+        if (a.norm2_weight is not None and not merged) or ("proj_weight" in needed and not deeper):
             h = norm.forward(pixel.view(-1, width), a.norm1_weight, a.norm1_bias, eps).view(rows, -1)
         if a.norm2_weight is None:
             dz = gradient.reshape(rows, E).to(pixel.dtype).contiguous()
             if "proj_bias" in needed:
                 found["proj_bias"] = dz.sum(0, dtype=torch.float32)
         else:
-            z = torch.mm(h, weight.t())
+            if merged:
+                z = many.normed(pixel.view(rows, width), weight, a.norm1_weight, a.norm1_bias, eps)
+            else:
+                z = torch.mm(h, weight.t())
             dz = torch.empty_like(z) if needed - of_second else None
             summed = ("norm2_weight", "norm2_bias") if a.proj_bias is None else ("norm2_weight", "norm2_bias", "proj_bias")
             if behind is not None:

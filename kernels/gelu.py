@@ -1,17 +1,21 @@
-"""gelu: products of many rows with GELU, or its gradient, at their end in one launch, for outer where gradients are recorded.
+"""gelu: products of many rows in one launch with what is before or behind them: GELU, its gradient, LayerNorm.
 
-    h = x Wᵀ + b, a = GELU(h)                                    W = fc1's (N, K)
+    h = x Wᵀ + b, a = GELU(h)                                    W = fc1's (N, K); h where gradients are recorded
     a = GELU(h), dh = (d W) · GELU'(h), sums of dh over its rows      W = fc2's (K, N)
+    y = LN(x) Wᵀ = 1/σ · (x (γW)ᵀ − mean · Σ γW) + Wβ           W = fold's (N, K), for its gradients
 
 A program has COLUMNS columns of the result and keeps its part of W on the chip; it takes tile after tile of BLOCK rows, of
 which it loads a piece of CHUNK columns at a time, the first while the tile before ends. Two programs run on a multiprocessor,
 so that one multiplies while the other waits or stores. That takes few bytes of the L2 cache, which bind such products: x is
-read N / COLUMNS times, W once a program. What a product gives is rounded before GELU, as PyTorch's is: so it is rearranged
-once for all that is stored. Both operands are loaded to shared memory as they are.
+read N / COLUMNS times, W once a program. What a product gives is rounded before it is rearranged, once for all that is
+stored. Both operands are loaded to shared memory as they are; of LayerNorm W is multiplied by γ, once, and x as it is: rows are
+normalised at the end. γW is rounded once, as LN(x) is elsewhere, and Σ γW is that of what was rounded, so that what a mean
+adds is taken off again, but for float32's rounding.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,13 +23,22 @@ import triton.language as tl
 from torch import Tensor
 
 from tnt_fast.kernels import operation
-from tnt_fast.kernels.operation import Config, Launch, derived, launch, remembered, sharing
+from tnt_fast.kernels.operation import Config, Launch, contiguous, derived, launch, remembered, sharing
 from tnt_fast.kernels.tile import dot, gelu, gelu_gradient
 
 CONFIG, COLUMNS, CHUNK = Config(64, warps=4, per_sm=2), 128, 128  # by simulation, of TNT-S on an H200
 # Where the two launches for this one, the library's product and GELU's own kernel, were slower: on these architectures, at so
 # many rows, and where the parts of W of two programs fit on a multiprocessor beside what they work on
 CAPABILITIES, LEAST, WIDEST = ((9, 0),), 128 * 197, 384
+NORMED_LEAST, NORMED_MOST = 192 * 196, 384  # rows, and columns of the result, of a product of LayerNorm's
+
+
+class Weights(NamedTuple):
+    """A matrix (N, K), and the LayerNorm of what it is multiplied by; the norm's bias may be None."""
+
+    matrix: Any
+    norm_weight: Any
+    norm_bias: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +99,7 @@ def _product(x_ptr, begun, matrix, tile, n_rows, Z: tl.constexpr):
 
 @triton.jit
 def _gelu_product_kernel(x_ptr, w_ptr, bias_ptr, h_ptr, y_ptr, n_rows, Z: tl.constexpr):
+    """h, where it is asked for, and GELU of it as it is stored; else of what is not rounded."""
     col, member, members = _place(Z)
     matrix = _matrix(w_ptr, 1, Z.K, col, Z)
     bias = tl.full((Z.COLUMNS,), 0.0, tl.float32)
@@ -96,11 +110,91 @@ def _gelu_product_kernel(x_ptr, w_ptr, bias_ptr, h_ptr, y_ptr, n_rows, Z: tl.con
         total = _product(x_ptr, begun, matrix, tile, n_rows, Z)
         begun = _piece(x_ptr, 0, tile + members, n_rows, Z)  # the next tile's, while this one ends
         first, row, alive = _tile(tile, n_rows, Z)
-        h = (total + bias[None, :]).to(Z.DTYPE)
+        h = total + bias[None, :]
         at = row * Z.N + col[None, :]
         if h_ptr is not None:
+            h = h.to(Z.DTYPE)
             tl.store(h_ptr + first * Z.N + at, h, mask=alive)
         tl.store(y_ptr + first * Z.N + at, gelu(h.to(tl.float32), Z.FAST).to(Z.DTYPE), mask=alive)
+
+
+@triton.jit
+def _normed_matrix(w, col, Z: tl.constexpr):
+    """γW, rounded, as ``_matrix`` has W; its sums over K, and Wβ, [COLUMNS] each."""
+    PIECES: tl.constexpr = Z.PIECES
+    found = ()
+    sums = tl.full((Z.COLUMNS,), 0.0, tl.float32)
+    bias = tl.full((Z.COLUMNS,), 0.0, tl.float32)
+    for i in tl.static_range(PIECES):
+        k = i * Z.CHUNK + tl.arange(0, Z.CHUNK)
+        part = tl.load(w.matrix + k[:, None] + col[None, :] * Z.K).to(tl.float32)
+        if w.norm_bias is not None:
+            bias += tl.sum(part * tl.load(w.norm_bias + k).to(tl.float32)[:, None], 0)
+        part = (part * tl.load(w.norm_weight + k).to(tl.float32)[:, None]).to(Z.DTYPE)
+        sums += tl.sum(part.to(tl.float32), 0)
+        found = found + (part,)
+    return found, sums, bias
+
+
+@triton.jit
+def _pivot(piece, Z: tl.constexpr):
+    """The first of each 8 values of a row, which a thread has: [BLOCK, CHUNK / 8]."""
+    values = tl.reshape(piece, (Z.BLOCK, Z.CHUNK // 8, 4, 2))
+    values, _ = tl.split(values)
+    values, _ = tl.split(tl.reshape(values, (Z.BLOCK, Z.CHUNK // 8, 2, 2)))
+    values, _ = tl.split(values)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _add_moments(total, square, piece, pivot, Z: tl.constexpr):
+    """Sums of x − pivot and of its square, [BLOCK, CHUNK / 8], with those of a piece."""
+    x = tl.reshape(piece, (Z.BLOCK, Z.CHUNK // 8, 8)).to(tl.float32) - pivot[:, :, None]
+    return total + tl.sum(x, 2), square + tl.sum(x * x, 2)
+
+
+@triton.jit
+def _statistics(pivot, part, square, eps, Z: tl.constexpr):
+    """Mean and 1/σ of rows, of such sums over all pieces."""
+    COUNT: tl.constexpr = Z.PIECES * 8
+    own = pivot + part * (1.0 / COUNT)  # means of what a thread has
+    mean = tl.sum(own, 1) * (8.0 / Z.CHUNK)
+    own -= mean[:, None]
+    square += COUNT * own * own - part * part * (1.0 / COUNT)
+    return mean, tl.rsqrt(tl.sum(square, 1) * (1.0 / Z.K) + eps)
+
+
+@triton.jit
+def _norm_product_kernel(x_ptr, w, y_ptr, n_rows, eps, Z: tl.constexpr):
+    """1/σ · (x (γW)ᵀ − mean · Σ γW) + Wβ, with mean and σ of what passes through registers.
+
+    What a thread has of a row is summed about the first of it, and only those sums are brought together: of equal values σ² is
+    0, to the bit, and a large mean cancels in none of them.
+    """
+    PIECES: tl.constexpr = Z.PIECES
+    PARTS: tl.constexpr = Z.CHUNK // 8
+    col, member, members = _place(Z)
+    matrix, sums, bias = _normed_matrix(w, col, Z)
+    begun = _piece(x_ptr, 0, member, n_rows, Z)
+    for tile in tl.range(member, tl.cdiv(n_rows, Z.BLOCK), members):
+        pivot = _pivot(begun, Z)
+        part = tl.full((Z.BLOCK, PARTS), 0.0, tl.float32)
+        square = part
+        total = tl.full((Z.BLOCK, Z.COLUMNS), 0.0, tl.float32)
+        piece = begun
+        for i in tl.static_range(PIECES):
+            if i > 0:
+                piece = _piece(x_ptr, i, tile, n_rows, Z)
+            part, square = _add_moments(part, square, piece, pivot, Z)
+            total = dot(piece, matrix[i], Z, total)
+        begun = _piece(x_ptr, 0, tile + members, n_rows, Z)
+        mean, rstd = _statistics(pivot, part, square, eps, Z)
+        shape: tl.constexpr = (Z.BLOCK, Z.COLUMNS)
+        # one operation, for which Triton brings both vectors, not their product, to where the total lies
+        total = tl.fma(tl.broadcast_to(mean[:, None], shape), tl.broadcast_to(-sums[None, :], shape), total)
+        first, row, alive = _tile(tile, n_rows, Z)
+        y = total * rstd[:, None] + bias[None, :]
+        tl.store(y_ptr + first * Z.N + row * Z.N + col[None, :], y.to(Z.DTYPE), mask=alive)
 
 
 @triton.jit
@@ -136,12 +230,20 @@ def takes(rows: int, K: int, N: int, dtype: torch.dtype, device: torch.device) -
     return operation.runner.capability(device) in CAPABILITIES
 
 
+def takes_norm(rows: int, K: int, N: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the product of LN(x), x of (rows, K), to (rows, N) is faster here than LayerNorm and the library's product.
+
+    Every COLUMNS columns make the rows' statistics once more. γW is rounded, for which float16 has too narrow a range.
+    """
+    suits = dtype == torch.bfloat16 and rows >= NORMED_LEAST and N <= NORMED_MOST
+    return suits and takes(rows, K, N, dtype, device)
+
+
 @remembered
-def _specialise(dtype: torch.dtype, K: int, N: int, backward: bool) -> Launch:
+def _specialise(kernel: Any, dtype: torch.dtype, K: int, N: int) -> Launch:
     chunk = CHUNK if K % CHUNK == 0 else CHUNK // 2
     same = CONFIG.warps * 32 * 8 // COLUMNS  # threads have 8 values of a row each
     sizes = Sizes.computed(dtype, K=K, N=N, BLOCK=CONFIG.rows, COLUMNS=COLUMNS, CHUNK=chunk, SUMS=same)
-    kernel = _gelu_product_bwd_kernel if backward else _gelu_product_kernel
     return Launch(kernel, {"Z": sizes}, CONFIG, CONFIG.rows / sizes.GROUPS, l1=False)
 
 
@@ -149,7 +251,7 @@ def prepared(
     rows: int, K: int, N: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor | None, Tensor]]:
     """For a plan: of contiguous x (rows, K), W (N, K) and bias, h if it is asked for, and GELU(h)."""
-    spec = _specialise(dtype, K, N, False)
+    spec = _specialise(_gelu_product_kernel, dtype, K, N)
     grid = sharing(spec, rows, device) * spec.constants["Z"].GROUPS
     spec = spec.again()
 
@@ -162,11 +264,21 @@ def prepared(
     return product
 
 
+def normed(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, eps: float) -> Tensor:
+    """LN(x) Wᵀ of contiguous x (rows, K) and W (N, K)."""
+    (rows, K), N = x.shape, len(weight)
+    spec = _specialise(_norm_product_kernel, x.dtype, K, N)
+    y = x.new_empty(rows, N)
+    weights = contiguous(Weights(weight, norm_weight, norm_bias))
+    launch(spec, sharing(spec, rows, x.device) * spec.constants["Z"].GROUPS, x, weights, y, rows, eps)
+    return y
+
+
 def backward(
     d: Tensor, weight: Tensor, h: Tensor, has_result: bool, has_sums: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of contiguous d (rows, K) and W (K, N): the gradient of h; if asked for, GELU(h), and what ``totals`` adds up of it."""
-    spec = _specialise(d.dtype, *weight.shape, True)
+    spec = _specialise(_gelu_product_bwd_kernel, d.dtype, *weight.shape)
     each = sharing(spec, len(d), d.device)
     dh = torch.empty_like(h)
     a = torch.empty_like(h) if has_result else None

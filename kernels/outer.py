@@ -10,9 +10,9 @@ launches, ten with fold: each LayerNorm also writes what the branch behind it is
 that the product that ends it adds in place; q, k and v are one product; GELU belongs to fc1's. Of few rows, where nothing is
 recorded or scaled, LayerNorms and what follows them are product.py's: five launches, six with fold.
 
-GELU of many rows in bfloat16 is cuBLAS's, of the tanh form: at most 4.7e-4 off the erf form, where rounding values near 1 to
-bfloat16 makes 3.9e-3; in float16, in float32 and where gradients are recorded it is a kernel of its own, with tile.py's form,
-or, where gradients are recorded and that is faster, in one with its product (gelu.py), both ways.
+GELU of many rows is in one with its product where that is faster (gelu.py), both ways, with tile.py's form. Elsewhere that is
+cuBLAS's in bfloat16, of the tanh form: at most 4.7e-4 off the erf form, where rounding values near 1 to bfloat16 makes 3.9e-3;
+in float16, in float32 and where gradients are recorded it is a kernel of its own.
 
 Backward, of each of the two branches r + scale · last(f(first(LN r))), f the attention or GELU, with g the gradient of the sum:
 
@@ -22,9 +22,10 @@ Backward, of each of the two branches r + scale · last(f(first(LN r))), f the a
 The kernels of GELU and LN also make f(h) and LN(r) again, which are not kept, and sum dh, g and dr over their rows: gradients
 of the biases of fc1, fc2 and proj, the latter two if there is no scale; totals.py adds up what their programs leave, a fold's,
 too. Nine launches of the forward and fourteen, of a fold two and five more, for its second norm's backward lies within LN₁'s;
-one less each way where gelu.py takes GELU's products, and one where attention.py takes the attention's gradients, of q, k and
-v side by side. Where weights have another dtype, as under autocast, a cast of all of them before the products, whose
-gradients are products in float32 (on the CPU casts, too), biases of q, k and v one each way, a scale three of its branch.
+one less each way where gelu.py takes GELU's products, one where it takes that of the fold that is made again with its norm, and
+one where attention.py takes the attention's gradients, of q, k and v side by side. Where weights have another dtype, as under
+autocast, a cast of all of them before the products, whose gradients are products in float32 (on the CPU casts, too), biases of
+q, k and v one each way, a scale three of its branch.
 
 This one operation keeps more than its input: the attention's q, k and v, result and logsumexp, x, and fc1's result; and its
 matrices where they were cast or joined. From the input alone all products and the attention would run twice, half as much
@@ -215,9 +216,9 @@ class Outer(Operation):
         read = _reading(a, dtype, recorded, folds and cast_weight)
         attended_by = _attending(a, recorded)
         activated = _activating(B * T, M, dtype, a.patch.device, again=True)
-        ends = recorded and ending.takes(B * T, E, M, dtype, a.patch.device)
+        ends = ending.takes(B * T, E, M, dtype, a.patch.device)
         multiplied = ending.prepared(B * T, E, M, dtype, a.patch.device) if ends else None
-        by_tanh = dtype == torch.bfloat16 and a.weights.fc1_bias is not None and not recorded
+        by_tanh = dtype == torch.bfloat16 and a.weights.fc1_bias is not None and not recorded and not ends
 
         def run(a: SimpleNamespace, out: Tensor) -> None:
             w, f, attn_scale, mlp_scale, kept = a.weights, a.fold_weights, a.attn_scale, a.mlp_scale, a.kept
@@ -246,7 +247,9 @@ class Outer(Operation):
             if by_tanh:
                 h = torch._addmm_activation(fc1_bias, h, fc1_weight.t(), use_gelu=True)
             elif multiplied is not None:
-                kept["hidden"], h = multiplied(h, fc1_weight, fc1_bias, a.recompute == "none")
+                hidden, h = multiplied(h, fc1_weight, fc1_bias, recorded and a.recompute == "none")
+                if recorded:
+                    kept["hidden"] = hidden
             else:
                 h = F.linear(h, fc1_weight, fc1_bias)
                 if recorded:

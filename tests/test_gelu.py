@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import check, normal, outer_tensors
+from cases import check, fold_tensors, normal, outer_tensors
 from helpers import KernelPath, paths
 
 pytest.importorskip("triton")
@@ -48,11 +48,57 @@ def test_a_product_that_ends_in_gelu(rows, K, N, path: KernelPath, dtype):
     given = [None if each is None else each.to(path.device) for each in given]
     product = gelu.prepared(rows, K, N, dtype, given[0].device)
     h, a = product(*given, True)
-    for name, each, own, known in zip(("h", "GELU(h)"), (h, a), same, exact, strict=True):
-        path.rule(name, each, own, known, dtype)
-    nothing, again = product(*given, False)
+    nothing, alone = product(*given, False)  # of h that is not rounded
     assert nothing is None
-    assert torch.equal(again, a)
+    for name, each, own, known in zip(
+        ("h", "GELU(h)", "GELU(h)"), (h, a, alone), (*same, same[1]), (*exact, exact[1]), strict=True
+    ):
+        path.rule(name, each, own, known, dtype)
+    assert all(map(torch.equal, product(*given, True), (h, a)))
+    assert torch.equal(product(*given, False)[1], alone)
+
+
+def rows_of(kind, rows, K):
+    x = normal(rows, K)
+    if kind == "far from 0":
+        return x + 30
+    if kind == "outliers":  # a value of a row is most of its variance, the first, about which others are summed, or another
+        x[:, 0] += 40 * (torch.arange(rows) % 2)
+        x[:, K - 1] += 40
+        return x
+    if kind == "alike":  # a third of them all but for a value
+        x = normal(rows, 1).expand(rows, K).clone()
+        x[::3, 5] *= 1.01
+    return x
+
+
+@half
+@everywhere
+@pytest.mark.usefixtures("known")
+@pytest.mark.parametrize(
+    ("rows", "K", "N", "kind"),
+    [
+        (2 * BLOCK + 1, 384, 256, "normal"),
+        (BLOCK, 192, 128, "outliers"),
+        (BLOCK + 3, 384, 128, "far from 0"),
+        (3, 128, 128, "alike"),
+    ],
+)
+def test_a_product_of_a_layer_norm(rows, K, N, kind, path: KernelPath, dtype):
+    """Whose scale has values that are 0 and values of several orders."""
+    x, weight, shift = rows_of(kind, rows, K), normal(N, K, scale=K**-0.5), None if K == 192 else normal(K)
+    scale = normal(K) * 10 ** torch.linspace(-2, 0, K, dtype=torch.float64) * (torch.arange(K) % 5 > 0)
+    x, weight = x.to(dtype), weight.to(dtype)
+    of_norm = [None if each is None else each.float() for each in (scale, shift)]
+
+    def by_pytorch(kind):
+        each = [v if v is None else v.to(kind) for v in of_norm]
+        return F.linear(F.layer_norm(x.to(kind), (K,), *each, 1e-5), weight.to(kind))
+
+    given = [v if v is None else v.to(path.device) for v in (x, weight, *of_norm)]
+    found = gelu.normed(*given, 1e-5)
+    path.rule("LN(x) Wᵀ", found, by_pytorch(dtype), by_pytorch(torch.float64), dtype)
+    assert torch.equal(gelu.normed(*given, 1e-5), found)
 
 
 @half
@@ -102,18 +148,20 @@ def taken(monkeypatch, known):
     """Of few rows, and wherever the kernels run."""
     monkeypatch.setattr(OPERATIONS["outer"], "_plans", {})
     monkeypatch.setattr(gelu, "LEAST", 0)
+    monkeypatch.setattr(gelu, "NORMED_LEAST", 0)
     monkeypatch.setattr(gelu, "CAPABILITIES", ((8, 0), (8, 9), (9, 0), (12, 0), None))
     launched: list[str] = []
     launch = gelu.launch
     monkeypatch.setattr(gelu, "launch", lambda spec, *given: launched.append(spec.kernel.__name__) or launch(spec, *given))
     yield launched
-    assert {*launched} == {"_gelu_product_kernel", "_gelu_product_bwd_kernel"}
+    assert {*launched} <= {"_gelu_product_kernel", "_gelu_product_bwd_kernel", "_norm_product_kernel"}
 
 
 @half
 @pytest.mark.parametrize("recompute", ["none", "mlp", "all"])
 def test_outer_with_them(recompute, taken, path, dtype):
     check(path, "outer", outer_tensors(2, 37, 64, 128), dict(num_heads=2, recompute=recompute), dtype)
+    assert {*taken} == {"_gelu_product_kernel", "_gelu_product_bwd_kernel"}
 
 
 @half
@@ -121,6 +169,19 @@ def test_outer_with_them_and_drop_path_without_biases(taken, path, dtype):
     tensors = outer_tensors(3, 23, 64, 256) | dict.fromkeys(("fc1_bias", "fc2_bias"))
     scales = dict(attn_scale=torch.tensor([0.0, 1.25, 2.0]).double(), mlp_scale=torch.tensor([2.0, 0.0, 1.25]).double())
     check(path, "outer", tensors, dict(num_heads=2) | scales, dtype)
+
+
+@paths("", "bfloat16")
+def test_folds_gradients_with_one(taken, path, dtype):
+    check(path, "fold", fold_tensors(2, 35, 16, 12, 128, False), {}, dtype)
+    assert taken == ["_norm_product_kernel"]
+
+
+@half
+def test_outer_with_one_where_nothing_is_recorded(taken, path, dtype):
+    """More rows than are few."""
+    check(path, "outer", outer_tensors(2, 230, 64, 128), dict(num_heads=2), dtype, gradients=False)
+    assert taken == ["_gelu_product_kernel"]
 
 
 def test_where_they_are_taken(monkeypatch):
@@ -143,3 +204,12 @@ def test_where_they_are_taken(monkeypatch):
     assert not takes(K=200)
     assert not takes(N=1000)
     assert not any(takes(device=device) for device in ((8, 0), (8, 9), (10, 0), (12, 0), None))
+
+    def takes_norm(rows=256 * 196, K=384, N=384, dtype=torch.bfloat16, device=hopper):
+        return gelu.takes_norm(rows, K, N, dtype, device)
+
+    assert takes_norm()
+    assert not takes_norm(rows=128 * 196)
+    assert not takes_norm(N=1536)  # each 128 columns of which would make the statistics again
+    assert not takes_norm(dtype=torch.float16)
+    assert not takes_norm(device=(8, 0))
