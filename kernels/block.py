@@ -6,6 +6,7 @@ Shapes: pixel (B·N, S, C), patch (B, 1 + N, E), results like these. What it lau
 pixels are kept anyway, by the next block. One operation, because what lies between them then needs no launch of its own:
 
 - LN of pixel', with which the fold begins, is made where pixel' still is on the chip (where ``inner.norms`` says so);
+- outer's weights are cast, and q's, k's and v's matrices joined, by inner's programs, which are more than PyTorch takes;
 - pixel' has two gradients, that of the next block's pixels and that of the fold, whose last launch adds up the two;
 - the sums that all launches of the backward leave behind are added up in one (totals.py);
 - the host calls one operation for two.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from tnt_fast import reference
 from tnt_fast.arguments import transformer_shapes
-from tnt_fast.kernels.inner import Norm, inner
+from tnt_fast.kernels.inner import NO_NORM, Norm, inner
 from tnt_fast.kernels.outer import SCALES, Outer, outer
 from tnt_fast.kernels.totals import totals
 
@@ -65,16 +66,17 @@ class Block(Outer):
     def prepared(self, a: SimpleNamespace) -> Callable[[SimpleNamespace, Any], None]:
         norms = outer.takes_normed(a) and inner.norms(_of_inner(a))
         first = inner.prepared(_of_inner(a), norms) if a.pixel.numel() else None
-        behind = outer.prepared(a, norms)
+        read, behind = outer.halves(a, norms)
 
         def run(a: SimpleNamespace, out: tuple[Tensor, Tensor]) -> None:
-            pixel, f = out[0], a.fold_weights
+            pixel, f, norm = out[0], a.fold_weights, NO_NORM
+            found, copies = read(a, first is not None)
             if norms:
                 pixel = torch.empty_like(pixel)
-                first(_of_inner(a), out[0], Norm(pixel, f.fold_norm1_weight, f.fold_norm1_bias))
-            elif first is not None:
-                first(_of_inner(a), pixel)
-            behind(_behind(a, pixel), out[1])
+                norm = Norm(pixel, f.fold_norm1_weight, f.fold_norm1_bias)
+            if first is not None:
+                first(_of_inner(a), out[0], norm, copies)
+            behind(_behind(a, pixel), out[1], found)
 
         return run
 

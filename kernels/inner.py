@@ -3,7 +3,8 @@
     x = pixel + attn_scale · proj(softmax(q kᵀ / √D) v),   q, k, v = linear(LN₁ pixel), H heads of D channels
     y = x + mlp_scale · fc2(GELU(fc1(LN₂ x)))
 
-and, where a fold follows (block.py), its LayerNorm over all values of each patch of y, which is a warp's rows of a tile.
+and, where a fold follows (block.py), its LayerNorm over all values of each patch of y, which is a warp's rows of a tile; and
+copies of weights that what follows reads, before the tiles.
 
 Shapes: pixel and result (P, S, C) contiguous, weights in nn.Linear's layout, in the pixels' dtype or float32. Bytes moved:
 the pixels read once, written once, or twice; the weights stay on the chip over many patches. Statistics, softmax and
@@ -32,7 +33,7 @@ Ampere's (Config.mma_arch). The asynchronous ones with a left operand in registe
 known to come out wrong (triton issues 9433, 11781), and are no fewer instructions here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -45,12 +46,12 @@ from torch import Tensor
 from tnt_fast import reference
 from tnt_fast.arguments import beyond, transformer_shapes
 from tnt_fast.kernels import operation
-from tnt_fast.kernels.operation import Config, Launch, Operation, derived, launch, programs, remembered
+from tnt_fast.kernels.operation import Config, Copy, Launch, Operation, derived, launch, programs, remembered
 from tnt_fast.kernels.totals import totals
 
 from tnt_fast.kernels.tile import (  # isort: skip
-    LOG2_E, accumulators, centred, dot, dot_onto, exp2, exponent, gelu_gradient, gelu_pairs, load, power_of_two, reciprocal,
-    scaled, store,
+    COPIED, LOG2_E, accumulators, centred, copied, dot, dot_onto, exp2, exponent, gelu_gradient, gelu_pairs, load, power_of_two,
+    reciprocal, scaled, store,
 )  # fmt: skip
 
 # (C_PAD, half precision): of a tile, and hidden channels at once. In half precision those of TNT-S and TNT-B, 32 and 64, are
@@ -452,8 +453,10 @@ def _patch_norm(x, weight, bias, real, eps, Z: tl.constexpr):
 
 
 @triton.jit
-def _inner_fwd_kernel(x_ptr, y_ptr, w, attn_scale_ptr, mlp_scale_ptr, norm, n_patches, eps, Z: tl.constexpr):
-    """``norm``: a ``Norm``."""
+def _inner_fwd_kernel(x_ptr, y_ptr, w, attn_scale_ptr, mlp_scale_ptr, norm, copies, n_patches, eps, Z: tl.constexpr):
+    """``norm``: a ``Norm``; ``copies``: what nobody reads in this launch, or None."""
+    if copies is not None:  # behind the tiles they would keep registers of the loop
+        copied(copies)
     M: tl.constexpr = Z.M
     CHUNK: tl.constexpr = Z.CHUNK
     ch = tl.arange(0, Z.C_PAD)
@@ -743,20 +746,26 @@ class Inner(Operation):
         P, S, C = a.pixel
         return P * S * (4 * C * C + 2 * C * a.weights.fc1_weight[0] + 2 * S * C)
 
-    def _launched(self, kernel: Any, a: SimpleNamespace, M: int) -> tuple[Launch, int]:
-        """A kernel over all patches, of a plan, and its grid."""
+    def _launched(self, kernel: Any, a: SimpleNamespace, M: int, blocks: int = 0) -> tuple[Launch, int]:
+        """A kernel over all patches, of a plan, and its grid; ``blocks``: of copies."""
         P, S, C = a.pixel.shape
         spec = _specialise(kernel, a.pixel.dtype, S, C, a.num_heads, M)
-        return spec.again(), programs(a.pixel.device, -(-P // spec.patches), spec.config.per_sm)
+        return spec.again(), programs(a.pixel.device, max(-(-P // spec.patches), blocks), spec.config.per_sm)
 
     def prepared(self, a: SimpleNamespace, norms: bool = False) -> Callable[..., None]:
-        """``norms``: what launches it is given a ``Norm``, too, where ``norms`` says so."""
-        (spec, grid), P = self._launched(_inner_fwd_kernel, a, a.weights.fc1_weight.shape[0]), a.pixel.shape[0]
-        if norms:
-            spec = spec._replace(config=spec.config._replace(registers=NORMS[spec.constants["Z"].C_PAD]))
+        """``norms``: what launches it is given a ``Norm``, too, where ``norms`` says so; and copies, of one dtype each way."""
+        P, M = a.pixel.shape[0], a.weights.fc1_weight.shape[0]
+        launches: dict[int, tuple[Launch, int]] = {}  # by how many copies: of calls that are alike some may need none
 
-        def run(a: SimpleNamespace, out: Tensor, norm: Norm = NO_NORM) -> None:
-            launch(spec, grid, a.pixel.contiguous(), out, a.weights, *_scales(a), norm, P, a.eps)
+        def run(a: SimpleNamespace, out: Tensor, norm: Norm = NO_NORM, copies: Sequence[Copy] = ()) -> None:
+            found = launches.get(len(copies))
+            if found is None:
+                blocks = sum([-(-copy.n // COPIED.value) for copy in copies])
+                spec, grid = self._launched(_inner_fwd_kernel, a, M, blocks)
+                if norms:
+                    spec = spec._replace(config=spec.config._replace(registers=NORMS[spec.constants["Z"].C_PAD]))
+                found = launches[len(copies)] = spec, grid
+            launch(*found, a.pixel.contiguous(), out, a.weights, *_scales(a), norm, tuple(copies) or None, P, a.eps)
 
         return run
 
@@ -800,7 +809,7 @@ class Inner(Operation):
             dx, x, of_mlp, of_attention = torch.empty_like(pixel), pixel, None, None
             if Z.WIDE:  # the attention's weights have no room beside the MLP's: its result by a forward of no hidden channels
                 none = w._replace(fc1_weight=w.fc1_weight[:0], fc2_bias=None)
-                launch(before, grid_before, pixel, dx, none, scales[0], None, NO_NORM, P, a.eps)
+                launch(before, grid_before, pixel, dx, none, scales[0], None, NO_NORM, None, P, a.eps)
                 x = dx
             if has_sums:  # a row of each program
                 of_mlp = dx.new_empty((grid, (2 * Z.HIDDEN + 1) * Z.C_PAD), dtype=torch.float32)

@@ -199,6 +199,14 @@ class Launch(NamedTuple):
         return self._replace(known=[])
 
 
+class Copy(NamedTuple):
+    """A kernel's argument: contiguous values, and where so many of them go, in what dtype that has."""
+
+    source: Any
+    ptr: Any
+    n: Any
+
+
 def precision(dtype: torch.dtype) -> str:
     """How float32 products are computed: as PyTorch's ``torch.backends.cuda.matmul`` says."""
     if dtype != torch.float32 or not runner.nvidia:

@@ -25,7 +25,8 @@ too. Nine launches of the forward and fourteen, of a fold two and five more, for
 one less each way where gelu.py takes GELU's products, one where it takes that of the fold that is made again with its norm, and
 one where attention.py takes the attention's gradients, of q, k and v side by side. Where weights have another dtype, as under
 autocast, a cast of all of them before the products, whose gradients are products in float32 (on the CPU casts, too), biases of
-q, k and v one each way, a scale three of its branch.
+q, k and v one each way, a scale three of its branch. What makes one matrix of q's, k's and v's, and that cast, is no launch in
+a block (block.py).
 
 This one operation keeps more than its input: the attention's q, k and v, result and logsumexp, x, and fc1's result; and its
 matrices where they were cast or joined. From the input alone all products and the attention would run twice, half as much
@@ -53,12 +54,14 @@ from tnt_fast.kernels import gelu as ending
 from tnt_fast.kernels import norm, operation, product
 from tnt_fast.kernels.fold import fold
 from tnt_fast.kernels.fold import product as projecting
-from tnt_fast.kernels.operation import Config, Launch, Operation, contiguous, launch, of_matrix, remembered, sharing
+from tnt_fast.kernels.operation import Config, Copy, Launch, Operation, contiguous, launch, of_matrix, remembered, sharing
 from tnt_fast.kernels.tile import gelu, gelu_gradient, load
 from tnt_fast.kernels.totals import totals
 
 MATRICES = ("proj_weight", "fc1_weight", "fc2_weight")  # and that of q, k and v
 SCALES = ("attn_scale", "mlp_scale")
+# of arguments what the products read, and the copies that are to be made before: if they may be made ``later``, else none
+Reading = Callable[..., tuple[list[Any], list[Copy]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +206,15 @@ class Outer(Operation):
         cast = {name: x for name, x in _matrices(a).items() if x.dtype != dtype}
         return found | {name: (tuple(x.shape), dtype) for name, x in cast.items()}
 
-    def prepared(self, a: SimpleNamespace, normalised: bool = False) -> Callable[[SimpleNamespace, Tensor], None]:
-        """``normalised``: of pixels that the fold's first LayerNorm was made of, where ``takes_normed`` says so."""
+    def prepared(self, a: SimpleNamespace) -> Callable[[SimpleNamespace, Tensor], None]:
+        read, launched = self.halves(a)
+        return lambda a, out: launched(a, out, read(a)[0])
+
+    def halves(self, a: SimpleNamespace, normalised: bool = False) -> tuple[Reading, Callable[..., None]]:
+        """What is ``prepared``: what finds the weights that its products read, and what launches it, given those as well.
+
+        ``normalised``: of pixels that the fold's first LayerNorm was made of, where ``takes_normed`` says so.
+        """
         if self._are_few(a):
             return self._prepared_few(a)
         (B, T, E), dtype, eps, M = a.patch.shape, a.patch.dtype, a.eps, a.weights.fc1_weight.shape[0]
@@ -220,10 +230,10 @@ class Outer(Operation):
         multiplied = ending.prepared(B * T, E, M, dtype, a.patch.device) if ends else None
         by_tanh = dtype == torch.bfloat16 and a.weights.fc1_bias is not None and not recorded and not ends
 
-        def run(a: SimpleNamespace, out: Tensor) -> None:
+        def run(a: SimpleNamespace, out: Tensor, found: list[Any]) -> None:
             w, f, attn_scale, mlp_scale, kept = a.weights, a.fold_weights, a.attn_scale, a.mlp_scale, a.kept
             attn_bias = w.proj_bias if attn_scale is None else None
-            qkv_weight, proj_weight, fc1_weight, fc1_bias, fc2_weight, fold_proj_weight = read(w, f)
+            qkv_weight, proj_weight, fc1_weight, fc1_bias, fc2_weight, fold_proj_weight = found
             rest = out.view(B * T, E)
             x = torch.empty_like(rest) if recorded else rest  # what the MLP reads; kept
             if folds:
@@ -257,7 +267,7 @@ class Outer(Operation):
                 h = activated(h)
             _add(rest, h, fc2_weight, w.fc2_bias, mlp_scale)
 
-        return run
+        return read, run
 
     def takes_normed(self, a: SimpleNamespace) -> bool:
         """Whether the forward has a launch for the fold's first LayerNorm, over all values of a patch."""
@@ -272,7 +282,7 @@ class Outer(Operation):
             return False
         return w.fc1_weight.shape[1] == E and (w.fc1_bias is None or len(w.fc1_bias) == len(w.fc1_weight))
 
-    def _prepared_few(self, a: SimpleNamespace) -> Callable[[SimpleNamespace, Tensor], None]:
+    def _prepared_few(self, a: SimpleNamespace) -> tuple[Reading, Callable[..., None]]:
         """Six launches with fold, five without: a LayerNorm, and what follows it, are one."""
         (B, T, E), dtype, eps, folds = a.patch.shape, a.patch.dtype, a.eps, _folds(a.pixel)
         rows = B * T
@@ -290,11 +300,14 @@ class Outer(Operation):
         attended_by = _attending(a, recorded=False)
         begun = product.prepared(rows, dtype, of_fc1(a.weights), eps, gelu=True)
 
-        def run(a: SimpleNamespace, out: Tensor) -> None:
+        def read(a: SimpleNamespace, later: bool = False) -> tuple[list[Any], list[Copy]]:
+            w, f, copies = a.weights, a.fold_weights, []
+            found = _cast((w.proj_weight, w.fc2_weight, f.fold_proj_weight if is_cast else None), dtype, copies)
+            return found, _left(copies, later)
+
+        def run(a: SimpleNamespace, out: Tensor, found: list[Any]) -> None:
             w, f, rest = a.weights, a.fold_weights, out.view(rows, E)
-            x, weights = torch.empty_like(rest), of_qkv(w, f)
-            matrices = w.proj_weight, w.fc2_weight, f.fold_proj_weight if is_cast else None
-            proj_weight, fc2_weight, fold_weight = _cast(matrices, dtype)
+            x, weights, (proj_weight, fc2_weight, fold_weight) = torch.empty_like(rest), of_qkv(w, f), found
             if projected is None:
                 h = joint(weights, a.patch.contiguous(), x)
             else:
@@ -302,7 +315,7 @@ class Outer(Operation):
             x.addmm_(attended_by(h)[0], proj_weight.t())
             rest.addmm_(begun(of_fc1(w), x, rest), fc2_weight.t())
 
-        return run
+        return read, run
 
     def backward(self, gradient: Tensor, a: SimpleNamespace, needed: set[str]) -> dict[str, Tensor]:
         """By PyTorch where the gradient of a scale is asked for."""
@@ -481,43 +494,43 @@ def _attending(a: SimpleNamespace, recorded: bool) -> Callable[[Tensor], tuple[T
     return attended
 
 
-def _reading(a: SimpleNamespace, dtype: torch.dtype, whole: bool, folds: bool) -> Callable[[Any, Any], list[Any]]:
-    """What the products read, in a dtype: matrices, that of q, k and v first, a fold's last, and fc1's bias; what is cast or
-    copied, in one launch. ``whole``: of q, k and v no view, which cannot be kept."""
-
-    def kept(w: Any, f: Any) -> list[Any]:
-        return [w.proj_weight, w.fc1_weight, w.fc1_bias, w.fc2_weight, f.fold_proj_weight if folds else None]
-
-    like, joins = kept(a.weights, a.fold_weights), not whole and a.weights.qk_weight.dtype == dtype
-    cast = [i for i, x in enumerate(like) if x is not None and x.dtype != dtype]
+def _reading(a: SimpleNamespace, dtype: torch.dtype, whole: bool, folds: bool) -> Reading:
+    """Of matrices, that of q, k and v first, a fold's last, and fc1's bias, in a dtype. ``whole``: of q, k and v no view, which
+    cannot be kept."""
+    joins = not whole and a.weights.qk_weight.dtype == a.weights.v_weight.dtype == dtype
     E = a.patch.shape[2]
 
-    def read(w: Any, f: Any) -> list[Any]:
-        found, copies, originals = kept(w, f), [], []
-        if joins:
-            qkv_weight = joined(w.qk_weight, w.v_weight)
+    def read(a: SimpleNamespace, later: bool = False) -> tuple[list[Any], list[Copy]]:
+        w, f, copies = a.weights, a.fold_weights, []
+        pair = w.qk_weight, w.v_weight
+        if joins and not (later and _apart(*pair)):
+            qkv_weight = joined(*pair)
         else:
             qkv_weight = w.v_weight.new_empty((3 * E, E), dtype=dtype)
-            copies += qkv_weight.split_with_sizes((2 * E, E))
-            originals += w.qk_weight, w.v_weight
-        for i in cast:
-            originals.append(found[i])
-            found[i] = torch.empty_like(found[i], dtype=dtype)
-            copies.append(found[i])
-        if copies:
-            torch._foreach_copy_(copies, originals)
-        return [qkv_weight, *found]
+            copies += map(_copy, pair, qkv_weight.split_with_sizes((2 * E, E)))
+        found = w.proj_weight, w.fc1_weight, w.fc1_bias, w.fc2_weight, f.fold_proj_weight if folds else None
+        return [qkv_weight, *_cast(found, dtype, copies)], _left(copies, later)
 
     return read
 
 
-def _cast(found: tuple[Any, ...], dtype: torch.dtype) -> list[Any]:
-    """Matrices, or None, in a dtype: those that have another one as copies, in one launch."""
+def _copy(source: Tensor, ptr: Tensor) -> Copy:
+    return Copy(source, ptr, source.numel())
+
+
+def _cast(found: tuple[Any, ...], dtype: torch.dtype, copies: list[Copy]) -> list[Any]:
+    """Weights, or None, in a dtype: those that have another one as ``copies``, which are to be made."""
     result = [x if x is None or x.dtype == dtype else torch.empty_like(x, dtype=dtype) for x in found]
-    copies = [(y, x) for y, x in zip(result, found, strict=True) if y is not x]
-    if copies:
-        torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
+    copies += [_copy(x, y) for x, y in zip(found, result, strict=True) if y is not x]
     return result
+
+
+def _left(copies: list[Copy], later: bool) -> list[Copy]:
+    """Of copies those that are made ``later``, if they are of one dtype; all others now, in one launch."""
+    if not copies or (later and len({copy.source.dtype for copy in copies}) == 1):
+        return copies
+    torch._foreach_copy_([copy.ptr for copy in copies], [copy.source for copy in copies])
+    return []
 
 
 def _matrices(a: SimpleNamespace) -> dict[str, Tensor]:
@@ -537,12 +550,17 @@ def _of_fold(a: SimpleNamespace, proj_weight: Any) -> SimpleNamespace:
     return SimpleNamespace(pixel=a.pixel, patch=a.patch, eps=a.eps, **weights | {"proj_weight": proj_weight})
 
 
-def joined(first: Tensor, second: Tensor) -> Tensor:
-    """What has the rows of both, contiguous tensors; no copy where they lie one behind the other in one memory."""
+def _apart(first: Tensor, second: Tensor) -> bool:
+    """Whether two contiguous tensors do not lie one behind the other in one memory."""
     behind = second.data_ptr() == first.data_ptr() + first.nbytes and first.dtype == second.dtype
-    if behind and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr():
-        return first.as_strided((first.shape[0] + second.shape[0], *first.shape[1:]), first.stride())
-    return torch.cat((first, second))
+    return not behind or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+
+
+def joined(first: Tensor, second: Tensor) -> Tensor:
+    """What has the rows of both, contiguous tensors; a copy where they lie apart."""
+    if _apart(first, second):
+        return torch.cat((first, second))
+    return first.as_strided((first.shape[0] + second.shape[0], *first.shape[1:]), first.stride())
 
 
 def _add(onto: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+COPIED = tl.constexpr(2048)  # values that a program of ``copied`` has at once
 
 
 @triton.jit
@@ -367,3 +368,21 @@ def dot_onto(total, a, b, Z: tl.constexpr):
         return total + tl.dot(_factor(a, Z), _factor(b, Z), input_precision=Z.PRECISION, max_num_imprecise_acc=1)
     else:
         return dot(a, b, Z, total)
+
+
+@triton.jit
+def copied(copies):
+    """All programs of a launch make copies, each an ``operation.Copy``, their sources of one dtype, and what they are copied to
+    of one. They take turns at blocks of them, whose order is that of the copies."""
+    blocks = 0
+    for i in tl.static_range(len(copies)):
+        blocks += tl.cdiv(copies[i].n, COPIED)
+    for turn in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        block, source_ptr, ptr, n = turn, copies[0].source, copies[0].ptr, copies[0].n
+        for i in tl.static_range(1, len(copies)):
+            left = block - tl.cdiv(n, COPIED)  # below 0, too, for what comes behind the one that is sought
+            there, copy = left >= 0, copies[i]
+            block, n = tl.where(there, left, block), tl.where(there, copy.n, n)
+            source_ptr, ptr = tl.where(there, copy.source, source_ptr), tl.where(there, copy.ptr, ptr)
+        at = tl.cast(block, tl.int64) * COPIED + tl.arange(0, COPIED)
+        tl.store(ptr + at, tl.load(source_ptr + at, mask=at < n).to(ptr.dtype.element_ty), mask=at < n)

@@ -439,7 +439,8 @@ def _of_pixel_embed(launch: Any) -> Iterator[dict[str, Interval]]:
 
 def _of_inner(launch: Any) -> Iterator[dict[str, Any]]:
     if "n_patches" in integers(launch):
-        yield {"n_patches": Interval(1, ROWS)}
+        copies = any(name.startswith("copies") for name in integers(launch))  # there may be more blocks of them than tiles
+        yield {"n_patches": Interval(1, ROWS), "n": Interval(1, ROWS)} | ({"programs": RESIDENT} if copies else {})
     else:
         yield {"programs": 2}  # of the weights' kernel: the MLP's and the attention's
 

@@ -1,5 +1,7 @@
 """block against the reference in float64 (``cases.check``): what inner and outer, which have tests of their own, do as one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import block_tensors, case, check, growing, normal
@@ -8,7 +10,7 @@ from helpers import TINY, call, paths, perturb
 pytest.importorskip("triton")
 
 from tnt_fast import TNT, kernels, reference
-from tnt_fast.kernels import inner, product
+from tnt_fast.kernels import block, inner, product
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 everywhere, wide = pytest.mark.everywhere, pytest.mark.wide
@@ -116,6 +118,62 @@ def test_the_layernorm_is_made_where_it_is_said(path, dtype, of_many, monkeypatc
         given = {name: x if x is None else x.to(path.device, kind) for name, x in tensors.items()}
         call(kernels.OPERATIONS["block"], **given, inner_heads=2, num_heads=3)
         assert launched == [expected]
+
+
+@paths("float16", "bfloat16 float16")
+@pytest.mark.parametrize("E", [48, 45], ids=["", "unaligned"])
+def test_weights_are_cast_on_inners_way(E, path, dtype):
+    """To the bit as PyTorch does: halfway, beyond the largest, subnormal, not finite; of several blocks, and of parts."""
+    weights = block_tensors(2, 5, 16, 12, E, 48, 64, False)
+    given = {name: x if x is None else x.to(path.device, torch.float32) for name, x in weights.items()}
+    given |= {name: given[name].to(dtype) for name in ("pixel", "patch")}
+    for name in ("qk_weight", "v_weight", "proj_weight", "fc1_weight", "fc1_bias", "fc2_weight", "fold_proj_weight"):
+        x = given[name].view(-1)
+        x[::3] = (x[::3].view(torch.int32) & -(2**12) | 2**12 * (E == 48)).view(torch.float32)  # of float16 halfway
+        x[1::3] = (x[1::3].view(torch.int32) & -(2**16) | 2**15).view(torch.float32)  # of bfloat16
+        x[-9:] = torch.tensor([0.0, -0.0, 1e-7, -3e-39, 65519.0, 65520.0, 3.4e38, torch.inf, torch.nan])
+    a = SimpleNamespace(**reference.in_records(given), inner_heads=2, num_heads=3, eps=1e-5, recompute="none", kept={})
+    a = SimpleNamespace(**dict.fromkeys(kernels.OPERATIONS["block"].defaults) | vars(a))
+    read, _ = kernels.OPERATIONS["outer"].halves(a)
+    found, copies = read(a, later=True)
+    assert [copy.source.shape for copy in copies] == [given[name].shape for name in (
+        "qk_weight", "v_weight", "proj_weight", "fc1_weight", "fc1_bias", "fc2_weight", "fold_proj_weight")]  # fmt: skip
+    of_inner = block._of_inner(a)
+    kernels.inner.inner.prepared(of_inner)(of_inner, torch.empty_like(a.pixel), copies=copies)
+    for copy, x in zip(copies, [*found[0].split((2 * E, E)), *found[1:]], strict=True):
+        cast = copy.source.to(dtype)
+        assert torch.equal(x.isnan(), cast.isnan())
+        assert torch.equal(x.nan_to_num(7.0).view(torch.int16), cast.nan_to_num(7.0).view(torch.int16))
+
+
+def test_what_is_copied_on_inners_way(monkeypatch):
+    """As often as there is something to copy, of calls of one plan, too: not of q, k and v in one memory, nor of two dtypes."""
+    launched = []
+
+    def launch(spec, grid, *arguments):
+        launched.append(next((len(x) for x in arguments if type(x) is tuple), 0))
+        kernels.operation.launch(spec, grid, *arguments)
+
+    monkeypatch.setattr(inner, "launch", launch)
+    device, function = "cuda" if torch.cuda.is_available() else "cpu", kernels.OPERATIONS["block"]
+    given = {
+        name: x if x is None else x.float().to(device) for name, x in block_tensors(8, 64, 16, 12, 24, 48, 48, False).items()
+    }
+    whole = torch.cat((given["qk_weight"], given["v_weight"]))
+    together = given | dict(zip(("qk_weight", "v_weight"), whole.split((48, 24)), strict=True))
+    results = [call(function, **x, inner_heads=2, num_heads=3) for x in (given, together, given)]
+    assert launched == [2, 0, 2]
+    assert all(torch.equal(results[0], x) for x in results)
+    some = {name: x if x is None or name != "fc1_weight" else x.bfloat16() for name, x in given.items()}
+    few = {name: x if x is None else x[: len(x) // 8] for name, x in given.items() if name in ("pixel", "patch")}
+    with torch.autocast(device, torch.bfloat16):
+        launched.clear()
+        for x in (given, some, given | few, {name: x if x is None else x.bfloat16() for name, x in (given | few).items()}):
+            call(function, **x, inner_heads=2, num_heads=3)
+        assert launched == [7, 6, 2, 0]
+        a = {name: x if x is None else x.bfloat16() for name, x in given.items()} | {"v_weight": given["v_weight"]}
+        call(function, **a, inner_heads=2, num_heads=3)
+    assert launched[4:] == [0]
 
 
 def test_a_model_of_blocks_is_that_of_inner_fold_and_outer(monkeypatch):
