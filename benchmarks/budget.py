@@ -85,13 +85,13 @@ BANDS = {"product": 0.1, "attention": 0.1, "memory": 0.2, "convolution": 0.3, "s
 # much that the compiled calls come out that were measured there: a forward of TNT-S 10.5 ms, of its step the rest of 56.6 ms
 # (50.8 and 62.4); of any other launch of compiled code what DeiT-S's 601 took, 17.0 ms
 COUNTED = {
-    4.7: {"pixel_embed": 20, "inner": 18, "fold": 40, "outer": 160, "outer_recorded": 188, "block": 178, "block_recorded": 206},
+    4.7: {"pixel_embed": 20, "inner": 18, "fold": 40, "outer": 160, "outer_recorded": 188, "block": 134, "block_recorded": 169},
     6.4: {
         "pixel_embed_backward": 35,
         "inner_backward": 55,
         "fold_backward": 110,
         "outer_backward": 412,
-        "block_backward": 467,
+        "block_backward": 444,
     },
 }
 HOST = {name: times * us for times, counted in COUNTED.items() for name, us in counted.items()} | dict(inductor=28, pytorch=28)
