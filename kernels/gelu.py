@@ -2,7 +2,8 @@
 
     h = x Wᵀ + b, a = GELU(h)                                    W = fc1's (N, K); h where gradients are recorded
     a = GELU(h), dh = (d W) · GELU'(h), sums of dh over its rows      W = fc2's (K, N)
-    y = LN(x) Wᵀ = 1/σ · (x (γW)ᵀ − mean · Σ γW) + Wβ           W = fold's (N, K), for its gradients
+    y = LN(x) Wᵀ = 1/σ · (x (γW)ᵀ − mean · Σ γW) + Wβ           W = fold's (N, K), for its gradients; or in the place of x above
+    x = x + a Wᵀ, moments of x                                      W = proj's (K, K), where LN(x) is what fc1 multiplies
 
 A program has COLUMNS columns of the result and keeps its part of W on the chip; it takes tile after tile of BLOCK rows, of
 which it loads a piece of CHUNK columns at a time, the first while the tile before ends. Two programs run on a multiprocessor,
@@ -10,7 +11,8 @@ so that one multiplies while the other waits or stores. That takes few bytes of 
 read N / COLUMNS times, W once a program. What a product gives is rounded before it is rearranged, once for all that is
 stored. Both operands are loaded to shared memory as they are; of LayerNorm W is multiplied by γ, once, and x as it is: rows are
 normalised at the end. γW is rounded once, as LN(x) is elsewhere, and Σ γW is that of what was rounded, so that what a mean
-adds is taken off again, but for float32's rounding.
+adds is taken off again, but for float32's rounding. Statistics are made for every COLUMNS columns of a result anew: of fold's
+in these programs; fc1's has too many, so the sum before it leaves the moments of its rows' parts.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Launch, contiguous, derived, launch, remembered, sharing
-from tnt_fast.kernels.tile import dot, gelu, gelu_gradient
+from tnt_fast.kernels.tile import dot, gelu, gelu_gradient, load
 
 CONFIG, COLUMNS, CHUNK = Config(64, warps=4, per_sm=2), 128, 128  # by simulation, of TNT-S on an H200
 # Where the two launches for this one, the library's product and GELU's own kernel, were slower: on these architectures, at so
@@ -41,6 +43,27 @@ class Weights(NamedTuple):
     norm_bias: Any
 
 
+class SumWeights(NamedTuple):
+    """A matrix (N, K), what the rest is stored with, the next product's LayerNorm, its matrix (M, N) and bias; but matrices and
+    the norm's weight may be None."""
+
+    matrix: Any
+    later: Any
+    norm_weight: Any
+    norm_bias: Any
+    next_matrix: Any
+    next_bias: Any
+
+
+class Normed(NamedTuple):
+    """For the product of LayerNorm's result: γW (M, N), Wβ + b and Σ γW (M,), moments of rows."""
+
+    matrix: Any
+    offset: Any
+    sums: Any
+    moments: Any
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sizes(operation.Sizes):
     """Rows of K values to N, in GROUPS of columns; SUMS of a tile's rows have sums of their own until a program ends."""
@@ -51,6 +74,7 @@ class Sizes(operation.Sizes):
     COLUMNS: int
     CHUNK: int
     SUMS: int
+    HIDDEN: int = 0  # rows of the matrix behind a LayerNorm that a sum's launch scales
     GROUPS: int = derived(lambda Z: Z.N // Z.COLUMNS)
     PIECES: int = derived(lambda Z: Z.K // Z.CHUNK)
 
@@ -98,24 +122,129 @@ def _product(x_ptr, begun, matrix, tile, n_rows, Z: tl.constexpr):
 
 
 @triton.jit
-def _gelu_product_kernel(x_ptr, w_ptr, bias_ptr, h_ptr, y_ptr, n_rows, Z: tl.constexpr):
-    """h, where it is asked for, and GELU of it as it is stored; else of what is not rounded."""
+def _moments(moments_ptr, tile, n_rows, eps, Z: tl.constexpr):
+    """Mean and 1/σ of a tile's rows, of what ``_sum_product_kernel`` leaves of their parts."""
+    PARTS: tl.constexpr = Z.K // Z.COLUMNS
+    row = tl.arange(0, Z.BLOCK)
+    moments_ptr += tl.cast(tile, tl.int64) * Z.BLOCK
+    alive = row < n_rows - tile * Z.BLOCK
+    means = ()
+    mean = tl.full((Z.BLOCK,), 0.0, tl.float32)
+    square = mean
+    for i in tl.static_range(PARTS):
+        part = moments_ptr + tl.cast(n_rows, tl.int64) * (2 * i)
+        means = means + (tl.load(part + row, mask=alive, other=0.0),)
+        square += tl.load(part + n_rows + row, mask=alive, other=0.0)
+        mean += means[i] * (1.0 / PARTS)
+    for i in tl.static_range(PARTS):
+        square += Z.COLUMNS * (means[i] - mean) * (means[i] - mean)
+    return mean, tl.rsqrt(square * (1.0 / Z.K) + eps)
+
+
+@triton.jit
+def _normalised(total, mean, rstd, sums, bias, Z: tl.constexpr):
+    """1/σ · (total − mean · sums) + bias."""
+    shape: tl.constexpr = (Z.BLOCK, Z.COLUMNS)
+    # one operation, for which Triton brings both vectors, not their product, to where the total lies
+    total = tl.fma(tl.broadcast_to(mean[:, None], shape), tl.broadcast_to(-sums[None, :], shape), total)
+    return total * rstd[:, None] + bias[None, :]
+
+
+@triton.jit
+def _gelu_product_kernel(x_ptr, w_ptr, bias_ptr, sums_ptr, moments_ptr, h_ptr, y_ptr, n_rows, eps, Z: tl.constexpr):
+    """h, where it is asked for, and GELU of it as it is stored; else of what is not rounded.
+
+    With ``moments_ptr`` of LN(x): W is γW then, ``sums_ptr`` has its sums, and the bias Wβ, too.
+    """
+    PIECES: tl.constexpr = Z.PIECES
+    NORM: tl.constexpr = moments_ptr is not None
     col, member, members = _place(Z)
     matrix = _matrix(w_ptr, 1, Z.K, col, Z)
-    bias = tl.full((Z.COLUMNS,), 0.0, tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + col).to(tl.float32)
+    bias = load(bias_ptr, col, col < Z.N)
+    if NORM:
+        sums = tl.load(sums_ptr + col)
     begun = _piece(x_ptr, 0, member, n_rows, Z)
     for tile in tl.range(member, tl.cdiv(n_rows, Z.BLOCK), members):
-        total = _product(x_ptr, begun, matrix, tile, n_rows, Z)
-        begun = _piece(x_ptr, 0, tile + members, n_rows, Z)  # the next tile's, while this one ends
+        if NORM:
+            mean, rstd = _moments(moments_ptr, tile, n_rows, eps, Z)
+            total = tl.full((Z.BLOCK, Z.COLUMNS), 0.0, tl.float32)
+            piece = begun
+            for i in tl.static_range(PIECES):
+                if i > 0:
+                    piece = _piece(x_ptr, i, tile, n_rows, Z)
+                if i + 1 == PIECES:  # there is no room in registers to let it wait behind the product
+                    begun = _piece(x_ptr, 0, tile + members, n_rows, Z)
+                total = dot(piece, matrix[i], Z, total)
+            h = _normalised(total, mean, rstd, sums, bias, Z)
+        else:
+            total = _product(x_ptr, begun, matrix, tile, n_rows, Z)
+            begun = _piece(x_ptr, 0, tile + members, n_rows, Z)  # the next tile's, while this one ends
+            h = total + bias[None, :]
         first, row, alive = _tile(tile, n_rows, Z)
-        h = total + bias[None, :]
         at = row * Z.N + col[None, :]
         if h_ptr is not None:
             h = h.to(Z.DTYPE)
             tl.store(h_ptr + first * Z.N + at, h, mask=alive)
         tl.store(y_ptr + first * Z.N + at, gelu(h.to(tl.float32), Z.FAST).to(Z.DTYPE), mask=alive)
+
+
+@triton.jit
+def _scale(w, out, Z: tl.constexpr):
+    """γW of a matrix (HIDDEN, N), rounded, its sums, and Wβ + b: 8 rows of it a program at a time."""
+    PIECES: tl.constexpr = Z.N // Z.COLUMNS
+    for each in tl.range(tl.program_id(0), Z.HIDDEN // 8, tl.num_programs(0)):
+        row = each * 8 + tl.arange(0, 8)
+        bias = load(w.next_bias, row, row < Z.HIDDEN)
+        sums = tl.full((8,), 0.0, tl.float32)
+        parts = ()
+        for i in tl.static_range(PIECES):
+            col = i * Z.COLUMNS + tl.arange(0, Z.COLUMNS)
+            parts = parts + (tl.load(w.next_matrix + row[:, None] * Z.N + col[None, :]),)
+        for i in tl.static_range(PIECES):
+            col = i * Z.COLUMNS + tl.arange(0, Z.COLUMNS)
+            at = row[:, None] * Z.N + col[None, :]
+            part = parts[i].to(tl.float32)
+            bias += tl.sum(part * load(w.norm_bias, col, col < Z.N)[None, :], 1)
+            part = (part * tl.load(w.norm_weight + col).to(tl.float32)[None, :]).to(Z.DTYPE)
+            tl.store(out.matrix + at, part)
+            sums += tl.sum(part.to(tl.float32), 1)
+        tl.store(out.offset + row, bias)
+        tl.store(out.sums + row, sums)
+
+
+@triton.jit
+def _sum_product_kernel(x_ptr, w, y_ptr, onto_ptr, out, n_rows, Z: tl.constexpr):
+    """y + x Wᵀ in the place of y, that + later in ``onto_ptr``, and of its rows' parts the moments, (GROUPS, 2, n_rows): their
+    means, and sums of squares about these; and what the product of LN(y) reads, by ``_scale``."""
+    PIECES: tl.constexpr = Z.PIECES
+    col, member, members = _place(Z)
+    matrix = _matrix(w.matrix, 1, Z.K, col, Z)
+    later = load(w.later, col, col < Z.N)
+    moments_ptr = out.moments + tl.cast(n_rows, tl.int64) * (2 * (tl.program_id(0) % Z.GROUPS))
+    begun = _piece(x_ptr, 0, member, n_rows, Z)
+    _scale(w, out, Z)  # while that is on its way
+    for tile in tl.range(member, tl.cdiv(n_rows, Z.BLOCK), members):
+        first, row, alive = _tile(tile, n_rows, Z)
+        at = row * Z.N + col[None, :]
+        total = tl.full((Z.BLOCK, Z.COLUMNS), 0.0, tl.float32)
+        piece = begun
+        for i in tl.static_range(PIECES):
+            if i > 0:
+                piece = _piece(x_ptr, i, tile, n_rows, Z)
+            if i + 1 == PIECES:
+                y = tl.load(y_ptr + first * Z.N + at, mask=alive, other=0.0)
+            total = dot(piece, matrix[i], Z, total)
+        begun = _piece(x_ptr, 0, tile + members, n_rows, Z)
+        y = (total + y.to(tl.float32)).to(Z.DTYPE)
+        tl.store(y_ptr + first * Z.N + at, y, mask=alive)
+        y = y.to(tl.float32)
+        tl.store(onto_ptr + first * Z.N + at, (y + later[None, :]).to(Z.DTYPE), mask=alive)
+        mean = tl.sum(y, 1) * (1.0 / Z.COLUMNS)
+        y -= mean[:, None]
+        line = tl.arange(0, Z.BLOCK)
+        real = line < n_rows - tile * Z.BLOCK
+        tl.store(moments_ptr + first + line, mean, mask=real)
+        tl.store(moments_ptr + n_rows + first + line, tl.sum(y * y, 1), mask=real)
 
 
 @triton.jit
@@ -189,11 +318,8 @@ def _norm_product_kernel(x_ptr, w, y_ptr, n_rows, eps, Z: tl.constexpr):
             total = dot(piece, matrix[i], Z, total)
         begun = _piece(x_ptr, 0, tile + members, n_rows, Z)
         mean, rstd = _statistics(pivot, part, square, eps, Z)
-        shape: tl.constexpr = (Z.BLOCK, Z.COLUMNS)
-        # one operation, for which Triton brings both vectors, not their product, to where the total lies
-        total = tl.fma(tl.broadcast_to(mean[:, None], shape), tl.broadcast_to(-sums[None, :], shape), total)
         first, row, alive = _tile(tile, n_rows, Z)
-        y = total * rstd[:, None] + bias[None, :]
+        y = _normalised(total, mean, rstd, sums, bias, Z)
         tl.store(y_ptr + first * Z.N + row * Z.N + col[None, :], y.to(Z.DTYPE), mask=alive)
 
 
@@ -239,11 +365,16 @@ def takes_norm(rows: int, K: int, N: int, dtype: torch.dtype, device: torch.devi
     return suits and takes(rows, K, N, dtype, device)
 
 
+def takes_sum(rows: int, E: int, M: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a sum, its LayerNorm, and the product of that with GELU are two launches here, not three; likewise."""
+    return dtype == torch.bfloat16 and takes(rows, E, E, dtype, device) and takes(rows, E, M, dtype, device)
+
+
 @remembered
-def _specialise(kernel: Any, dtype: torch.dtype, K: int, N: int) -> Launch:
+def _specialise(kernel: Any, dtype: torch.dtype, K: int, N: int, hidden: int = 0) -> Launch:
     chunk = CHUNK if K % CHUNK == 0 else CHUNK // 2
     same = CONFIG.warps * 32 * 8 // COLUMNS  # threads have 8 values of a row each
-    sizes = Sizes.computed(dtype, K=K, N=N, BLOCK=CONFIG.rows, COLUMNS=COLUMNS, CHUNK=chunk, SUMS=same)
+    sizes = Sizes.computed(dtype, K=K, N=N, BLOCK=CONFIG.rows, COLUMNS=COLUMNS, CHUNK=chunk, SUMS=same, HIDDEN=hidden)
     return Launch(kernel, {"Z": sizes}, CONFIG, CONFIG.rows / sizes.GROUPS, l1=False)
 
 
@@ -258,7 +389,32 @@ def prepared(
     def product(x: Tensor, weight: Tensor, bias: Tensor | None, has_hidden: bool) -> tuple[Tensor | None, Tensor]:
         a = x.new_empty(rows, N)
         h = torch.empty_like(a) if has_hidden else None
-        launch(spec, grid, x, weight, bias, h, a, rows)
+        launch(spec, grid, x, weight, bias, None, None, h, a, rows, 0.0)
+        return h, a
+
+    return product
+
+
+def summed(
+    rows: int, E: int, M: int, dtype: torch.dtype, device: torch.device, eps: float
+) -> Callable[[Tensor, Tensor, Tensor, SumWeights, bool], tuple[Tensor | None, Tensor]]:
+    """For a plan, in two launches: y + x Wᵀ in the place of y, that + later, and of LN(y) what ``prepared`` has of x.
+
+    x, y (rows, E) and W (E, E) contiguous; M hidden channels.
+    """
+    first, second = _specialise(_sum_product_kernel, dtype, E, E, M), _specialise(_gelu_product_kernel, dtype, E, M)
+    grids = [sharing(each, rows, device) * each.constants["Z"].GROUPS for each in (first, second)]
+    first, second = first.again(), second.again()
+    groups = first.constants["Z"].GROUPS
+
+    def product(x: Tensor, y: Tensor, rest: Tensor, weights: SumWeights, has_hidden: bool) -> tuple[Tensor | None, Tensor]:
+        floats = torch.empty(2 * groups * rows + 2 * M, dtype=torch.float32, device=x.device)
+        moments, bias, sums = floats.split_with_sizes((2 * groups * rows, M, M))
+        normed = Normed(x.new_empty(M, E), bias, sums, moments)
+        launch(first, grids[0], x, weights, y, rest, normed, rows)
+        a = x.new_empty(rows, M)
+        h = torch.empty_like(a) if has_hidden else None
+        launch(second, grids[1], y, normed.matrix, bias, sums, moments, h, a, rows, eps)
         return h, a
 
     return product

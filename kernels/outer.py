@@ -22,11 +22,11 @@ Backward, of each of the two branches r + scale · last(f(first(LN r))), f the a
 The kernels of GELU and LN also make f(h) and LN(r) again, which are not kept, and sum dh, g and dr over their rows: gradients
 of the biases of fc1, fc2 and proj, the latter two if there is no scale; totals.py adds up what their programs leave, a fold's,
 too. Nine launches of the forward and fourteen, of a fold two and five more, for its second norm's backward lies within LN₁'s;
-one less each way where gelu.py takes GELU's products, one where it takes that of the fold that is made again with its norm, and
-one where attention.py takes the attention's gradients, of q, k and v side by side. Where weights have another dtype, as under
-autocast, a cast of all of them before the products, whose gradients are products in float32 (on the CPU casts, too), biases of
-q, k and v one each way, a scale three of its branch. What makes one matrix of q's, k's and v's, and that cast, is no launch in
-a block (block.py).
+one less each way where gelu.py takes GELU's products, one where it takes that of the fold that is made again with its norm, one
+where LN₂ is within the sum before and fc1's product, and one where attention.py takes the attention's gradients, of q, k and v
+side by side. Where weights have another dtype, as under autocast, a cast of all of them before the products, whose gradients
+are products in float32 (on the CPU casts, too), biases of q, k and v one each way, a scale three of its branch. What makes one
+matrix of q's, k's and v's, and that cast, is no launch in a block (block.py).
 
 This one operation keeps more than its input: the attention's q, k and v, result and logsumexp, x, and fc1's result; and its
 matrices where they were cast or joined. From the input alone all products and the attention would run twice, half as much
@@ -228,6 +228,8 @@ class Outer(Operation):
         activated = _activating(B * T, M, dtype, a.patch.device, again=True)
         ends = ending.takes(B * T, E, M, dtype, a.patch.device)
         multiplied = ending.prepared(B * T, E, M, dtype, a.patch.device) if ends else None
+        sums = a.attn_scale is None and ending.takes_sum(B * T, E, M, dtype, a.patch.device)
+        summed = ending.summed(B * T, E, M, dtype, a.patch.device, eps) if sums else None
         by_tanh = dtype == torch.bfloat16 and a.weights.fc1_bias is not None and not recorded and not ends
 
         def run(a: SimpleNamespace, out: Tensor, found: list[Any]) -> None:
@@ -235,9 +237,9 @@ class Outer(Operation):
             attn_bias = w.proj_bias if attn_scale is None else None
             qkv_weight, proj_weight, fc1_weight, fc1_bias, fc2_weight, fold_proj_weight = found
             rest = out.view(B * T, E)
-            x = torch.empty_like(rest) if recorded else rest  # what the MLP reads; kept
+            x = torch.empty_like(rest) if recorded or sums else rest  # what the MLP reads; kept
             if folds:
-                folded = torch.empty_like(out) if recorded else out
+                folded = torch.empty_like(out) if recorded else x.view(out.shape)
                 z = projected(_to(a.pixel, dtype), f, fold_proj_weight)
                 second = f.fold_proj_bias, f.fold_norm2_weight, f.fold_norm2_bias
                 weights = norm.Weights(*second, w.norm1_weight, w.norm1_bias, attn_bias)
@@ -251,20 +253,23 @@ class Outer(Operation):
                 kept.update(proj_weight=proj_weight, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
                 if folds:
                     kept.update(fold_proj_weight=fold_proj_weight, folded=folded.view(B * T, E))
-            _add(x, attended, proj_weight, w.proj_bias, attn_scale)
-
-            h = normed_then(x, w.norm2_weight, w.norm2_bias, eps, rest, w.fc2_bias if mlp_scale is None else None)
-            if by_tanh:
-                h = torch._addmm_activation(fc1_bias, h, fc1_weight.t(), use_gelu=True)
-            elif multiplied is not None:
-                hidden, h = multiplied(h, fc1_weight, fc1_bias, recorded and a.recompute == "none")
-                if recorded:
-                    kept["hidden"] = hidden
+            later, has_hidden, hidden = w.fc2_bias if mlp_scale is None else None, recorded and a.recompute == "none", None
+            if summed is not None:
+                weights = ending.SumWeights(proj_weight, later, w.norm2_weight, w.norm2_bias, fc1_weight, fc1_bias)
+                hidden, h = summed(attended.contiguous(), x, rest, weights, has_hidden)
             else:
-                h = F.linear(h, fc1_weight, fc1_bias)
-                if recorded:
-                    kept["hidden"] = h
-                h = activated(h)
+                _add(x, attended, proj_weight, w.proj_bias, attn_scale)
+                h = normed_then(x, w.norm2_weight, w.norm2_bias, eps, rest, later)
+                if by_tanh:
+                    h = torch._addmm_activation(fc1_bias, h, fc1_weight.t(), use_gelu=True)
+                elif multiplied is not None:
+                    hidden, h = multiplied(h, fc1_weight, fc1_bias, has_hidden)
+                else:
+                    hidden = F.linear(h, fc1_weight, fc1_bias)
+                    h = activated(hidden)
+            if recorded:
+                kept["hidden"] = hidden
+            del hidden
             _add(rest, h, fc2_weight, w.fc2_bias, mlp_scale)
 
         return read, run

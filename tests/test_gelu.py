@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import check, fold_tensors, normal, outer_tensors
+from cases import check, fold_tensors, normal, outer_tensors, with_fold
 from helpers import KernelPath, paths
 
 pytest.importorskip("triton")
@@ -26,6 +26,9 @@ everywhere = pytest.mark.everywhere
 def known(path):
     if path.name == "sm_100":
         pytest.skip("its matrix instructions, which the machine does not know, are not launched: gelu.CAPABILITIES")
+
+
+ALL = {"_gelu_product_kernel", "_gelu_product_bwd_kernel", "_norm_product_kernel", "_sum_product_kernel"}
 
 
 def exactly(x, weight, bias, dtype):
@@ -127,6 +130,35 @@ def test_a_product_that_ends_in_the_gradient_of_gelu(rows, K, N, path: KernelPat
 
 
 @half
+@everywhere
+@pytest.mark.usefixtures("known")
+@pytest.mark.parametrize(("rows", "E", "M", "kind"), [(6 * BLOCK - 1, 384, 128, "far from 0"), (7, 128, 256, "alike")])
+def test_a_sum_and_the_product_of_its_layer_norm(rows, E, M, kind, path: KernelPath, dtype):
+    y, x, matrix = rows_of(kind, rows, E), normal(rows, E), normal(E, E, scale=E**-0.5) * (kind != "alike")
+    next_matrix, next_bias, scale, shift = normal(M, E, scale=2 * E**-0.5), normal(M), normal(E, mean=1), normal(E)
+    y, x, matrix, next_matrix, next_bias = (v.to(dtype) for v in (y, x, matrix, next_matrix, next_bias))
+    later, scale, shift = (v.float() for v in (normal(E), scale, shift))
+
+    product = gelu.summed(rows, E, M, dtype, torch.device(path.device), 1e-5)
+    weights = gelu.SumWeights(*(v.to(path.device) for v in (matrix, later, scale, shift, next_matrix, next_bias)))
+    onto, rest, x = y.clone().to(path.device), torch.empty_like(y, device=path.device), x.to(path.device)
+    h, a = product(x, onto, rest, weights, True)
+    stored = onto.cpu()  # which is what is normalised: a sum that is rounded to the other side is another row
+
+    def by_pytorch(kind):
+        total = y.to(kind) + F.linear(x.cpu().to(kind), matrix.to(kind))
+        h = F.layer_norm(stored.to(kind), (E,), scale.to(kind), shift.to(kind), 1e-5)
+        h = F.linear(h, next_matrix.to(kind), next_bias.to(kind))
+        return total, stored.to(kind) + later.to(kind), h, F.gelu(h)
+
+    names = "the sum", "the rest", "h", "GELU(h)"
+    for name, *each in zip(names, (onto, rest, h, a), by_pytorch(dtype), by_pytorch(torch.float64), strict=True):
+        path.rule(name, *each, dtype)
+    onto = y.clone().to(path.device)
+    assert all(map(torch.equal, product(x, onto, rest, weights, True), (h, a)))
+
+
+@half
 def test_the_gradient_of_gelu_alone(path: KernelPath, dtype):
     """Of what is far from 0, too, where the derivative is 1 or 0 but for its last bits."""
     h, d = (x.to(dtype) for x in (normal(193, 256, scale=3.0), normal(193, 256)))
@@ -154,7 +186,7 @@ def taken(monkeypatch, known):
     launch = gelu.launch
     monkeypatch.setattr(gelu, "launch", lambda spec, *given: launched.append(spec.kernel.__name__) or launch(spec, *given))
     yield launched
-    assert {*launched} <= {"_gelu_product_kernel", "_gelu_product_bwd_kernel", "_norm_product_kernel"}
+    assert {*launched} <= ALL
 
 
 @half
@@ -182,6 +214,20 @@ def test_outer_with_one_where_nothing_is_recorded(taken, path, dtype):
     """More rows than are few."""
     check(path, "outer", outer_tensors(2, 230, 64, 128), dict(num_heads=2), dtype, gradients=False)
     assert taken == ["_gelu_product_kernel"]
+
+
+@paths("", "bfloat16")
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_outer_whose_first_branch_ends_in_one(recompute, taken, path, dtype):
+    """And a fold, and what nobody records."""
+    tensors, others = with_fold(2, 37, 16, 12, 128, 256, False), dict(num_heads=2, recompute=recompute)
+    check(path, "outer", tensors, others, dtype)
+    forward = ["_sum_product_kernel", "_gelu_product_kernel"]
+    assert taken == [*forward, "_gelu_product_bwd_kernel", "_norm_product_kernel"]
+    if recompute == "none":
+        taken.clear()
+        check(path, "outer", outer_tensors(2, 230, 128, 256), dict(num_heads=2), dtype, gradients=False)
+        assert taken == forward
 
 
 def test_where_they_are_taken(monkeypatch):
