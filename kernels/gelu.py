@@ -122,20 +122,25 @@ def _product(x_ptr, begun, matrix, tile, n_rows, Z: tl.constexpr):
 
 
 @triton.jit
-def _moments(moments_ptr, tile, n_rows, eps, Z: tl.constexpr):
-    """Mean and 1/σ of a tile's rows, of what ``_sum_product_kernel`` leaves of their parts."""
+def _moments(moments_ptr, tile, Z: tl.constexpr):
+    """What ``_sum_product_kernel`` leaves of the parts of a tile's rows: a tuple of means, one of sums of squares."""
     PARTS: tl.constexpr = Z.K // Z.COLUMNS
-    row = tl.arange(0, Z.BLOCK)
-    moments_ptr += tl.cast(tile, tl.int64) * Z.BLOCK
-    alive = row < n_rows - tile * Z.BLOCK
-    means = ()
-    mean = tl.full((Z.BLOCK,), 0.0, tl.float32)
-    square = mean
+    at = moments_ptr + tl.cast(tile, tl.int64) * (2 * PARTS * Z.BLOCK) + tl.arange(0, Z.BLOCK)
+    means, squares = (), ()
     for i in tl.static_range(PARTS):
-        part = moments_ptr + tl.cast(n_rows, tl.int64) * (2 * i)
-        means = means + (tl.load(part + row, mask=alive, other=0.0),)
-        square += tl.load(part + n_rows + row, mask=alive, other=0.0)
+        means = means + (tl.load(at + 2 * i * Z.BLOCK),)
+        squares = squares + (tl.load(at + (2 * i + 1) * Z.BLOCK),)
+    return means, squares
+
+
+@triton.jit
+def _combined(means, squares, eps, Z: tl.constexpr):
+    """Mean and 1/σ of rows."""
+    PARTS: tl.constexpr = Z.K // Z.COLUMNS
+    mean, square = means[0] * (1.0 / PARTS), squares[0]
+    for i in tl.static_range(1, PARTS):
         mean += means[i] * (1.0 / PARTS)
+        square += squares[i]
     for i in tl.static_range(PARTS):
         square += Z.COLUMNS * (means[i] - mean) * (means[i] - mean)
     return mean, tl.rsqrt(square * (1.0 / Z.K) + eps)
@@ -156,30 +161,22 @@ def _gelu_product_kernel(x_ptr, w_ptr, bias_ptr, sums_ptr, moments_ptr, h_ptr, y
 
     With ``moments_ptr`` of LN(x): W is γW then, ``sums_ptr`` has its sums, and the bias Wβ, too.
     """
-    PIECES: tl.constexpr = Z.PIECES
     NORM: tl.constexpr = moments_ptr is not None
     col, member, members = _place(Z)
     matrix = _matrix(w_ptr, 1, Z.K, col, Z)
     bias = load(bias_ptr, col, col < Z.N)
+    begun = _piece(x_ptr, 0, member, n_rows, Z)
+    n_tiles = tl.cdiv(n_rows, Z.BLOCK)
     if NORM:
         sums = tl.load(sums_ptr + col)
-    begun = _piece(x_ptr, 0, member, n_rows, Z)
-    for tile in tl.range(member, tl.cdiv(n_rows, Z.BLOCK), members):
+        means, squares = _moments(moments_ptr, member, Z)
+    for tile in tl.range(member, n_tiles, members):
+        total = _product(x_ptr, begun, matrix, tile, n_rows, Z)
         if NORM:
-            mean, rstd = _moments(moments_ptr, tile, n_rows, eps, Z)
-            total = tl.full((Z.BLOCK, Z.COLUMNS), 0.0, tl.float32)
-            piece = begun
-            for i in tl.static_range(PIECES):
-                if i > 0:
-                    piece = _piece(x_ptr, i, tile, n_rows, Z)
-                if i + 1 == PIECES:  # there is no room in registers to let it wait behind the product
-                    begun = _piece(x_ptr, 0, tile + members, n_rows, Z)
-                total = dot(piece, matrix[i], Z, total)
-            h = _normalised(total, mean, rstd, sums, bias, Z)
-        else:
-            total = _product(x_ptr, begun, matrix, tile, n_rows, Z)
-            begun = _piece(x_ptr, 0, tile + members, n_rows, Z)  # the next tile's, while this one ends
-            h = total + bias[None, :]
+            mean, rstd = _combined(means, squares, eps, Z)
+            means, squares = _moments(moments_ptr, tl.minimum(tile + members, n_tiles - 1), Z)
+        begun = _piece(x_ptr, 0, tile + members, n_rows, Z)  # the next tile's, while this one ends
+        h = _normalised(total, mean, rstd, sums, bias, Z) if NORM else total + bias[None, :]
         first, row, alive = _tile(tile, n_rows, Z)
         at = row * Z.N + col[None, :]
         if h_ptr is not None:
@@ -195,34 +192,36 @@ def _scale(w, out, Z: tl.constexpr):
     for each in tl.range(tl.program_id(0), Z.HIDDEN // 8, tl.num_programs(0)):
         row = each * 8 + tl.arange(0, 8)
         bias = load(w.next_bias, row, row < Z.HIDDEN)
-        sums = tl.full((8,), 0.0, tl.float32)
-        parts = ()
-        for i in tl.static_range(PIECES):
+        parts, scales, shifts = (), (), ()
+        for i in tl.static_range(PIECES):  # all on their way before any is waited for
             col = i * Z.COLUMNS + tl.arange(0, Z.COLUMNS)
             parts = parts + (tl.load(w.next_matrix + row[:, None] * Z.N + col[None, :]),)
+            scales = scales + (tl.load(w.norm_weight + col).to(tl.float32),)
+            shifts = shifts + (load(w.norm_bias, col, col < Z.N),)
+        sums = tl.full((8, Z.COLUMNS), 0.0, tl.float32)
+        shifted = sums
         for i in tl.static_range(PIECES):
             col = i * Z.COLUMNS + tl.arange(0, Z.COLUMNS)
-            at = row[:, None] * Z.N + col[None, :]
             part = parts[i].to(tl.float32)
-            bias += tl.sum(part * load(w.norm_bias, col, col < Z.N)[None, :], 1)
-            part = (part * tl.load(w.norm_weight + col).to(tl.float32)[None, :]).to(Z.DTYPE)
-            tl.store(out.matrix + at, part)
-            sums += tl.sum(part.to(tl.float32), 1)
-        tl.store(out.offset + row, bias)
-        tl.store(out.sums + row, sums)
+            shifted += part * shifts[i][None, :]
+            part = (part * scales[i][None, :]).to(Z.DTYPE)
+            tl.store(out.matrix + row[:, None] * Z.N + col[None, :], part)
+            sums += part.to(tl.float32)
+        tl.store(out.offset + row, tl.sum(shifted, 1) + bias)
+        tl.store(out.sums + row, tl.sum(sums, 1))
 
 
 @triton.jit
 def _sum_product_kernel(x_ptr, w, y_ptr, onto_ptr, out, n_rows, Z: tl.constexpr):
-    """y + x Wᵀ in the place of y, that + later in ``onto_ptr``, and of its rows' parts the moments, (GROUPS, 2, n_rows): their
-    means, and sums of squares about these; and what the product of LN(y) reads, by ``_scale``."""
+    """y + x Wᵀ in the place of y, that + later in ``onto_ptr``, and the moments of its rows' parts, (GROUPS, 2, BLOCK) a tile:
+    their means, and sums of squares about these; and what the product of LN(y) reads, by ``_scale``."""
     PIECES: tl.constexpr = Z.PIECES
     col, member, members = _place(Z)
+    _scale(w, out, Z)
     matrix = _matrix(w.matrix, 1, Z.K, col, Z)
     later = load(w.later, col, col < Z.N)
-    moments_ptr = out.moments + tl.cast(n_rows, tl.int64) * (2 * (tl.program_id(0) % Z.GROUPS))
+    moments_ptr = out.moments + tl.program_id(0) % Z.GROUPS * (2 * Z.BLOCK) + tl.arange(0, Z.BLOCK)
     begun = _piece(x_ptr, 0, member, n_rows, Z)
-    _scale(w, out, Z)  # while that is on its way
     for tile in tl.range(member, tl.cdiv(n_rows, Z.BLOCK), members):
         first, row, alive = _tile(tile, n_rows, Z)
         at = row * Z.N + col[None, :]
@@ -234,17 +233,16 @@ def _sum_product_kernel(x_ptr, w, y_ptr, onto_ptr, out, n_rows, Z: tl.constexpr)
             if i + 1 == PIECES:
                 y = tl.load(y_ptr + first * Z.N + at, mask=alive, other=0.0)
             total = dot(piece, matrix[i], Z, total)
-        begun = _piece(x_ptr, 0, tile + members, n_rows, Z)
         y = (total + y.to(tl.float32)).to(Z.DTYPE)
+        begun = _piece(x_ptr, 0, tile + members, n_rows, Z)
         tl.store(y_ptr + first * Z.N + at, y, mask=alive)
         y = y.to(tl.float32)
-        tl.store(onto_ptr + first * Z.N + at, (y + later[None, :]).to(Z.DTYPE), mask=alive)
         mean = tl.sum(y, 1) * (1.0 / Z.COLUMNS)
-        y -= mean[:, None]
-        line = tl.arange(0, Z.BLOCK)
-        real = line < n_rows - tile * Z.BLOCK
-        tl.store(moments_ptr + first + line, mean, mask=real)
-        tl.store(moments_ptr + n_rows + first + line, tl.sum(y * y, 1), mask=real)
+        apart = y - mean[:, None]
+        at_moments = moments_ptr + first * (2 * Z.GROUPS)
+        tl.store(at_moments, mean)
+        tl.store(at_moments + Z.BLOCK, tl.sum(apart * apart, 1))
+        tl.store(onto_ptr + first * Z.N + at, (y + later[None, :]).to(Z.DTYPE), mask=alive)
 
 
 @triton.jit
@@ -405,11 +403,11 @@ def summed(
     first, second = _specialise(_sum_product_kernel, dtype, E, E, M), _specialise(_gelu_product_kernel, dtype, E, M)
     grids = [sharing(each, rows, device) * each.constants["Z"].GROUPS for each in (first, second)]
     first, second = first.again(), second.again()
-    groups = first.constants["Z"].GROUPS
+    n_moments = 2 * first.constants["Z"].GROUPS * -(-rows // first.config.rows) * first.config.rows  # of whole tiles
 
     def product(x: Tensor, y: Tensor, rest: Tensor, weights: SumWeights, has_hidden: bool) -> tuple[Tensor | None, Tensor]:
-        floats = torch.empty(2 * groups * rows + 2 * M, dtype=torch.float32, device=x.device)
-        moments, bias, sums = floats.split_with_sizes((2 * groups * rows, M, M))
+        floats = torch.empty(n_moments + 2 * M, dtype=torch.float32, device=x.device)
+        moments, bias, sums = floats.split_with_sizes((n_moments, M, M))
         normed = Normed(x.new_empty(M, E), bias, sums, moments)
         launch(first, grids[0], x, weights, y, rest, normed, rows)
         a = x.new_empty(rows, M)

@@ -75,6 +75,11 @@ def rows_of(kind, rows, K):
     return x
 
 
+def scales(K):
+    """Of a LayerNorm: values that are 0, and values of several orders."""
+    return normal(K) * 10 ** torch.linspace(-2, 0, K, dtype=torch.float64) * (torch.arange(K) % 5 > 0)
+
+
 @half
 @everywhere
 @pytest.mark.usefixtures("known")
@@ -88,9 +93,8 @@ def rows_of(kind, rows, K):
     ],
 )
 def test_a_product_of_a_layer_norm(rows, K, N, kind, path: KernelPath, dtype):
-    """Whose scale has values that are 0 and values of several orders."""
     x, weight, shift = rows_of(kind, rows, K), normal(N, K, scale=K**-0.5), None if K == 192 else normal(K)
-    scale = normal(K) * 10 ** torch.linspace(-2, 0, K, dtype=torch.float64) * (torch.arange(K) % 5 > 0)
+    scale = scales(K)
     x, weight = x.to(dtype), weight.to(dtype)
     of_norm = [None if each is None else each.float() for each in (scale, shift)]
 
@@ -135,7 +139,7 @@ def test_a_product_that_ends_in_the_gradient_of_gelu(rows, K, N, path: KernelPat
 @pytest.mark.parametrize(("rows", "E", "M", "kind"), [(6 * BLOCK - 1, 384, 128, "far from 0"), (7, 128, 256, "alike")])
 def test_a_sum_and_the_product_of_its_layer_norm(rows, E, M, kind, path: KernelPath, dtype):
     y, x, matrix = rows_of(kind, rows, E), normal(rows, E), normal(E, E, scale=E**-0.5) * (kind != "alike")
-    next_matrix, next_bias, scale, shift = normal(M, E, scale=2 * E**-0.5), normal(M), normal(E, mean=1), normal(E)
+    next_matrix, next_bias, scale, shift = normal(M, E, scale=2 * E**-0.5), normal(M), scales(E), normal(E)
     y, x, matrix, next_matrix, next_bias = (v.to(dtype) for v in (y, x, matrix, next_matrix, next_bias))
     later, scale, shift = (v.float() for v in (normal(E), scale, shift))
 
