@@ -216,7 +216,7 @@ def simulated(found: Launched, gpu: simulate.Gpu, patches: int) -> Cost:
             raise ValueError("a kernel made for Triton's interpreter is not compiled: unset TRITON_INTERPRET")
         compiled = compile_launch(found, target)
         about = read_nvidia(compiled, target.arch)
-        code = machine_code.parts(machine_code.decode(machine_code.disassembly(compiled.asm["cubin"])))
+        code = machine_code.parts(machine_code.decode(machine_code.disassembly(compiled.asm["cubin"])), loops=found.spec.loops)
         warps = found.options["num_warps"]
         resident, _ = occupancy(gpu.target, warps, about["registers"], compiled.metadata.shared)
         time = simulate.simulate(

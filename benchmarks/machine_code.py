@@ -114,25 +114,33 @@ def decode(text: str) -> list[Instruction]:
 
 
 class Parts(NamedTuple):
-    """A kernel's instructions in the order of one warp that takes the likely way: before, within and behind its main loop."""
+    """A kernel's instructions in the order of one warp that takes the likely way: before, within and behind its main loop.
+
+    ``then``: of a kernel with several, one behind another, the next ones, and what stands behind each.
+    """
 
     before: list[Instruction]
     loop: list[Instruction]
     behind: list[Instruction]
     other_loops: int
+    then: tuple[tuple[list[Instruction], list[Instruction]], ...] = ()
 
 
-def parts(code: list[Instruction], which: int = 0) -> Parts:
+def parts(code: list[Instruction], which: int = 0, loops: int = 1) -> Parts:
     """Where a kernel's main loop is, the longest (``which``: the next ones), and what stands around it, each taken once.
 
-    A branch forward is not taken, but for one without a guard, or over a call or an end: those leave out what is rare. Loops
-    besides the main one are gone through once, and counted.
+    ``loops``: how many main loops there are, the longest that do not overlap. A branch forward is not taken, but for one
+    without a guard, or over a call or an end: those leave out what is rare. Loops besides the main ones are gone through once,
+    and counted.
     """
     back = [(i.target, at) for at, i in enumerate(code) if i.op.startswith("BRA") and i.target is not None and i.target < at]
     back = sorted({at: (to, at) for to, at in back if at - to > 8}.values(), key=lambda loop: loop[0] - loop[1])
     end = max((at for at, i in enumerate(code) if i.name == "EXIT" and not i.guard), default=len(code) - 1)
     reached = [loop for loop in back if loop[1] <= end]
-    main = reached[which] if which < len(reached) else None
+    main: list[tuple[int, int]] = []
+    for loop in reached[which:]:
+        if len(main) < loops and all(loop[1] < first or loop[0] > last for first, last in main):
+            main.append(loop)
 
     def walk(begin: int, until: int) -> list[Instruction]:
         path, at = [], begin
@@ -150,9 +158,9 @@ def parts(code: list[Instruction], which: int = 0) -> Parts:
             at = i.target if jumps and i.target is not None and i.target <= until else at + 1
         return path
 
-    if main is None:
+    if not main:
         return Parts([], walk(0, end + 1), [], len(reached))
-    first, last = main
-    behind = walk(last + 1, end + 1)
-    outside = [loop for loop in reached if loop != main]
-    return Parts(walk(0, first), walk(first, last + 1), behind, len(outside))
+    main.sort()
+    ends = [*[first for first, _ in main[1:]], end + 1]
+    each = [(walk(first, last + 1), walk(last + 1, until)) for (first, last), until in zip(main, ends, strict=True)]
+    return Parts(walk(0, main[0][0]), *each[0], len(reached) - len(main), tuple(each[1:]))

@@ -379,7 +379,7 @@ def simulate(
 
     Args:
         warps: of a program. resident: programs that a multiprocessor holds. bytes: of DRAM, read and written. tiles: turns of
-            the main loop in all programs together; or ``loops``: of each. conflicts: turns of shared memory over the least. l1:
+            a main loop in all programs together; or ``loops``: of each. conflicts: turns of shared memory over the least. l1:
             whether what loads read again is in the L1 cache; False for matrices that do not fit, of which all comes from L2.
 
     Raises:
@@ -387,17 +387,19 @@ def simulate(
     """
     if resident < 1:
         raise ValueError("no program fits on a multiprocessor: no time is told")
-    before, loop, behind = ([_step(i, gpu, conflicts) for i in part] for part in (code.before, code.loop, code.behind))
+    given = [code.before, code.loop, code.behind, *[part for each in code.then for part in each]]
+    steps = [[_step(i, gpu, conflicts) for i in part] for part in given]  # straight code and loops by turns
+    once_each, looped = ([x for part in steps[i::2] for x in part] for i in (0, 1))
     on_one = range(0, grid, gpu.multiprocessors)  # the programs of the first one
     turns = [loops or max(1, math.ceil((tiles - i) / grid)) for i in on_one]
-    asked = warps * (
-        grid * sum(x.bytes for x in before + behind) + (grid * loops or max(tiles, grid)) * sum(x.bytes for x in loop)
-    )
+    asked = warps * (grid * sum(x.bytes for x in once_each) + (grid * loops or max(tiles, grid)) * sum(x.bytes for x in looped))
     cold = min(1.0, bytes / asked) if asked else 0.0
     least = min(turns)
 
     def once(programs: int, short: int) -> Run:
-        traces = [before + loop * (n - least + short) + behind for n in turns[:programs]]
+        traces = [
+            [x for i, part in enumerate(steps) for x in part * (n - least + short if i % 2 else 1)] for n in turns[:programs]
+        ]
         return run(gpu, traces, warps, resident, cold, l1)
 
     stays = least > 4

@@ -168,12 +168,13 @@ class Code(NamedTuple):
     loops_in_rest: int
 
 
-def read_code(disassembly: str, backend: str) -> Code:
+def read_code(disassembly: str, backend: str, main: int = 1) -> Code:
     """Count a kernel's instructions; without a loop, all of them are taken for the main loop.
 
-    The main loop is the largest set of instructions that all reach one another. Unlike "all between the longest backward
-    branch and its target", that holds for a loop that is entered in its middle (AMD), and is not misled by the blocks that
-    compilers put behind the end of the code and that jump back (NVIDIA: retries of a wait).
+    The main loop is the largest set of instructions that all reach one another. Unlike "all between the longest backward branch
+    and its target", that holds for a loop that is entered in its middle (AMD), and is not misled by the blocks that compilers
+    put behind the end of the code and that jump back (NVIDIA: retries of a wait). ``main``: how many main loops there are, one
+    behind another, which are counted as one.
     """
     pattern = SASS if backend == "cuda" else AMDGCN
     code, at = [], {}
@@ -216,9 +217,12 @@ def read_code(disassembly: str, backend: str) -> Code:
     outer = sorted(loops(reachable), key=size)
     if not outer:
         return Code(count(reachable), Counter(), 0, 0)
-    body = outer.pop()
-    entries = {block for block in body if any(before not in body for before in graph.predecessors(block))}
-    return Code(count(body), count(reachable - body), real(loops(body - entries)), real(outer))
+    bodies, within = outer[-main:], 0
+    for body in bodies:
+        entries = {block for block in body if any(before not in body for before in graph.predecessors(block))}
+        within += real(loops(body - entries))
+    whole = set().union(*bodies)
+    return Code(count(whole), count(reachable - whole), within, real(outer[:-main]))
 
 
 class _Device:
@@ -312,7 +316,7 @@ def _time(found: Launched, launch: Any, text: str, resident: int, gpu: simulate.
     """What a launch's simulation says, or why there is none; ``text``: its disassembly."""
     tiles = math.ceil(PATCHES / 12 / launch.patches)
     try:
-        code = machine_code.parts(machine_code.decode(text))
+        code = machine_code.parts(machine_code.decode(text), loops=launch.loops)
         time = simulate.simulate(
             code,
             gpu,
@@ -360,7 +364,7 @@ def cost(
     that gets the disassembly. ``conflicts``: turns of shared memory over the least, which a simulation takes."""
     limits = TARGETS[target]
     started, launch = _as_launched(kernel, variant, dtype, shown, target), shown.spec
-    known = _known(started, gpu, target, launch.config, launch.patches, launch.turns, counted, conflicts)
+    known = _known(started, gpu, target, launch.config, launch.patches, launch.turns, launch.loops, counted, conflicts)
     if sass is None and known.exists():
         return json.loads(known.read_text())
     compiled = compile_launch(started, TARGETS[SAME_PTX.get(target, target)])
@@ -394,7 +398,7 @@ def cost(
 def _counts(launch: Any, target: str, text: str) -> dict[str, Any]:
     """Instructions of a patch, of a launch's machine code."""
     backend = TARGETS[target].backend
-    counted = read_code(text, backend)
+    counted = read_code(text, backend, launch.loops)
     whole = launch.turns > 1  # else the main loop goes over patches, and the rest is shared by all its turns
     turns = launch.turns if counted.rest else 1  # without a loop there are none: the compiler has unrolled it
     ops = Counter({op: n * turns for op, n in counted.loop.items()}) + (counted.rest if whole else Counter())

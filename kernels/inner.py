@@ -22,11 +22,11 @@ keeps the instructions few:
 - GELU in bfloat16 runs on pairs of float16, which have three bits more than the rounding to bfloat16 leaves.
 - Columns of padding past three quarters of C_PAD are cut off the products where that helps (TRIM: TNT-B).
 
-Backward: two launches that start again from the pixels. The first computes the attention once more and does the MLP's half, the
-second updates its result by the attention's half. Every program keeps the sums of its weights' gradients in float32 registers
-and writes them once; a third launch adds them up (totals.py), so the same input gives the same bits. The sums belong to the
-weights with LayerNorm folded in; a fourth, small launch takes LayerNorm's scale and shift out of them again, for all weights at
-once: by PyTorch that were 33 launches, which took the host longer than the two of the backward.
+Backward: two halves that start again from the pixels, one launch, of TNT-B two. The first computes the attention once more and
+does the MLP's half, the second updates its result by the attention's half. Every program keeps the sums of its weights'
+gradients in float32 registers and writes them once; the next launch adds them up (totals.py), so the same input gives the same
+bits. The sums belong to the weights with LayerNorm folded in; a last, small launch takes LayerNorm's scale and shift out of
+them again, for all weights at once: by PyTorch that were 33 launches, which took the host longer than both halves.
 
 The products are synchronous mma instructions everywhere: two warps get them by themselves, four by compiling Hopper's code as
 Ampere's (Config.mma_arch). The asynchronous ones with a left operand in registers, which the compiler would choose, are
@@ -69,13 +69,13 @@ CONFIGS = {
         (64, False): Config(16, warps=4, per_sm=2, chunk=16),
         (128, False): Config(16, warps=4, per_sm=1, chunk=16),
     },
-    "_inner_bwd_mlp_kernel": {
+    "_inner_bwd_kernel": {
         (16, True): Config(32, warps=2, per_sm=5, chunk=16),
         (32, True): Config(32, warps=2, per_sm=4, chunk=32),
-        (64, True): Config(128, warps=8, per_sm=1, chunk=32, mma_arch="sm80"),
         (16, False): Config(16, warps=2, per_sm=4, chunk=16),
         (32, False): Config(16, warps=4, per_sm=2, chunk=16, mma_arch="sm80"),
     },
+    "_inner_bwd_mlp_kernel": {(64, True): Config(128, warps=8, per_sm=1, chunk=32, mma_arch="sm80")},  # WIDE
 }
 CONFIGS["_inner_bwd_attention_kernel"] = CONFIGS["_inner_bwd_mlp_kernel"]
 # C_PAD in half precision whose forward is faster with the LayerNorm behind it than with a launch for that, by simulation for an
@@ -104,7 +104,7 @@ class Sizes(operation.Sizes):
     RESIDENT: bool = derived(lambda Z: Z.BACKWARD or Z.MLP_FITS)
     # GELU in pairs of float16; where the weights do not stay, fc2 would be gone through twice a tile
     PAIRS: bool = derived(lambda Z: Z.FAST and tl.bfloat16 == Z.DTYPE and Z.MLP_FITS)
-    WIDE: bool = derived(lambda Z: Z.BACKWARD and Z.C_PAD >= 64)  # sums transposed, the attention by a launch before
+    WIDE: bool = derived(lambda Z: Z.BACKWARD and Z.C_PAD >= 64)  # sums transposed, three launches
     TRIM: bool = derived(lambda Z: not Z.BACKWARD and Z.C_PAD >= 64 and 4 * (Z.C + 1) <= 3 * Z.C_PAD)
     D: int = derived(lambda Z: Z.C // Z.H)
     ROWS: int = derived(lambda Z: Z.G * Z.T)
@@ -636,6 +636,22 @@ def _inner_bwd_attention_kernel(x_ptr, dx_ptr, w, attn_scale_ptr, sums_ptr, n_pa
 
 
 @triton.jit
+def _inner_bwd_kernel(
+    x_ptr, dy_ptr, dx_ptr, w, attn_scale_ptr, mlp_scale_ptr, mlp_sums_ptr, attention_sums_ptr, n_patches, eps, Z: tl.constexpr
+):  # fmt: skip
+    """Both halves, over the same tiles: what the second reads of dx, other threads of the same program have written.
+
+    Every program has a tile. That it is asked keeps the compiler from having what both halves need, the weights, in registers
+    throughout, which spill.
+    """
+    if tl.program_id(0) < n_patches:
+        _inner_bwd_mlp_kernel(x_ptr, dy_ptr, dx_ptr, w, attn_scale_ptr, mlp_scale_ptr, mlp_sums_ptr, n_patches, eps, Z)
+    tl.debug_barrier()
+    if tl.program_id(0) < n_patches:
+        _inner_bwd_attention_kernel(x_ptr, dx_ptr, w, attn_scale_ptr, attention_sums_ptr, n_patches, eps, Z)
+
+
+@triton.jit
 def _unfold(d_norm, sums_ptr, lane, used, LANES: tl.constexpr, factor, out, weights, norm, Z: tl.constexpr):
     """Of out = linear(LN x): stores gradients of rows of weight and bias, adds their part to those of LN's scale and shift.
 
@@ -701,7 +717,8 @@ def _specialise(kernel: Any, dtype: torch.dtype, S: int, C: int, H: int, M: int)
     """One of the kernels for these sizes; that of the weights reads what the MLP's left, and in its chunks."""
     half = dtype != torch.float32
     T, c_pad = max(16, triton.next_power_of_2(S)), max(16, triton.next_power_of_2(C + 1))
-    config = CONFIGS["_inner_bwd_mlp_kernel" if kernel is _inner_weights_kernel else kernel.__name__][c_pad, half]
+    backward = _inner_bwd_mlp_kernel if c_pad >= 64 else _inner_bwd_kernel
+    config = CONFIGS[(backward if kernel is _inner_weights_kernel else kernel).__name__][c_pad, half]
     # up to 128 rows of keys and values: shared memory has no room for more in float32
     d_pad = max(triton.next_power_of_2(C // H), T // 8 if T > 16 else 1)
     hg = max(1, 16 // d_pad)
@@ -715,7 +732,7 @@ def _specialise(kernel: Any, dtype: torch.dtype, S: int, C: int, H: int, M: int)
     )  # fmt: skip
     if kernel is _inner_weights_kernel:  # it has no turns, and stands for a call of batch 256 with 196 patches an image
         return Launch(kernel, {"Z": sizes}, Config(0, warps=4), 256 * 196)
-    return Launch(kernel, {"Z": sizes}, config, sizes.G)
+    return Launch(kernel, {"Z": sizes}, config, sizes.G, loops=2 if kernel is _inner_bwd_kernel else 1)
 
 
 class Inner(Operation):
@@ -801,21 +818,24 @@ class Inner(Operation):
         Z = of_weights.constants["Z"]
         if Z.WIDE:
             before, grid_before = self._launched(_inner_fwd_kernel, a, 0)
-        mlp, grid = self._launched(_inner_bwd_mlp_kernel, a, M)
-        attend, grid_attend = self._launched(_inner_bwd_attention_kernel, a, M)
+            mlp, grid = self._launched(_inner_bwd_mlp_kernel, a, M)
+            attend, _ = self._launched(_inner_bwd_attention_kernel, a, M)
+        else:
+            both, grid = self._launched(_inner_bwd_kernel, a, M)
 
         def begun(gradient: Tensor, a: SimpleNamespace, parts: dict[tuple[str, ...], Tensor]) -> dict[str, Tensor]:
             gradient, pixel, w, scales = gradient.to(dtype).contiguous(), a.pixel.contiguous(), a.weights, _scales(a)
-            dx, x, of_mlp, of_attention = torch.empty_like(pixel), pixel, None, None
+            dx, of_mlp, of_attention = torch.empty_like(pixel), None, None
+            if has_sums:  # a row of each program
+                of_mlp = dx.new_empty((grid, (2 * Z.HIDDEN + 1) * Z.C_PAD), dtype=torch.float32)
+                of_attention = dx.new_empty((grid, (4 * Z.LANES + 1) * Z.C_PAD), dtype=torch.float32)
             if Z.WIDE:  # the attention's weights have no room beside the MLP's: its result by a forward of no hidden channels
                 none = w._replace(fc1_weight=w.fc1_weight[:0], fc2_bias=None)
                 launch(before, grid_before, pixel, dx, none, scales[0], None, NO_NORM, None, P, a.eps)
-                x = dx
-            if has_sums:  # a row of each program
-                of_mlp = dx.new_empty((grid, (2 * Z.HIDDEN + 1) * Z.C_PAD), dtype=torch.float32)
-                of_attention = dx.new_empty((grid_attend, (4 * Z.LANES + 1) * Z.C_PAD), dtype=torch.float32)
-            launch(mlp, grid, x, gradient, dx, w, *scales, of_mlp, P, a.eps)
-            launch(attend, grid_attend, pixel, dx, w, scales[0], of_attention, P, a.eps)
+                launch(mlp, grid, dx, gradient, dx, w, *scales, of_mlp, P, a.eps)
+                launch(attend, grid, pixel, dx, w, scales[0], of_attention, P, a.eps)
+            else:
+                launch(both, grid, pixel, gradient, dx, w, *scales, of_mlp, of_attention, P, a.eps)
             if has_sums:
                 parts["mlp",], parts["attention",] = of_mlp, of_attention
             return {"pixel": dx}

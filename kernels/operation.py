@@ -184,6 +184,7 @@ class Launch(NamedTuple):
     ``constants``: the constexprs by name; of our kernels Z alone. ``patches``: how many one turn of a program's main loop
     completes; where that loop walks over parts of patches instead, how many the program completes in ``turns`` of it.
     ``known``: of ``again``, what runs it, once that is known. ``l1``: whether what programs load again lies in the L1 cache.
+    ``loops``: how many main loops it has, one behind another, each over all patches.
     """
 
     kernel: Any
@@ -193,6 +194,7 @@ class Launch(NamedTuple):
     turns: int = 1
     known: list[Any] | None = None
     l1: bool = True
+    loops: int = 1
 
     def again(self) -> "Launch":
         """For one place of a plan, which launches it with all that Triton compiles for as it was, and on the same grid."""

@@ -481,7 +481,7 @@ def _of_attention(launch: Any) -> Iterator[dict[str, Any]]:
 COUNTS = ("n_rows", "n_tokens", "n_cells", "n_patches")  # what a kernel's tiles are cut from: the first that it has
 OPTIONAL = {
     "pixel_embed": {"bias_ptr", "pixel_pos_ptr"},
-    "inner": {"qk_bias", "v_bias", "attn_scale_ptr", "mlp_scale_ptr", "sums_ptr"},
+    "inner": {"qk_bias", "v_bias", "attn_scale_ptr", "mlp_scale_ptr", "sums_ptr", "mlp_sums_ptr", "attention_sums_ptr"},
     "fold": {"bias_ptr", "shift", "bias", "dx", "y"},
     "outer": {
         "a_ptr", "bias_ptr", "rest_ptr", "later_ptr", "shift", "bias", "next_bias", "later", "dx", "y", "second_bias",

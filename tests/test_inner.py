@@ -1,5 +1,6 @@
 """inner against the reference in float64 (``cases.check``)."""
 
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -264,3 +265,34 @@ def test_inner_at_full_size_over_many_seeds(C, H, path, dtype):
     for seed in range(20):
         torch.manual_seed(seed)
         check(path, "inner", inner_tensors(1571, 16, C, 4 * C), dict(num_heads=H), dtype, gradients=False)
+
+
+def test_a_barrier_lies_between_the_halves_of_the_backward():
+    """What the second half loads of dx, other threads of the first have stored; no machine here sees that race.
+
+    Without the sums of the weights' gradients, whose barriers lie there, too.
+    """
+    from ptx.executor import Executor, running
+
+    class Compiling(Executor):
+        def launch(self, spec, grid, arguments, options):
+            found[spec.kernel.__name__] = self.compile(spec.kernel, arguments, spec.constants, options)
+
+    found: dict = {}
+    given = {name: None if x is None else x.bfloat16() for name, x in inner_tensors(5, 16, 24, 96).items()}
+    pixel = given.pop("pixel").requires_grad_()
+    with running(Compiling("sm_90")):
+        y = kernels.OPERATIONS["inner"](pixel, reference.TransformerWeights(**given), num_heads=4)
+        torch.autograd.grad(y.sum(), pixel)
+    compiled = found["_inner_bwd_kernel"]
+    derived, seen = {f"[_inner_bwd_kernel_param_{compiled.parameters.index(2)}]"}, ""
+    for line in compiled.ptx.splitlines():
+        operands = re.findall(r"%\w+|\[\w+\]", line)
+        of_dx = derived & set(operands)
+        if "bar.sync" in line:
+            seen += "|"
+        elif of_dx and re.search(r"(ld|st)\.global|cp\.async", line):
+            seen += "s" if "st.global" in line else "l"
+        elif of_dx and operands:
+            derived.add(next(x for x in operands if x.startswith("%")))
+    assert re.fullmatch(r"[|]*s[s|]*[|]+l[l|]*s[s|]*", seen), seen

@@ -193,6 +193,14 @@ def test_the_way_through_branches():
     assert parts.other_loops == 0
 
 
+def test_main_loops_one_behind_another():
+    loops = [[*[code("FADD")] * 10, code("BRA", guard="@P1", target=at)] for at in (0, 12)]
+    parts = machine_code.parts([*loops[0], code("MOV"), *loops[1], code("FMUL"), code("EXIT")], loops=2)
+    assert [len(part) for part in (parts.before, parts.loop, parts.behind)] == [0, 11, 1]
+    assert [[i.name for i in part[-1:]] for part in parts.then[0]] == [["BRA"], ["FMUL"]]
+    assert parts.other_loops == 0
+
+
 @pytest.fixture(scope="module")
 def results():
     return json.loads(RESULTS.read_text("utf-8"))
