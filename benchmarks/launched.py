@@ -139,7 +139,7 @@ def recorded(
 def _is_own(found: Launched) -> bool:
     """Of a block's launches: whether neither inner nor outer alone has it, but for copies of weights."""
     within = any(isinstance(x, shipped.inner.Norm) and x.ptr is not None for x in found.arguments)
-    return within or found.kernel is shipped.norm._norms_bwd_kernel
+    return within or found.kernel in (shipped.norm._norms_bwd_kernel, shipped.inner._inner_totals_kernel)
 
 
 def calls(kernel: str, given: dict[str, Any]) -> list[tuple[dict[str, Any], bool]]:

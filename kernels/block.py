@@ -8,7 +8,7 @@ pixels are kept anyway, by the next block. One operation, because what lies betw
 - LN of pixel', with which the fold begins, is made where pixel' still is on the chip (where ``inner.norms`` says so);
 - outer's weights are cast, and q's, k's and v's matrices joined, by inner's programs, which are more than PyTorch takes;
 - pixel' has two gradients, that of the next block's pixels and that of the fold, whose last launch adds up the two;
-- the sums that all launches of the backward leave behind are added up in one (totals.py);
+- the sums that all launches of the backward leave behind are added up in one, inner's last;
 - the host calls one operation for two.
 """
 
@@ -99,14 +99,13 @@ class Block(Outer):
                 found = outer.recomputed(d_patch, after, of_outer)
                 if of_inner:
                     found["pixel"] = found["pixel"] + d_pixel
-            before, behind = _of_inner(a), {}
+            before = _of_inner(a)
             if of_inner and a.pixel.numel():
-                behind = begun(found.pop("pixel"), before, parts)
-            summed = totals(parts, torch.float32)
-            if behind:
-                behind |= finished(before, summed)
-            elif of_inner:
-                flat = reference.by_name(vars(before))
+                behind, left = begun(found.pop("pixel"), before)
+                of_weights, summed = finished(before, left, parts)
+                behind |= of_weights
+            else:
+                flat, summed = reference.by_name(vars(before)), totals(parts, torch.float32)
                 behind = {name: torch.zeros_like(flat[name]) for name in of_inner}
             # what is found goes before what is summed
             return summed | found | {name if name == "pixel" else INNER + name: x for name, x in behind.items()}

@@ -25,8 +25,9 @@ keeps the instructions few:
 Backward: two halves that start again from the pixels, one launch, of TNT-B two. The first computes the attention once more and
 does the MLP's half, the second updates its result by the attention's half. Every program keeps the sums of its weights'
 gradients in float32 registers and writes them once; the next launch adds them up (totals.py), so the same input gives the same
-bits. The sums belong to the weights with LayerNorm folded in; a last, small launch takes LayerNorm's scale and shift out of
-them again, for all weights at once: by PyTorch that were 33 launches, which took the host longer than both halves.
+bits. The sums belong to the weights with LayerNorm folded in, and that launch takes its scale and shift out of them again: a
+program has all lanes of a channel, so that it needs nothing of another. By PyTorch that were 33 launches, which took the host
+longer than both halves.
 
 The products are synchronous mma instructions everywhere: two warps get them by themselves, four by compiling Hopper's code as
 Ampere's (Config.mma_arch). The asynchronous ones with a left operand in registers, which the compiler would choose, are
@@ -47,7 +48,7 @@ from tnt_fast import reference
 from tnt_fast.arguments import beyond, transformer_shapes
 from tnt_fast.kernels import operation
 from tnt_fast.kernels.operation import Config, Copy, Launch, Operation, derived, launch, programs, remembered
-from tnt_fast.kernels.totals import totals
+from tnt_fast.kernels.totals import CONFIG, Sums, added_up, columns, totalled, totals
 
 from tnt_fast.kernels.tile import (  # isort: skip
     COPIED, LOG2_E, accumulators, centred, copied, dot, dot_onto, exp2, exponent, gelu_gradient, gelu_pairs, load, power_of_two,
@@ -113,6 +114,17 @@ class Sizes(operation.Sizes):
     LANES: int = derived(lambda Z: -(-Z.H // Z.HG) * Z.W)
     UNIT: float = derived(lambda Z: Z.C / Z.C_PAD)  # what the products make of x − mean: C, a power of two apart
     BY_PRODUCT: bool = derived(lambda Z: Z.RESIDENT and not Z.EXACT)  # float32 products are slow
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumSizes(Sizes):
+    """And of the kernel that adds up what the backward's programs left: rows and columns of a tile, blocks of columns."""
+
+    BLOCK: int
+    COLUMNS: int
+    FC2: int = derived(lambda Z: -(-Z.C * Z.HIDDEN // Z.COLUMNS) + -(-Z.C // Z.COLUMNS))
+    PROJ: int = derived(lambda Z: -(-Z.C * Z.LANES // Z.COLUMNS) + -(-Z.C // Z.COLUMNS))
+    PROGRAMS: int = derived(lambda Z: 2 * Z.C + Z.FC2 + Z.PROJ)
 
 
 class Norm(NamedTuple):
@@ -652,61 +664,114 @@ def _inner_bwd_kernel(
 
 
 @triton.jit
-def _unfold(d_norm, sums_ptr, lane, used, LANES: tl.constexpr, factor, out, weights, norm, Z: tl.constexpr):
-    """Of out = linear(LN x): stores gradients of rows of weight and bias, adds their part to those of LN's scale and shift.
-
-    The sums, in columns ``lane``: the normalised x before scale and shift, and a one behind it, times the gradient of out.
-    ``weights``: where the weight lies, and where the gradients of weight and bias go.
-    """
-    ch = tl.arange(0, Z.C_PAD)
-    mask = (ch < Z.C)[:, None] & used[None, :]
-    product = load(sums_ptr, ch[:, None] * LANES + lane[None, :], mask) * factor
-    bias = load(sums_ptr, Z.C * LANES + lane, used) * factor
-    at = out[None, :] * Z.C + ch[:, None]
-    weight = load(weights[0], at, mask)
-    store(weights[1], at, product * norm[0][:, None] + bias[None, :] * norm[1][:, None], mask)
-    store(weights[2], out, bias, used)
-    more = tl.sum(product * weight, 1), tl.sum(bias[None, :] * weight, 1)
-    return d_norm[0] + more[0], d_norm[1] + more[1]
+def _channel(lane, PAD: tl.constexpr, D: tl.constexpr, H: tl.constexpr):
+    """Which one a lane stands for, of H times D that have PAD lanes each, and whether it stands for one."""
+    return lane // PAD * D + lane % PAD, (lane % PAD < D) & (lane // PAD < H)
 
 
 @triton.jit
-def _inner_weights_kernel(mlp_ptr, attention_ptr, w, d, Z: tl.constexpr):
-    """Gradients ``d`` of the weights from the totals of the backward's sums, by two programs: the MLP's, the attention's."""
-    SUM: tl.constexpr = Z.C_PAD * Z.LANES
-    ch = tl.arange(0, Z.C_PAD)
-    real = ch < Z.C
-    zero = tl.full((Z.C_PAD,), 0.0, tl.float32)
-    d_norm = zero, zero
-    if tl.program_id(0) == 0:
-        norm = load(w.norm2_weight, ch, real), load(w.norm2_bias, ch, real)
-        for start in range(0, Z.HIDDEN, Z.CHUNK):
-            hid = start + tl.arange(0, Z.CHUNK)
-            used = hid < Z.M
-            fc1 = (w.fc1_weight, d.fc1_weight, d.fc1_bias)
-            d_norm = _unfold(d_norm, mlp_ptr, hid, used, Z.HIDDEN, 1.0, hid, fc1, norm, Z)
-            mask = real[:, None] & used[None, :]
-            fc2 = load(mlp_ptr + Z.C_PAD * Z.HIDDEN, ch[:, None] * Z.HIDDEN + hid[None, :], mask)
-            store(d.fc2_weight, ch[:, None] * Z.M + hid[None, :], fc2, mask)
-        store(d.fc2_bias, ch, load(mlp_ptr + 2 * Z.C_PAD * Z.HIDDEN, ch, real), real)
-        store(d.norm2_weight, ch, d_norm[0], real)
-        store(d.norm2_bias, ch, d_norm[1], real)
+def _unfolded(
+    ch,
+    left,
+    norm,
+    one,
+    two,
+    N: tl.constexpr,
+    LANES: tl.constexpr,
+    PAD: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    Z: tl.constexpr,
+):
+    """Of N linear(LN x): of channel ch the gradients of their weights and of LN's scale and shift; of the first, of all biases.
+
+    The sums: the normalised x before scale and shift, and a one behind it, times the gradients of the results. ``norm``: scale
+    and shift, and where their gradients go; ``one``, of q and k or fc1, and ``two``, of v: where the weight lies, and where the
+    gradients of weight and bias go.
+    """
+    SUM: tl.constexpr = Z.C_PAD * LANES
+    shift = tl.arange(0, 2)  # behind the channel's
+    scales = tl.where(shift == 0, load(norm[0], ch, True), load(norm[1], ch, True))
+    d_norm = tl.full((2,), 0.0, tl.float32)
+    row = (shift * (Z.C - ch) * LANES)[:, None]
+    for of in range(N):
+        for begin in range(0, LANES, Z.COLUMNS):
+            lane = begin + tl.arange(0, Z.COLUMNS)
+            out, used = _channel(lane, PAD, D, H)
+            at_one, first, second = of * Z.C + out, used & (of < (N + 1) // 2), used & (of >= (N + 1) // 2)
+            weight = load(one[0], at_one * Z.C + ch, first) + load(two[0], out * Z.C + ch, second)
+            real = tl.broadcast_to((lane < LANES)[None, :], (2, Z.COLUMNS))
+            col = ch * LANES + row + lane[None, :]
+            total = added_up(left[0] + of * SUM, left[1], ((N + 1) * LANES + 1) * Z.C_PAD, col, real, Z)
+            if N == 3:  # q's weight had log2 e/√D, k and v are log2 e times as large themselves
+                total *= tl.where(of == 0, 1.0 / Z.D**0.5, 0.6931471805599453)
+            total = tl.where(used[None, :], total, 0.0)
+            d_norm += tl.sum(total * weight[None, :], 1)
+            d_weight = tl.sum(total * scales[:, None], 0)
+            store(one[1], at_one * Z.C + ch, d_weight, first)
+            store(two[1], out * Z.C + ch, d_weight, second)
+            if ch == 0:
+                d_bias = tl.sum(tl.where((shift == 1)[:, None], total, 0.0), 0)
+                store(one[2], at_one, d_bias, first)
+                store(two[2], out, d_bias, second)
+    store(norm[2], ch + 0 * shift, d_norm, shift == 0)
+    store(norm[3], ch + 0 * shift, d_norm, shift == 1)
+
+
+@triton.jit
+def _straight(
+    block,
+    left,
+    weight_ptr,
+    bias_ptr,
+    N: tl.constexpr,
+    LANES: tl.constexpr,
+    PAD: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    Z: tl.constexpr,
+):
+    """Of the linear whose sums are behind those of N others: gradients of its weight, and in the last blocks of its bias."""
+    SUM: tl.constexpr = Z.C_PAD * LANES
+    BLOCKS: tl.constexpr = (Z.C * LANES + Z.COLUMNS - 1) // Z.COLUMNS
+    is_bias = block >= BLOCKS
+    at = (block - tl.where(is_bias, BLOCKS, 0)) * Z.COLUMNS + tl.arange(0, Z.COLUMNS)[None, :]
+    real = at < tl.where(is_bias, Z.C, Z.C * LANES)
+    first = tl.where(is_bias, (N + 1) * SUM, N * SUM)
+    total = added_up(left[0] + first, left[1], ((N + 1) * LANES + 1) * Z.C_PAD, at, real, Z)
+    if is_bias:
+        store(bias_ptr, at, total, real)
     else:
-        norm = load(w.norm1_weight, ch, real), load(w.norm1_bias, ch, real)
-        for start in range(0, Z.LANES, Z.W):
-            lane = start + tl.arange(0, Z.W)
-            out = lane // Z.D_PAD * Z.D + lane % Z.D_PAD  # as _head_weights has it
-            used = (lane % Z.D_PAD < Z.D) & (lane // Z.D_PAD < Z.H)
-            for i in tl.static_range(3):  # q, whose weight had log2 e/√D, k and v, log2 e times as large themselves
-                factor = 1.0 / Z.D**0.5 if i == 0 else 0.6931471805599453
-                of = (w.v_weight, d.v_weight, d.v_bias) if i == 2 else (w.qk_weight, d.qk_weight, d.qk_bias)
-                d_norm = _unfold(d_norm, attention_ptr + i * SUM, lane, used, Z.LANES, factor, i % 2 * Z.C + out, of, norm, Z)
-            mask = real[:, None] & used[None, :]
-            proj = load(attention_ptr + 3 * SUM, ch[:, None] * Z.LANES + lane[None, :], mask)
-            store(d.proj_weight, ch[:, None] * Z.C + out[None, :], proj, mask)
-        store(d.proj_bias, ch, load(attention_ptr + 4 * SUM, ch, real), real)
-        store(d.norm1_weight, ch, d_norm[0], real)
-        store(d.norm1_bias, ch, d_norm[1], real)
+        out, used = _channel(at % LANES, PAD, D, H)
+        store(weight_ptr, at // LANES * (D * H) + out, total, real & used)
+
+
+@triton.jit
+def _inner_totals_kernel(mlp_ptr, attention_ptr, n_mlp, n_attention, w, d, y_ptr, parts, Z: tl.constexpr):
+    """Gradients ``d`` of the weights, from so many rows that the backward's programs left; behind them what ``totalled`` does.
+
+    The longest programs first: a channel of the MLP's, of the attention's; then columns of fc2, of the projection.
+    """
+    FC2: tl.constexpr = Z.FC2
+    PROJ: tl.constexpr = Z.PROJ
+    program = tl.program_id(0)
+    ch = program % Z.C
+    block = tl.minimum(tl.maximum(program - 2 * Z.C, 0), FC2 + PROJ)  # what parts may have is more than 32 bits count
+    mlp, attention = (mlp_ptr, n_mlp), (attention_ptr, n_attention)
+    if program < Z.C:
+        norm = w.norm2_weight, w.norm2_bias, d.norm2_weight, d.norm2_bias
+        fc1 = w.fc1_weight, d.fc1_weight, d.fc1_bias
+        _unfolded(ch, mlp, norm, fc1, (None, None, None), 1, Z.HIDDEN, Z.HIDDEN, Z.M, 1, Z)
+    elif program < 2 * Z.C:
+        norm = w.norm1_weight, w.norm1_bias, d.norm1_weight, d.norm1_bias
+        qk, v = (w.qk_weight, d.qk_weight, d.qk_bias), (w.v_weight, d.v_weight, d.v_bias)
+        _unfolded(ch, attention, norm, qk, v, 3, Z.LANES, Z.D_PAD, Z.D, Z.H, Z)
+    elif block < FC2:
+        _straight(block, mlp, d.fc2_weight, d.fc2_bias, 1, Z.HIDDEN, Z.HIDDEN, Z.M, 1, Z)
+    elif block < FC2 + PROJ:
+        _straight(block - FC2, attention, d.proj_weight, d.proj_bias, 3, Z.LANES, Z.D_PAD, Z.D, Z.H, Z)
+    elif parts is not None:
+        totalled(program.to(tl.int64) - Z.PROGRAMS, y_ptr, parts, Z)
 
 
 # ---- on the host ----
@@ -714,24 +779,27 @@ def _inner_weights_kernel(mlp_ptr, attention_ptr, w, d, Z: tl.constexpr):
 
 @remembered
 def _specialise(kernel: Any, dtype: torch.dtype, S: int, C: int, H: int, M: int) -> Launch:
-    """One of the kernels for these sizes; that of the weights reads what the MLP's left, and in its chunks."""
+    """One of the kernels for these sizes."""
     half = dtype != torch.float32
     T, c_pad = max(16, triton.next_power_of_2(S)), max(16, triton.next_power_of_2(C + 1))
+    sums = kernel is _inner_totals_kernel  # of what the backward left, in its chunks
     backward = _inner_bwd_mlp_kernel if c_pad >= 64 else _inner_bwd_kernel
-    config = CONFIGS[(backward if kernel is _inner_weights_kernel else kernel).__name__][c_pad, half]
+    config = CONFIGS[(backward if sums else kernel).__name__][c_pad, half]
     # up to 128 rows of keys and values: shared memory has no room for more in float32
     d_pad = max(triton.next_power_of_2(C // H), T // 8 if T > 16 else 1)
     hg = max(1, 16 // d_pad)
     # what is kept on the chip of the weights leaves 24 KiB for the rest, on the smallest GPUs with 99 KiB
     head_bytes, mlp_bytes = 4 * c_pad * -(-H // hg) * hg * d_pad * dtype.itemsize, 2 * c_pad * M * dtype.itemsize
     fit = head_bytes <= 64 << 10
-    sizes = Sizes.computed(
+    kind, more = (SumSizes, {"BLOCK": CONFIG.rows, "COLUMNS": columns()}) if sums else (Sizes, {})
+    more["STAGES"] = (CONFIG if sums else config).stages
+    sizes = kind.computed(
         dtype, S=S, C=C, H=H, M=M, T=T, G=max(1, config.rows // T), C_PAD=c_pad, D_PAD=d_pad, HG=hg, CHUNK=config.chunk,
-        STAGES=config.stages, BACKWARD=kernel is not _inner_fwd_kernel, KEEP_HEADS=kernel is not _inner_fwd_kernel or fit,
-        MLP_FITS=c_pad < (128 if half else 64) and M <= 256 and mlp_bytes + fit * head_bytes <= 72 << 10,
+        BACKWARD=kernel is not _inner_fwd_kernel, KEEP_HEADS=kernel is not _inner_fwd_kernel or fit,
+        MLP_FITS=c_pad < (128 if half else 64) and M <= 256 and mlp_bytes + fit * head_bytes <= 72 << 10, **more,
     )  # fmt: skip
-    if kernel is _inner_weights_kernel:  # it has no turns, and stands for a call of batch 256 with 196 patches an image
-        return Launch(kernel, {"Z": sizes}, Config(0, warps=4), 256 * 196)
+    if sums:  # as totals' it stands for a call of batch 256 with 196 patches an image
+        return Launch(kernel, {"Z": sizes}, CONFIG, 256 * 196)
     return Launch(kernel, {"Z": sizes}, config, sizes.G, loops=2 if kernel is _inner_bwd_kernel else 1)
 
 
@@ -798,23 +866,27 @@ class Inner(Operation):
         begun, finished = self.halves(a, needed)
 
         def run(gradient: Tensor, a: SimpleNamespace) -> dict[str, Tensor]:
-            parts: dict[tuple[str, ...], Tensor] = {}
-            found = begun(gradient, a, parts)
-            return found | finished(a, totals(parts, torch.float32))
+            found, left = begun(gradient, a)
+            return found | finished(a, left, {})[0]
 
         return run
 
-    def halves(self, a: SimpleNamespace, needed: set[str]) -> tuple[Callable[..., dict[str, Tensor]], Callable[..., dict]]:
-        """What ``graded`` does before ``totals``, for which it leaves parts, and what with them.
+    def halves(self, a: SimpleNamespace, needed: set[str]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """What ``graded`` does: the pixels' gradient, and what its programs left; from that the weights', and beside them
+        ``totals`` of parts in float32.
 
-        By PyTorch for the sizes of ``gradients_unsupported``, and where the gradient of a scale is asked for.
+        By PyTorch, and all in the first half, for the sizes of ``gradients_unsupported``, and where the gradient of a scale is
+        asked for.
         """
         (P, S, C), H, dtype = a.pixel.shape, a.num_heads, a.pixel.dtype
         M, has_sums = a.weights.fc1_weight.shape[0], needed != {"pixel"}
         reasons = self.gradients_unsupported(dict(S=S, C=C, H=H, M=M), dtype, a.pixel.device)
         if reasons or needed & {"attn_scale", "mlp_scale"}:
-            return lambda gradient, a, parts: self.recomputed(gradient, a, needed), lambda a, summed: {}
-        of_weights = _specialise(_inner_weights_kernel, dtype, S, C, H, M).again()
+            return (
+                lambda gradient, a: (self.recomputed(gradient, a, needed), None),
+                lambda a, left, parts: ({}, totals(parts, torch.float32)),
+            )
+        of_weights = _specialise(_inner_totals_kernel, dtype, S, C, H, M).again()
         Z = of_weights.constants["Z"]
         if Z.WIDE:
             before, grid_before = self._launched(_inner_fwd_kernel, a, 0)
@@ -823,7 +895,7 @@ class Inner(Operation):
         else:
             both, grid = self._launched(_inner_bwd_kernel, a, M)
 
-        def begun(gradient: Tensor, a: SimpleNamespace, parts: dict[tuple[str, ...], Tensor]) -> dict[str, Tensor]:
+        def begun(gradient: Tensor, a: SimpleNamespace) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
             gradient, pixel, w, scales = gradient.to(dtype).contiguous(), a.pixel.contiguous(), a.weights, _scales(a)
             dx, of_mlp, of_attention = torch.empty_like(pixel), None, None
             if has_sums:  # a row of each program
@@ -836,17 +908,18 @@ class Inner(Operation):
                 launch(attend, grid, pixel, dx, w, scales[0], of_attention, P, a.eps)
             else:
                 launch(both, grid, pixel, gradient, dx, w, *scales, of_mlp, of_attention, P, a.eps)
-            if has_sums:
-                parts["mlp",], parts["attention",] = of_mlp, of_attention
-            return {"pixel": dx}
+            return {"pixel": dx}, (of_mlp, of_attention)
 
-        def finished(a: SimpleNamespace, summed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def finished(
+            a: SimpleNamespace, left: tuple[Tensor, ...], parts: Mapping[tuple[str, ...], Tensor]
+        ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             if not has_sums:
-                return {}
-            w = a.weights
+                return {}, totals(parts, torch.float32)
+            w, sums = a.weights, Sums(parts, torch.float32)
             new = type(w)(*[None if x is None else torch.empty_like(x) for x in w])
-            launch(of_weights, 2, summed["mlp"], summed["attention"], w, new)
-            return new._asdict()
+            rows = [x.shape[0] for x in left]
+            launch(of_weights, Z.PROGRAMS + sums.programs, *left, *rows, w, new, sums.result, sums.parts)
+            return new._asdict(), sums.by_name()
 
         return begun, finished
 

@@ -43,22 +43,34 @@ class Sizes(operation.Sizes):
 
 
 @triton.jit
-def _totals_kernel(y_ptr, parts, Z: tl.constexpr):
+def added_up(ptr, n_rows, stride, col, real, Z: tl.constexpr):
+    """Of rows that lie ``stride`` apart the sums of columns ``col``, a matrix, 0 of those that are not ``real``."""
+    total = tl.full((Z.BLOCK, col.shape[0], col.shape[1]), 0.0, tl.float32)
+    for first in tl.range(0, n_rows, Z.BLOCK, num_stages=Z.STAGES):
+        row = first + tl.arange(0, Z.BLOCK)
+        start = row.to(tl.int64)[:, None, None] * stride
+        total += tl.load(ptr + start + col[None], mask=(row < n_rows)[:, None, None] & real[None], other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def totalled(program, y_ptr, parts, Z: tl.constexpr):
     """Each part begins with a program of its own, and y has whole ones: zeros behind the last column of a part."""
-    block, ptr, n_rows, n_columns = tl.program_id(0).to(tl.int64), parts[0].ptr, parts[0].n_rows, parts[0].n_columns
+    block, ptr, n_rows, n_columns = program, parts[0].ptr, parts[0].n_rows, parts[0].n_columns
     for i in tl.static_range(1, len(parts)):
         left = block - tl.cdiv(n_columns, Z.COLUMNS)  # below 0, too, for what comes behind the part that is sought
         there, part = left >= 0, parts[i]
         block, ptr = tl.where(there, left, block), tl.where(there, part.ptr, ptr)
         n_rows, n_columns = tl.where(there, part.n_rows, n_rows), tl.where(there, part.n_columns, n_columns)
-    col = block * Z.COLUMNS + tl.arange(0, Z.COLUMNS)
-    total = tl.full((Z.BLOCK, Z.COLUMNS), 0.0, tl.float32)
-    for first in tl.range(0, n_rows, Z.BLOCK, num_stages=Z.STAGES):
-        row = first + tl.arange(0, Z.BLOCK)
-        start = row.to(tl.int64)[:, None] * n_columns
-        total += tl.load(ptr + start + col[None, :], mask=(row < n_rows)[:, None] & (col < n_columns)[None, :], other=0.0)
-    at = tl.program_id(0).to(tl.int64) * Z.COLUMNS + tl.arange(0, Z.COLUMNS)
-    tl.store(y_ptr + at, tl.sum(total, 0).to(y_ptr.dtype.element_ty))
+    lane = tl.arange(0, Z.COLUMNS)[None, :]
+    col = block * Z.COLUMNS + lane
+    total = added_up(ptr, n_rows, n_columns, col, col < n_columns, Z)
+    tl.store(y_ptr + program * Z.COLUMNS + lane, total.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _totals_kernel(y_ptr, parts, Z: tl.constexpr):
+    totalled(tl.program_id(0).to(tl.int64), y_ptr, parts, Z)
 
 
 # ---- on the host ----
@@ -71,21 +83,38 @@ def _specialise(dtype: torch.dtype, columns: int, turns: int) -> Launch:
     return Launch(_totals_kernel, {"Z": Z}, CONFIG, 256 * 196, turns)
 
 
-def totals(parts: Mapping[tuple[str, ...], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Sums over the rows of matrices, which are contiguous in float32, in a ``dtype``; by the names of equal parts of a row.
+def columns() -> int:
+    """Of a program."""
+    return INTERPRETED if isinstance(operation.runner, operation.Interpreter) else COLUMNS
 
-    They are vectors that lie in one memory.
+
+class Sums:
+    """What ``totalled`` takes and gives: ``result`` and ``parts``, both None where there are none, of so many ``programs``.
+
+    ``parts``: matrices that are contiguous in float32, by the names of equal parts of a row.
     """
-    if not parts:
-        return {}
-    given = tuple(Part(x, *x.shape) for x in parts.values())
-    columns = INTERPRETED if isinstance(operation.runner, operation.Interpreter) else COLUMNS
-    blocks = [-(-x.n_columns // columns) for x in given]
-    result = torch.empty(sum(blocks) * columns, dtype=dtype, device=given[0].ptr.device)
-    spec = _specialise(torch.float32, columns, -(-max(x.n_rows for x in given) // CONFIG.rows))
-    launch(spec, sum(blocks), result, given)
-    found: dict[str, Tensor] = {}
-    sums = result.split([count * columns for count in blocks])
-    for names, part, total in zip(parts, given, sums, strict=True):
-        found |= zip(names, total[: part.n_columns].split(part.n_columns // len(names)), strict=True)
-    return found
+
+    def __init__(self, parts: Mapping[tuple[str, ...], Tensor], dtype: torch.dtype):
+        given = tuple(Part(x, *x.shape) for x in parts.values())
+        self._names, self._widths = [*parts], [-(-x.n_columns // columns()) * columns() for x in given]
+        self.programs, self.parts, self.result = sum(self._widths) // columns(), given or None, None
+        if given:
+            self.result = torch.empty(sum(self._widths), dtype=dtype, device=given[0].ptr.device)
+
+    def by_name(self) -> dict[str, Tensor]:
+        """They are vectors that lie in one memory."""
+        if self.parts is None or self.result is None:
+            return {}
+        found: dict[str, Tensor] = {}
+        for names, part, total in zip(self._names, self.parts, self.result.split(self._widths), strict=True):
+            found |= zip(names, total[: part.n_columns].split(part.n_columns // len(names)), strict=True)
+        return found
+
+
+def totals(parts: Mapping[tuple[str, ...], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Sums over the rows of matrices, in a ``dtype``, by name."""
+    sums = Sums(parts, dtype)
+    if sums.parts is not None:
+        spec = _specialise(torch.float32, columns(), -(-max(x.n_rows for x in sums.parts) // CONFIG.rows))
+        launch(spec, sums.programs, sums.result, sums.parts)
+    return sums.by_name()

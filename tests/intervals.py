@@ -438,11 +438,8 @@ def _of_pixel_embed(launch: Any) -> Iterator[dict[str, Interval]]:
 
 
 def _of_inner(launch: Any) -> Iterator[dict[str, Any]]:
-    if "n_patches" in integers(launch):
-        copies = any(name.startswith("copies") for name in integers(launch))  # there may be more blocks of them than tiles
-        yield {"n_patches": Interval(1, ROWS), "n": Interval(1, ROWS)} | ({"programs": RESIDENT} if copies else {})
-    else:
-        yield {"programs": 2}  # of the weights' kernel: the MLP's and the attention's
+    copies = any(name.startswith("copies") for name in integers(launch))  # there may be more blocks of them than tiles
+    yield {"n_patches": Interval(1, ROWS), "n": Interval(1, ROWS)} | ({"programs": RESIDENT} if copies else {})
 
 
 def _of_norm(launch: Any) -> Iterator[dict[str, Interval]]:
@@ -468,8 +465,9 @@ def _of_block(launch: Any) -> Iterator[dict[str, Any]]:
 def _of_totals(launch: Any) -> Iterator[dict[str, Any]]:
     """Of what programs leave: a row each; as many columns as gradients, of a matrix at most, in each part as it likes."""
     parts = sum(name.endswith("n_columns") for name in integers(launch))
-    programs = parts * -(-ROWS // launch.constants["Z"].COLUMNS)
-    yield {"n_rows": Interval(1, RESIDENT), "n_columns": Interval(1, ROWS), "programs": programs}
+    Z = launch.constants["Z"]
+    rows = dict.fromkeys(("n_rows", "n_mlp", "n_attention"), Interval(1, RESIDENT))
+    yield rows | {"n_columns": Interval(1, ROWS), "programs": getattr(Z, "PROGRAMS", 0) + parts * -(-ROWS // Z.COLUMNS)}
 
 
 def _of_attention(launch: Any) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,9 @@ everywhere = pytest.mark.everywhere
 @pytest.fixture
 def known(path):
     if path.name in ("sm_89", "sm_100", "sm_120"):
-        pytest.skip("not launched there (gelu.CAPABILITIES): too little shared memory, or instructions the machine does not know")
+        pytest.skip(
+            "not launched there (gelu.CAPABILITIES): too little shared memory, or instructions the machine does not know"
+        )
 
 
 ALL = {"_gelu_product_kernel", "_gelu_product_bwd_kernel", "_norm_product_kernel", "_sum_product_kernel"}
