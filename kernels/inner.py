@@ -671,18 +671,9 @@ def _channel(lane, PAD: tl.constexpr, D: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def _unfolded(
-    ch,
-    left,
-    norm,
-    one,
-    two,
-    N: tl.constexpr,
-    LANES: tl.constexpr,
-    PAD: tl.constexpr,
-    D: tl.constexpr,
-    H: tl.constexpr,
+    ch, left, norm, one, two, N: tl.constexpr, LANES: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     Z: tl.constexpr,
-):
+):  # fmt: skip
     """Of N linear(LN x): of channel ch the gradients of their weights and of LN's scale and shift; of the first, of all biases.
 
     The sums: the normalised x before scale and shift, and a one behind it, times the gradients of the results. ``norm``: scale
@@ -720,17 +711,9 @@ def _unfolded(
 
 @triton.jit
 def _straight(
-    block,
-    left,
-    weight_ptr,
-    bias_ptr,
-    N: tl.constexpr,
-    LANES: tl.constexpr,
-    PAD: tl.constexpr,
-    D: tl.constexpr,
-    H: tl.constexpr,
-    Z: tl.constexpr,
-):
+    block, left, weight_ptr, bias_ptr, N: tl.constexpr, LANES: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr,
+    H: tl.constexpr, Z: tl.constexpr,
+):  # fmt: skip
     """Of the linear whose sums are behind those of N others: gradients of its weight, and in the last blocks of its bias."""
     SUM: tl.constexpr = Z.C_PAD * LANES
     BLOCKS: tl.constexpr = (Z.C * LANES + Z.COLUMNS - 1) // Z.COLUMNS
