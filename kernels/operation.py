@@ -8,6 +8,7 @@ is a third one, ``NAME_recorded``, with that as further results. By hand: of a c
 -m benchmarks.host).
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
@@ -471,8 +472,13 @@ class Operation(Arguments):
         def define(name: str, schema: str, function: Any, fake: Any) -> Any:
             LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
             LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"tnt_fast::{name}", fake, lib=LIBRARY)
             found = getattr(torch.ops.tnt_fast, name).default
+
+            def traced(*flat: Any) -> Any:
+                _lowered(found)
+                return fake(*flat)
+
+            torch.library.register_fake(f"tnt_fast::{name}", traced, lib=LIBRARY)
             functions[found] = function
             return found
 
@@ -722,6 +728,21 @@ class Settled:
             self._seen.clear()
         self._seen.add(seen)
         return self(*changing)
+
+
+def _lowered(operation: Any) -> None:
+    """Have Inductor, where it is loaded, call an operation, as it does with what it does not know: that it would find out in
+    the middle of a graph, and write down, for a log, what all arguments were made of, of gradients twice as much a block."""
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is None or operation in lowering.lowerings:
+        return
+    try:
+        from torch._inductor.lowering import make_fallback, tag_to_layout_constraint
+        from torch._library.utils import get_layout_constraint_tag
+    except ImportError:  # an older one, which finds out by itself
+        return
+    constraint = tag_to_layout_constraint(get_layout_constraint_tag(operation, with_default=True))
+    make_fallback(operation, layout_constraint=constraint)
 
 
 def _several(x: Any) -> Sequence[Tensor]:

@@ -190,6 +190,18 @@ def test_a_compiled_model_launches_what_an_eager_one_does(path, dtype):
         torch.testing.assert_close(compiled, eager)
 
 
+def test_inductor_knows_the_operations_before_it_meets_them():
+    """Else it writes down what the arguments of the last in a backward were made of: of twelve blocks, for many minutes."""
+    from torch._inductor.lowering import lowerings
+
+    known = {getattr(torch.ops.tnt_fast, name).default for name in ("block_recorded", "block_backward", "pixel_embed_backward")}
+    for operation in known:
+        lowerings.pop(operation, None)
+    torch._dynamo.reset()
+    torch.compile(tiny(), fullgraph=True, backend="aot_eager")(images()).sum().backward()
+    assert known <= {*lowerings}
+
+
 @pytest.mark.slow
 def test_two_backwards_give_the_same_bits():
     model, image = tiny(), images(3).requires_grad_()
