@@ -156,7 +156,7 @@ def _normalised(total, mean, rstd, sums, bias, Z: tl.constexpr):
 
 
 @triton.jit
-def _gelu_product_kernel(x_ptr, w_ptr, bias_ptr, sums_ptr, moments_ptr, h_ptr, y_ptr, n_rows, eps, Z: tl.constexpr):
+def _gelu_product_kernel(x_ptr, w_ptr, bias_ptr, sums_ptr, moments_ptr, hidden_ptr, y_ptr, n_rows, eps, Z: tl.constexpr):
     """h, where it is asked for, and GELU of it as it is stored; else of what is not rounded.
 
     With ``moments_ptr`` of LN(x): W is γW then, ``sums_ptr`` has its sums, and the bias Wβ, too.
@@ -179,9 +179,9 @@ def _gelu_product_kernel(x_ptr, w_ptr, bias_ptr, sums_ptr, moments_ptr, h_ptr, y
         h = _normalised(total, mean, rstd, sums, bias, Z) if NORM else total + bias[None, :]
         first, row, alive = _tile(tile, n_rows, Z)
         at = row * Z.N + col[None, :]
-        if h_ptr is not None:
+        if hidden_ptr is not None:
             h = h.to(Z.DTYPE)
-            tl.store(h_ptr + first * Z.N + at, h, mask=alive)
+            tl.store(hidden_ptr + first * Z.N + at, h, mask=alive)
         tl.store(y_ptr + first * Z.N + at, gelu(h.to(tl.float32), Z.FAST).to(Z.DTYPE), mask=alive)
 
 

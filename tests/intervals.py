@@ -483,7 +483,7 @@ OPTIONAL = {
     "fold": {"bias_ptr", "shift", "bias", "dx", "y"},
     "outer": {
         "a_ptr", "bias_ptr", "rest_ptr", "later_ptr", "shift", "bias", "next_bias", "later", "dx", "y", "second_bias",
-        "norm_bias", "sum_bias", "sums_ptr", "moments_ptr", "h_ptr",
+        "norm_bias", "sum_bias", "sums_ptr", "moments_ptr", "hidden_ptr",
     },
     "block": {"qk_bias", "v_bias", "attn_scale_ptr", "mlp_scale_ptr", "bias", "shift", "next_bias", "y", "dz"},
 }  # fmt: skip

@@ -373,7 +373,7 @@ def test_a_simulation_is_kept_by_the_kernels_digest(monkeypatch, tmp_path):
     monkeypatch.setattr(budget, "read_nvidia", lambda *_: {"registers": 32})
     monkeypatch.setattr(budget.machine_code, "disassembly", lambda *_: "")
     monkeypatch.setattr(budget.machine_code, "decode", lambda *_: [])
-    monkeypatch.setattr(budget.machine_code, "parts", lambda *_: None)
+    monkeypatch.setattr(budget.machine_code, "parts", lambda *_, **__: None)
     times = [budget.simulated(each, H200, 50176) for each in (one, one, other)]
     assert len(asked) == 2
     assert {time.us for time in times} == {1.0}
