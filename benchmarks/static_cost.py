@@ -219,7 +219,7 @@ def read_code(disassembly: str, backend: str, main: int = 1) -> Code:
         return Code(count(reachable), Counter(), 0, 0)
     bodies, within = outer[-main:], 0
     for body in bodies:
-        entries = {block for block in body if any(before not in body for before in graph.predecessors(block))}
+        entries = {block for block in body if not block or any(before not in body for before in graph.predecessors(block))}
         within += real(loops(body - entries))
     whole = set().union(*bodies)
     return Code(count(whole), count(reachable - whole), within, real(outer[:-main]))

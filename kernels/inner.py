@@ -682,7 +682,7 @@ def _unfolded(
     """
     SUM: tl.constexpr = Z.C_PAD * LANES
     shift = tl.arange(0, 2)  # behind the channel's
-    scales = tl.where(shift == 0, load(norm[0], ch, True), load(norm[1], ch, True))
+    scales = load(norm[0], ch + 0 * shift, shift == 0) + load(norm[1], ch + 0 * shift, shift == 1)
     d_norm = tl.full((2,), 0.0, tl.float32)
     row = (shift * (Z.C - ch) * LANES)[:, None]
     for of in range(N):
