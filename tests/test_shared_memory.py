@@ -41,7 +41,10 @@ def launch(operation: str, tensors: dict, others: dict, dtype: torch.dtype, targ
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.wide)], ids=str)
 @pytest.mark.parametrize(
     ("S", "C", "H", "M"),
-    [(4, 96, 4, 384), (64, 96, 96, 24), (64, 6, 6, 24), (64, 62, 2, 24), (16, 63, 63, 24), (64, 31, 1, 224), (64, 63, 7, 64)],
+    [
+        (4, 96, 4, 384), (64, 96, 96, 24), (64, 62, 2, 24), (64, 31, 1, 224),
+        *(pytest.param(*sizes, marks=pytest.mark.wide) for sizes in ((64, 6, 6, 24), (16, 63, 63, 24), (64, 63, 7, 64))),
+    ],
     ids=str,
 )  # fmt: skip
 def test_inner(S, C, H, M, dtype, target):
@@ -55,7 +58,11 @@ def test_outer_of_few_rows(N, C, E, H, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("C", "H", "M"), [(31, 31, 256), (30, 6, 256), (31, 1, 256)], ids=str)
+@pytest.mark.parametrize(
+    ("C", "H", "M"),
+    [(31, 31, 256), *(pytest.param(*sizes, marks=pytest.mark.wide) for sizes in ((30, 6, 256), (31, 1, 256)))],
+    ids=str,
+)
 def test_the_backward_of_inner(C, H, M, dtype):
     launch("inner", inner_tensors(3, 16, C, M), dict(num_heads=H), dtype, "sm_89")
 
