@@ -10,7 +10,7 @@ from helpers import HERE, TINY, perturb, relative_error
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tnt_fast import TNT, attention, kernels, reference, why_not_fused
+from tnt_fast import TNT, attention, dispatch, kernels, reference, why_not_fused
 from tnt_fast.tnt import Attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,8 +155,9 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 
 @pytest.fixture
 def products(monkeypatch):
-    """Calls that compute q, k and v in one product of oneDNN: how wide."""
+    """Calls that compute q, k and v in one product of oneDNN, as where MKL is slow: how wide."""
     calls, right = [], attention.linears
+    monkeypatch.setattr(attention, "mkl_is_fast", lambda: False)
     monkeypatch.setattr(attention, "linears", lambda x, *given: calls.append(x.shape[-1]) or right(x, *given))
     return calls
 
@@ -180,6 +181,80 @@ def test_inference_on_a_cpu_takes_fused_attention_and_one_product(kwargs, sdpa, 
             assert products == []
         model.set_attn_backend("eager")
         assert torch.equal(model(image), own)
+
+
+@on_cpu
+def test_on_intel_the_products_stay_mkls(monkeypatch, sdpa, products):
+    monkeypatch.setattr(attention, "mkl_is_fast", lambda: True)
+    model, image = tiny(backend="reference"), images()
+    exact, own = copy.deepcopy(model).double()(image.double()).detach(), model(image).detach()
+    with torch.no_grad():
+        HERE.rule("inference", model(image), own, exact, torch.float32)
+    assert len(sdpa) == 2
+    assert products == []
+
+
+@pytest.mark.parametrize(
+    ("text", "processor", "fast"),
+    [("vendor_id\t: GenuineIntel\n", "", True), ("vendor_id\t: AuthenticAMD\n", "GenuineIntel", False),
+     (None, "Intel64 Family 6 Model 85 Stepping 7, GenuineIntel", True), (None, "arm", False), (None, "", False)],
+)  # fmt: skip
+def test_whose_cpu_it_is(text, processor, fast, monkeypatch):
+    def read(self, errors):
+        if text is None:
+            raise FileNotFoundError(self)
+        return text
+
+    monkeypatch.setattr(attention.Path, "read_text", read)
+    monkeypatch.setattr(attention.platform, "processor", lambda: processor)
+    assert attention.mkl_is_fast.__wrapped__() is fast
+
+
+@pytest.fixture
+def in_place(monkeypatch):
+    """Whether GELU was computed in place, of each MLP in order."""
+    calls, right = [], dispatch.is_plain_mlp
+    monkeypatch.setattr(dispatch, "is_plain_mlp", lambda *given: calls.append(right(*given)) or calls[-1])
+    return calls
+
+
+@on_cpu
+def test_gelu_in_place_changes_no_bit(in_place):
+    model, image = tiny(backend="reference", attn_backend="eager"), images()
+    expected = model(image).detach()
+    assert in_place == []  # gradients are recorded
+    with torch.no_grad():
+        assert torch.equal(model(image), expected)
+    assert in_place == [True] * 4
+
+
+@on_cpu
+@pytest.mark.parametrize("where", ["mlp", "mlp_in"])
+@pytest.mark.parametrize("how", ["fc1", "act", "mlp", "tanh", "dropout", "class", "forward"])
+def test_a_changed_mlp_counts_on_a_cpu(how, where, in_place):
+    model, image, seen = tiny(backend="reference", attn_backend="eager"), images(), []
+    mlp = getattr(model.blocks[1], where)
+    look = lambda module, given, out: seen.append(out)  # noqa: E731
+    if how in ("fc1", "act", "mlp"):
+        (mlp if how == "mlp" else getattr(mlp, how)).register_forward_hook(look)
+    elif how == "tanh":
+        mlp.act = nn.GELU(approximate="tanh")
+    elif how == "dropout":
+        mlp.drop1 = nn.Dropout(0.5)  # a new module trains
+    elif how == "class":
+        mlp.fc2 = Doubled(mlp.fc2.in_features, mlp.fc2.out_features)
+    else:
+        mlp.act.forward = lambda x: 2 * x
+    torch.manual_seed(0)
+    expected = model(image).detach()
+    looked_at = [x.detach().clone() for x in seen]
+    seen.clear()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert torch.equal(model(image), expected)
+    assert in_place.count(False) == 1
+    assert len(seen) == (how in ("fc1", "act", "mlp"))
+    assert all(torch.equal(a, b) for a, b in zip(seen, looked_at, strict=True))
 
 
 @on_cpu

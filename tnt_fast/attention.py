@@ -2,11 +2,13 @@
 
 "auto" is "sdpa" on the fused path, which has a kernel of its own in the place of PyTorch's (kernels/attention.py) where that is
 faster. On the reference path it is "eager", whose bits are timm's, but where ``only_infers``: "sdpa" there, too, with q, k and
-v in one product of oneDNN's.
+v in one product of oneDNN's where MKL is slow.
 """
 
+import platform
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,10 +59,19 @@ def has_onednn(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
+@cache
+def mkl_is_fast() -> bool:
+    """Whether the CPU is Intel's, on which ``F.linear`` is as fast as oneDNN; on an AMD with AVX-512 it has half the speed."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:  # not on Linux
+        return "GenuineIntel" in platform.processor()
+
+
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, plus: Tensor | None = None) -> Tensor:
     """``F.linear`` by oneDNN, with GELU, or the sum with ``plus``, behind it; without gradients.
 
-    ``F.linear`` is MKL's, at half the speed on an AMD with AVX-512. ``weight`` in rows: oneDNN is very slow in another layout.
+    ``weight`` in rows: oneDNN is very slow in another layout.
     """
     product = torch.ops.mkldnn._linear_pointwise
     if plus is not None:

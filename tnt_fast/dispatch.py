@@ -340,6 +340,13 @@ def is_plain_linear(layer: nn.Module, x: Tensor) -> bool:
     return all([_is_plain(p) and p.shape == s and p.dtype == x.dtype and p.device == x.device for p, s in parts])
 
 
+def is_plain_mlp(block: nn.Module, name: str, x: Tensor) -> bool:
+    """Whether ``block.name`` is fc2(GELU(fc1(x))), and nobody looks at what is between."""
+    reasons: list[str] = []
+    _check_modules("", block, _MLPS[name], reasons)
+    return not (reasons or _global_hook_reasons()) and is_plain_linear(getattr(block, name).fc1, x)
+
+
 def why_not_fused(model: Any, image: Tensor | None = None, gradients: bool = False) -> list[str]:
     """Every reason why ``model(image)`` would not take the fused path; an empty list if it would.
 
@@ -579,6 +586,11 @@ def _split(*expected: tuple[str, type | str]) -> tuple[tuple[str, str, str, type
     return tuple((path, *path.rpartition(".")[::2], cls) for path, cls in expected)
 
 
+def _of_mlp(name: str) -> tuple[tuple[str, type | str], ...]:
+    parts = (("fc1", nn.Linear), ("act", nn.GELU), ("drop1", nn.Dropout), ("norm", nn.Identity), ("fc2", nn.Linear))
+    return ((name, Mlp), *((f"{name}.{part}", cls) for part, cls in parts), (f"{name}.drop2", nn.Dropout))
+
+
 # The submodules that the fused path does not call, and the classes whose mathematics the kernels compute instead.
 _STEM = _split(
     ("pixel_embed.proj", nn.Conv2d), ("norm1_proj", nn.LayerNorm), ("proj", nn.Linear), ("norm2_proj", nn.LayerNorm),
@@ -586,17 +598,16 @@ _STEM = _split(
 _BLOCK = _split(
     ("norm_in", nn.LayerNorm), ("attn_in", "Attention"), ("attn_in.qk", nn.Linear), ("attn_in.v", nn.Linear),
     ("attn_in.attn_drop", nn.Dropout), ("attn_in.proj", nn.Linear), ("attn_in.proj_drop", nn.Dropout),
-    ("norm_mlp_in", nn.LayerNorm), ("mlp_in", Mlp), ("mlp_in.fc1", nn.Linear), ("mlp_in.act", nn.GELU),
-    ("mlp_in.drop1", nn.Dropout), ("mlp_in.norm", nn.Identity), ("mlp_in.fc2", nn.Linear), ("mlp_in.drop2", nn.Dropout),
+    ("norm_mlp_in", nn.LayerNorm), *_of_mlp("mlp_in"),
     ("norm1_proj", nn.LayerNorm), ("proj", nn.Linear), ("norm2_proj", nn.LayerNorm), ("drop_path", DropPath),
 )  # fmt: skip
 _REST = _split(("pos_drop", nn.Dropout), ("head_drop", nn.Dropout))
 _OUTER = _split(
     ("norm_out", nn.LayerNorm), ("attn_out", "Attention"), ("attn_out.qk", nn.Linear), ("attn_out.v", nn.Linear),
     ("attn_out.attn_drop", nn.Dropout), ("attn_out.proj", nn.Linear), ("attn_out.proj_drop", nn.Dropout),
-    ("norm_mlp", nn.LayerNorm), ("mlp", Mlp), ("mlp.fc1", nn.Linear), ("mlp.act", nn.GELU), ("mlp.drop1", nn.Dropout),
-    ("mlp.norm", nn.Identity), ("mlp.fc2", nn.Linear), ("mlp.drop2", nn.Dropout), ("drop_path", DropPath),
+    ("norm_mlp", nn.LayerNorm), *_of_mlp("mlp"), ("drop_path", DropPath),
 )  # fmt: skip
+_MLPS = {name: _split(*_of_mlp(name)) for name in ("mlp_in", "mlp")}
 
 
 def is_hooked(module: nn.Module) -> bool:

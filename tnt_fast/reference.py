@@ -158,7 +158,7 @@ def attention_weights(qk: Tensor, num_heads: int) -> Tensor:
     batch, tokens, width = qk.shape
     head_dim = width // 2 // num_heads
     q, k = qk.reshape(batch, tokens, 2, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    return ((q @ k.transpose(-2, -1)) * head_dim**-0.5).softmax(dim=-1)
+    return (q @ k.transpose(-2, -1)).mul_(head_dim**-0.5).softmax(dim=-1)
 
 
 def attend(weights: Tensor, v: Tensor) -> Tensor:

@@ -97,9 +97,9 @@ class Attention(nn.Module):
 
     @torch.jit.unused
     def _at_once(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What qk and v give, in one product where they are nothing but Linears that it takes."""
-        layers = (self.qk, self.v)
-        if all([dispatch.is_plain_linear(layer, x) and attention.has_onednn(layer.weight) for layer in layers]):
+        """What qk and v give, in one product where that is faster and they are nothing but Linears that it takes."""
+        layers, joined = (self.qk, self.v), not attention.mkl_is_fast()
+        if joined and all([dispatch.is_plain_linear(layer, x) and attention.has_onednn(layer.weight) for layer in layers]):
             return attention.linears(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
         return self.qk(x), self.v(x)
 
@@ -219,7 +219,8 @@ class Block(nn.Module):
         if fused and not torch.jit.is_scripting():
             return self._fused_inner(pixel, fused)
         pixel = pixel + self.drop_path(self.attn_in(self.norm_in(pixel)))
-        return pixel + self.drop_path(self.mlp_in(self.norm_mlp_in(pixel)))
+        x = self.norm_mlp_in(pixel)
+        return pixel + self.drop_path(self.mlp_in(x) if torch.jit.is_scripting() else self._mlp("mlp_in", x))
 
     def fold(self, pixel: Tensor, patch: Tensor, fused: bool = False) -> Tensor:
         """``reference.fold``: add the projected pixels onto the patches ``(B, 1 + N, E)``."""
@@ -241,10 +242,19 @@ class Block(nn.Module):
             patch = patch + self.drop_path(self._attn_out(self.norm_out(patch)))
         else:
             patch = patch + self.drop_path(self.attn_out(self.norm_out(patch)))
-        x = self.mlp(self.norm_mlp(patch))
+        x = self.norm_mlp(patch)
+        x = self.mlp(x) if torch.jit.is_scripting() else self._mlp("mlp", x)
         if self.has_se:
             x = x + self.se_layer(x)
         return patch + self.drop_path(x)
+
+    @torch.jit.unused
+    def _mlp(self, name: str, x: Tensor) -> Tensor:
+        """What the MLP gives, to the bit; GELU in place where that can be: new pages take a CPU longer than GELU itself."""
+        mlp = self._modules[name]
+        if attention.only_infers(x) and dispatch.is_plain_mlp(self, name, x):
+            return mlp.fc2(torch.ops.aten.gelu_(mlp.fc1(x)))  # type: ignore[union-attr, operator]
+        return mlp(x)  # type: ignore[misc]
 
     @torch.jit.unused
     def _fused_inner(self, pixel: Tensor, fused: bool) -> Tensor:
