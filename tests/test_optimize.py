@@ -78,7 +78,7 @@ def test_features_heads_and_any_image_size():
         rule(fast(image), model, image)
         tokens = fast.forward_features(image)
         assert tokens.shape == model.forward_features(image).shape
-        assert torch.equal(fast.forward_head(tokens), fast(image))
+        rule(fast.forward_head(tokens), model, image)
         assert fast.forward_head(tokens, pre_logits=True).shape == (2, 24)
     assert fast(torch.randn(0, 3, 32, 32)).shape == (0, 5)
     model.set_input_size((16, 48))
@@ -91,6 +91,34 @@ def test_a_large_batch_goes_in_pieces(monkeypatch):
     model = made()
     image = image_for(model, 5)
     rule(optimize_for_inference(model)(image), model, image)
+
+
+def test_many_pixels_go_in_pieces(monkeypatch):
+    model = made()
+    fast, image = optimize_for_inference(model), image_for(model)
+    whole = fast(image)
+    monkeypatch.setattr(optimize, "PATCHES", 3)
+    rule(fast(image), model, image)
+    assert (fast(image) - whole).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "alone"),
+    [({}, True), (dict(qkv_bias=True), True), (dict(legacy=True), True), (dict(inner_blocks=(0,)), True),
+     (dict(global_pool="avg"), False), (dict(global_pool=""), False), (dict(se_ratio=0.25), False)],
+    ids=str,
+)  # fmt: skip
+def test_the_last_block_computes_what_the_logits_ask_for(kind, alone):
+    model = made(**kind)
+    fast, image, widths = optimize_for_inference(model), image_for(model), []
+    for block in fast.blocks:
+        block.outer.mlp.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
+    rule(fast(image), model, image)
+    assert widths == [5, 1 if alone else 5]
+    widths.clear()
+    tokens = fast.forward_features(image)
+    assert widths == [5, 5]
+    assert (fast.forward_head(tokens) - fast(image)).abs().max() <= 1e-5
 
 
 def test_another_dtype_and_autocast():
@@ -120,9 +148,9 @@ def test_products_are_onednns_where_it_is(monkeypatch):
     with_it = products(optimize_for_inference(model))
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     without = products(optimize_for_inference(model))
-    assert without == (0, 2 * 9 + 2)  # of each block inner's and outer's four and fold's, the stem, the head
+    assert without == (0, 2 * 9 + 3)  # of each block inner's and outer's four and fold's, one for the class token, stem, head
     if torch.backends.mkldnn.is_available():
-        assert with_it == (2 * 9 + 1, 1)
+        assert with_it == (2 * 9 + 2, 1)
 
 
 @pytest.mark.parametrize(

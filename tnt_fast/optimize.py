@@ -9,10 +9,12 @@ larger steps. With n = LN(x) less its affine part, which every product behind on
     outer   q, k, v = n·W in one product, PyTorch's fused attention
 
 A bias of k adds the same to a row of scores, which softmax leaves out; that of v is added once, since the rows sum to one. On a
-CPU products are oneDNN's, with GELU or the sum behind them inside.
+CPU products are oneDNN's, with GELU or the sum behind them inside. Logits that are the class token's ask the last outer
+transformer for nothing but that token.
 """
 
 import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from tnt_fast.tnt import TNT, Block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PIECE = 8  # images at once on a CPU: what is between two operations then stays in its caches
+PATCHES = 784  # at once inside on a CPU: larger results go back to the system, which takes as long again for new pages
 
 
 def optimize_for_inference(model: TNT, dtype: torch.dtype | None = None) -> "OptimizedTNT":
@@ -96,24 +99,35 @@ def _of_normed(norm: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, 
 
 
 class Product(nn.Module):
-    """x Wᵀ + b over the last axis, with GELU, or the sum with ``plus``, behind it."""
+    """x Wᵀ + b over the last axis, or ``rows`` of W and b, with GELU, or the sum with ``plus``, behind it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.weight, self.bias = _frozen(weight, dtype), None if bias is None else _frozen(bias, dtype)
         self.by_onednn = attention.has_onednn(self.weight)
 
-    def forward(self, x: Tensor, gelu: bool = False, plus: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, gelu: bool = False, plus: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
+        weight, bias = self.weight[rows], None if self.bias is None else self.bias[rows]
         if self.by_onednn and not torch.compiler.is_compiling():
-            return attention.onednn_linear(x, self.weight, self.bias, gelu, plus)
-        x = F.linear(x, self.weight, self.bias)
+            return attention.onednn_linear(x, weight, bias, gelu, plus)
+        x = F.linear(x, weight, bias)
         x = F.gelu(x) if gelu else x
         return x if plus is None else plus + x
 
 
+@cache
+def _identity(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
+
+
 def _normed(x: Tensor, eps: float) -> Tensor:
-    narrow = x.is_cpu and x.shape[-1] < 64 and x.dtype in (torch.bfloat16, torch.float16)  # slower there than with two casts
-    return F.layer_norm(x.float() if narrow else x, x.shape[-1:], eps=eps).to(x.dtype)
+    given, width = x, x.shape[-1]
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return F.layer_norm(x, (width,), eps=eps)
+    if width < 64 and x.dtype in (torch.bfloat16, torch.float16):
+        x = x.float()  # two casts are faster than what PyTorch has for these
+    return F.layer_norm(x, (width,), *_identity(width, x.dtype), eps).to(given.dtype)  # without a weight it is no vector code
 
 
 def _softmax(x: Tensor) -> Tensor:
@@ -157,6 +171,11 @@ class Inner(nn.Module):
         self.mlp = Perceptron(norm2, mlp, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cpu or torch.compiler.is_compiling() or len(x) <= PATCHES:
+            return self._pixels(x)
+        return torch.cat([self._pixels(piece) for piece in x.split(PATCHES)])
+
+    def _pixels(self, x: Tensor) -> Tensor:
         P, S, C = x.shape
         n = _normed(x, self.eps)
         weights = _softmax(torch.bmm(self.scores(n).view(P, S * self.num_heads, C), n.transpose(1, 2)))
@@ -179,15 +198,22 @@ class Outer(nn.Module):
         self.proj = Product(attn.proj.weight, attn.proj.bias, dtype)
         self.mlp = Perceptron(block.norm_mlp, block.mlp, dtype, block.se_layer if block.has_se else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, E = x.shape
-        qkv = self.qkv(_normed(x, self.eps)).view(B, T, 3, self.num_heads, E // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    def forward(self, x: Tensor, first: bool = False) -> Tensor:
+        """``first``: of the first token alone, ``(B, 1, E)``."""
+        (B, T, E), H = x.shape, self.num_heads
+        n = _normed(x, self.eps)
+        if first:
+            x = x[:, :1].contiguous()
+            q, kv = self.qkv(n[:, :1].contiguous(), rows=slice(E)), self.qkv(n, rows=slice(E, None))
+        else:
+            q, kv = self.qkv(n).split((E, 2 * E), dim=-1)
+        q = q.view(B, x.shape[1], H, E // H).transpose(1, 2)
+        k, v = kv.view(B, T, 2, H, E // H).permute(2, 0, 3, 1, 4).unbind(0)
         if self.by_products:
             attended = _softmax(q @ k.transpose(-2, -1)) @ v
         else:
             attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        return self.mlp(self.proj(attended.transpose(1, 2).reshape(B, T, E), plus=x))
+        return self.mlp(self.proj(attended.transpose(1, 2).reshape(x.shape), plus=x))
 
 
 class Fold(nn.Module):
@@ -218,11 +244,12 @@ class PackedBlock(nn.Module):
             self.fold = Fold(block, dtype)
         self.outer = Outer(block, dtype)
 
-    def forward(self, pixel: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixel: Tensor, patch: Tensor, first: bool = False) -> tuple[Tensor, Tensor]:
+        """``first``: of the patches the first token alone."""
         if self.inner is not None and self.fold is not None:
             pixel = self.inner(pixel)
             patch = self.fold(pixel, patch)
-        return pixel, self.outer(patch)
+        return pixel, self.outer(patch, first)
 
 
 class Operation(nn.Module):
@@ -302,6 +329,8 @@ class OptimizedTNT(nn.Module):
             self.pixel_embed = Operation("pixel_embed", stem["pixel_embed"], dtype, self.fused)
             self.stem = Operation("fold", stem["fold"], dtype) if self.fused else Fold(source, dtype)
             self.blocks = nn.ModuleList(made(block, dtype) for block in source.blocks)
+        # squeeze-and-excitation asks for the mean of all
+        self.one_token = self.global_pool == "token" and not self.fused and not model.blocks[-1].has_se
         tokens = F.pad(model.cls_token, (0, 0, 0, model.num_patches))
         self.tokens = _frozen(tokens if model.patch_pos is None else tokens + model.patch_pos, dtype)
         self.patch_embed, self.norm, self.head = as_computed.patch_embed, as_computed.norm, as_computed.head
@@ -367,6 +396,9 @@ class OptimizedTNT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image ``(B, in_chans, H, W)`` → normalised tokens ``(B, 1 + N, E)``, class token first."""
+        return self._features(x)
+
+    def _features(self, x: Tensor, first: bool = False) -> Tensor:
         grid = self._grid(x)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             tokens = self.tokens
@@ -374,18 +406,20 @@ class OptimizedTNT(nn.Module):
                 tokens = resample_abs_pos_embed(tokens, list(grid), list(self.grid_size), num_prefix_tokens=1)
             x = x.to(self.dtype)
             if x.device.type != "cpu" or torch.compiler.is_compiling() or len(x) <= PIECE:
-                return self._tokens(x, tokens)
-            return torch.cat([self._tokens(piece, tokens) for piece in x.split(PIECE)])
+                return self._tokens(x, tokens, first)
+            return torch.cat([self._tokens(piece, tokens, first) for piece in x.split(PIECE)])
 
-    def _tokens(self, x: Tensor, tokens: Tensor) -> Tensor:
+    def _tokens(self, x: Tensor, tokens: Tensor, first: bool) -> Tensor:
         pixel = self.pixel_embed(image=x)
         if self.patch_embed is not None:
             patch = tokens + self.patch_embed(x)
         else:
             patch = tokens.expand(len(x), -1, -1) if self.fused else tokens.repeat(len(x), 1, 1)
         patch = self.stem(pixel=pixel, patch=patch) if self.fused else self.stem(pixel, patch)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             pixel, patch = block(pixel, patch)
+        _, patch = last(pixel, patch, first) if first else last(pixel, patch)
         return self.norm(patch)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -396,4 +430,4 @@ class OptimizedTNT(nn.Module):
             return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        return self.forward_head(self._features(x, first=self.one_token))
