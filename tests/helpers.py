@@ -51,8 +51,8 @@ def paths(
 ) -> pytest.MarkDecorator:
     """Parametrise a test with ``path``, inside of which it then runs, and ``dtype``; precisions by name, gpu's as compiled.
 
-    Without --wide only a part of the compiled cases runs: sm_90 in bfloat16, which the interpreter has not; also the other
-    precisions, and other targets, where a case has the marker ``everywhere``; nothing where it has the marker ``wide``.
+    Without --wide only a part of the compiled cases runs: sm_90 in bfloat16, which the interpreter has not; also one of other
+    precisions, or of other targets, where a case has the marker ``everywhere``; nothing where it has the marker ``wide``.
     """
     precisions = dict.fromkeys(PATHS, compiled) | {"interpreter": interpreter, "gpu": compiled if gpu is None else gpu}
     cases = []

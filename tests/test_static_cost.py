@@ -533,7 +533,7 @@ from pathlib import Path
 from benchmarks.static_cost import TARGETS, rows
 from tnt_fast.kernels import OPERATIONS
 
-wide, FEW = sys.argv[1:] == ["--wide"], ("sm_80", "sm_120", "gfx942")
+wide, FEW = sys.argv[1:] == ["--wide"], ("sm_120", "gfx942")
 COUNTED = ["pixel_embed", "inner"]  # whose instructions are held below
 table = rows(COUNTED, dtypes=["bf16"], targets=["sm_90"])
 table += rows([name for name in OPERATIONS if name not in COUNTED], dtypes=["bf16"], targets=["sm_90"], counted=False)
@@ -575,7 +575,7 @@ class TestShipped:
         return [" ".join(str(row[name]) for name in names) for row in rows]
 
     @pytest.mark.parametrize(
-        "target", ["sm_80", "sm_90", "sm_120", AMD, *(pytest.param(t, marks=pytest.mark.wide) for t in ("sm_89", "sm_100"))]
+        "target", ["sm_90", "sm_120", AMD, *(pytest.param(t, marks=pytest.mark.wide) for t in ("sm_80", "sm_89", "sm_100"))]
     )
     def test_compiles_for_every_target(self, launches, target):
         assert self._where([row for row in launches(target=[target]) if row["error"]], "error") == []
