@@ -8,7 +8,7 @@ from helpers import TINY, perturb
 from timm.layers import RmsNorm
 from torch import nn
 
-from tnt_fast import TNT, optimize, optimize_for_inference
+from tnt_fast import TNT, attention, optimize, optimize_for_inference
 from tnt_fast.kernels.outer import joined
 
 # TINY's depth is 2; of each kind the narrowest that still has it
@@ -93,15 +93,6 @@ def test_a_large_batch_goes_in_pieces(monkeypatch):
     rule(optimize_for_inference(model)(image), model, image)
 
 
-def test_many_pixels_go_in_pieces(monkeypatch):
-    model = made()
-    fast, image = optimize_for_inference(model), image_for(model)
-    whole = fast(image)
-    monkeypatch.setattr(optimize, "PATCHES", 3)
-    rule(fast(image), model, image)
-    assert (fast(image) - whole).abs().max() <= 1e-5
-
-
 @pytest.mark.parametrize(
     ("kind", "alone"),
     [({}, True), (dict(qkv_bias=True), True), (dict(legacy=True), True), (dict(inner_blocks=(0,)), True),
@@ -134,23 +125,37 @@ def test_another_dtype_and_autocast():
         assert optimize_for_inference(model)(image).dtype == torch.float32
 
 
-def test_products_are_onednns_where_it_is(monkeypatch):
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+@pytest.mark.parametrize(
+    # of each block inner's and outer's four and fold's, one for the class token, stem, head
+    ("library", "counts"), [("oneDNN", (2 * 9 + 2, 1, 0)), ("MKL", (0, 2 * 5 + 3, 2 * 4)), ("", (0, 2 * 9 + 3, 0))]
+)  # fmt: skip
+def test_whose_products_they_are(library, counts, monkeypatch):
+    monkeypatch.setattr(attention, "mkl_is_fast", lambda: library == "MKL")
     model = made()
     image = image_for(model)
+    if not library:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    fast, given = optimize_for_inference(model), image.clone()
+    with torch.profiler.profile() as profile:
+        found = fast(image)
+    rule(found, model, image)
+    assert torch.equal(image, given)
+    names = [event.name for event in profile.events()]
+    assert tuple(map(names.count, ("mkldnn::_linear_pointwise", "aten::linear", "aten::addmm_"))) == counts
 
-    def products(fast):
-        with torch.profiler.profile() as profile:
-            found = fast(image)
-        rule(found, model, image)
-        names = [event.name for event in profile.events()]
-        return sum(name == "mkldnn::_linear_pointwise" for name in names), sum(name == "aten::linear" for name in names)
 
-    with_it = products(optimize_for_inference(model))
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    without = products(optimize_for_inference(model))
-    assert without == (0, 2 * 9 + 3)  # of each block inner's and outer's four and fold's, one for the class token, stem, head
-    if torch.backends.mkldnn.is_available():
-        assert with_it == (2 * 9 + 2, 1)
+@pytest.mark.parametrize("fast", [True, False], ids=["MKL", "oneDNN"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_outputs_are_the_models_by_either_library(kind, fast, monkeypatch):
+    monkeypatch.setattr(attention, "mkl_is_fast", lambda: fast)
+    model = made(**MODELS[kind])
+    copied = optimize_for_inference(model)
+    for batch in (2, 1):
+        image = image_for(model, batch)
+        rule(copied(image), model, image)
+        rule(copied.forward_head(copied.forward_features(image)), model, image)
+        assert torch.equal(copied(image), copied(image))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ larger steps. With n = LN(x) less its affine part, which every product behind on
     outer   q, k, v = n·W in one product, PyTorch's fused attention
 
 A bias of k adds the same to a row of scores, which softmax leaves out; that of v is added once, since the rows sum to one. On a
-CPU products are oneDNN's, with GELU or the sum behind them inside. Logits that are the class token's ask the last outer
-transformer for nothing but that token.
+CPU products are oneDNN's, with GELU or the sum behind them inside; on Intel's, in float32, they are MKL's, with these in place.
+Logits that are the class token's ask the last outer transformer for nothing but that token.
 """
 
 import copy
@@ -27,15 +27,14 @@ from tnt_fast.tnt import TNT, Block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PIECE = 8  # images at once on a CPU: what is between two operations then stays in its caches
-PATCHES = 784  # at once inside on a CPU: larger results go back to the system, which takes as long again for new pages
 
 
 def optimize_for_inference(model: TNT, dtype: torch.dtype | None = None) -> "OptimizedTNT":
     """A copy of a model for inference alone, faster and with the same outputs up to rounding; the model stays as it is.
 
     On a GPU where the fused path can be taken (``why_not_fused``), and elsewhere with ``backend="fused"``, that path, with its
-    checks made now. Else PyTorch's operations on repacked weights, on a CPU with the products of oneDNN; where PyTorch was
-    built without oneDNN, or the CPU has no instructions for the dtype, with PyTorch's own.
+    checks made now. Else PyTorch's operations on repacked weights, on a CPU with the products of oneDNN, on Intel's in float32
+    with MKL's; where PyTorch was built without, or the CPU has no instructions for the dtype, with PyTorch's own.
 
     Args:
         model: in evaluation mode, on the device to infer on. Other sizes of images (``set_input_size``), another head or other
@@ -99,18 +98,29 @@ def _of_normed(norm: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, 
 
 
 class Product(nn.Module):
-    """x Wᵀ + b over the last axis, or ``rows`` of W and b, with GELU, or the sum with ``plus``, behind it."""
+    """x Wᵀ + b over the last axis, or ``rows`` of W and b, with GELU, or the sum with ``plus``, behind it.
+
+    By MKL both are in place, and ``plus`` is lost: new pages take a CPU longer than what is written there.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.weight, self.bias = _frozen(weight, dtype), None if bias is None else _frozen(bias, dtype)
-        self.by_onednn = attention.has_onednn(self.weight)
+        self.by_mkl = weight.is_cpu and dtype == torch.float32 and attention.mkl_is_fast()
+        self.by_onednn = not self.by_mkl and attention.has_onednn(self.weight)
 
     def forward(self, x: Tensor, gelu: bool = False, plus: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
         weight, bias = self.weight[rows], None if self.bias is None else self.bias[rows]
-        if self.by_onednn and not torch.compiler.is_compiling():
+        eager = not torch.compiler.is_compiling()
+        if self.by_onednn and eager:
             return attention.onednn_linear(x, weight, bias, gelu, plus)
+        if self.by_mkl and eager and plus is not None:
+            out = plus.view(-1, len(weight)) if bias is None else plus.view(-1, len(weight)).add_(bias)
+            out.addmm_(x.view(-1, x.shape[-1]), weight.t())
+            return plus
         x = F.linear(x, weight, bias)
+        if self.by_mkl and eager and gelu:
+            return torch.ops.aten.gelu_(x)
         x = F.gelu(x) if gelu else x
         return x if plus is None else plus + x
 
@@ -171,11 +181,6 @@ class Inner(nn.Module):
         self.mlp = Perceptron(norm2, mlp, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cpu or torch.compiler.is_compiling() or len(x) <= PATCHES:
-            return self._pixels(x)
-        return torch.cat([self._pixels(piece) for piece in x.split(PATCHES)])
-
-    def _pixels(self, x: Tensor) -> Tensor:
         P, S, C = x.shape
         n = _normed(x, self.eps)
         weights = _softmax(torch.bmm(self.scores(n).view(P, S * self.num_heads, C), n.transpose(1, 2)))
