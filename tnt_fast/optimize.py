@@ -14,7 +14,6 @@ Logits that are the class token's ask the last outer transformer for nothing but
 """
 
 import copy
-from functools import cache
 from typing import Any
 
 import torch
@@ -125,19 +124,23 @@ class Product(nn.Module):
         return x if plus is None else plus + x
 
 
-@cache
-def _identity(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):
-        return torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
+class Normed(nn.Module):
+    """A LayerNorm without its affine part. On a CPU it has one that changes nothing: else PyTorch's is no vector code."""
 
+    ones: Tensor
+    zeros: Tensor
 
-def _normed(x: Tensor, eps: float) -> Tensor:
-    given, width = x, x.shape[-1]
-    if not x.is_cpu or torch.compiler.is_compiling():
-        return F.layer_norm(x, (width,), eps=eps)
-    if width < 64 and x.dtype in (torch.bfloat16, torch.float16):
-        x = x.float()  # two casts are faster than what PyTorch has for these
-    return F.layer_norm(x, (width,), *_identity(width, x.dtype), eps).to(given.dtype)  # without a weight it is no vector code
+    def __init__(self, width: int, eps: float, like: Tensor):
+        super().__init__()
+        self.eps, dtype = eps, like.dtype
+        if like.is_cpu and width < 64 and dtype in (torch.bfloat16, torch.float16):
+            dtype = torch.float32  # two casts are faster than what PyTorch has for these
+        self.register_buffer("ones", torch.ones(width, dtype=dtype, device=like.device), persistent=False)
+        self.register_buffer("zeros", torch.zeros(width, dtype=dtype, device=like.device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (self.ones, self.zeros) if x.is_cpu and not torch.compiler.is_compiling() else (None, None)
+        return F.layer_norm(x.to(self.ones.dtype), self.ones.shape, weight, bias, self.eps).to(x.dtype)
 
 
 def _softmax(x: Tensor) -> Tensor:
@@ -150,13 +153,13 @@ class Perceptron(nn.Module):
 
     def __init__(self, norm: Any, mlp: Any, dtype: torch.dtype, after: nn.Module | None = None):
         super().__init__()
-        self.eps = norm.eps
         self.fc1 = Product(*_of_normed(norm, mlp.fc1.weight, mlp.fc1.bias), dtype)
+        self.normed = Normed(len(norm.weight), norm.eps, self.fc1.weight)
         self.fc2 = Product(mlp.fc2.weight, mlp.fc2.bias, dtype)
         self.after = None if after is None else copy.deepcopy(after).to(dtype).requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.fc1(_normed(x, self.eps), gelu=True)
+        h = self.fc1(self.normed(x), gelu=True)
         if self.after is None:
             return self.fc2(h, plus=x)
         h = self.fc2(h)
@@ -168,7 +171,7 @@ class Inner(nn.Module):
 
     def __init__(self, norm1: Any, attn: Any, norm2: Any, mlp: Any, dtype: torch.dtype):
         super().__init__()
-        self.eps, self.num_heads = norm1.eps, attn.num_heads
+        self.num_heads = attn.num_heads
         C, H, D = attn.v.weight.shape[1], attn.num_heads, attn.head_dim
         (qk, qk_bias), (v, v_bias) = (_of_normed(norm1, layer.weight, layer.bias) for layer in (attn.qk, attn.v))
         (q, k), q_bias = qk.view(2, H, D, C), qk_bias.view(2, H, D)[0]
@@ -177,12 +180,13 @@ class Inner(nn.Module):
         scores, scores_bias = torch.einsum("hdi,hdj->hji", q, k), torch.einsum("hd,hdj->hj", q_bias, k)
         values = torch.einsum("ohd,hdi->ohi", out.view(-1, H, D), v.view(H, D, C))
         self.scores = Product(scores.reshape(-1, C) * D**-0.5, scores_bias.reshape(-1) * D**-0.5, dtype)
+        self.normed = Normed(C, norm1.eps, self.scores.weight)
         self.values = Product(values.reshape(-1, H * C), bias, dtype)
         self.mlp = Perceptron(norm2, mlp, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         P, S, C = x.shape
-        n = _normed(x, self.eps)
+        n = self.normed(x)
         weights = _softmax(torch.bmm(self.scores(n).view(P, S * self.num_heads, C), n.transpose(1, 2)))
         return self.mlp(self.values(torch.bmm(weights, n).view(P, S, self.num_heads * C), plus=x))
 
@@ -193,11 +197,12 @@ class Outer(nn.Module):
     def __init__(self, block: Any, dtype: torch.dtype):
         super().__init__()
         norm, attn = block.norm_out, block.attn_out
-        self.eps, self.num_heads = norm.eps, attn.num_heads
+        self.num_heads = attn.num_heads
         (qk, qk_bias), (v, v_bias) = (_of_normed(norm, layer.weight, layer.bias) for layer in (attn.qk, attn.v))
         for q in (qk, qk_bias):
             q[: len(q) // 2] *= attn.head_dim**-0.5
         self.qkv = Product(torch.cat((qk, v)), torch.cat((qk_bias, v_bias)), dtype)
+        self.normed = Normed(len(norm.weight), norm.eps, self.qkv.weight)
         # PyTorch's fused attention casts what it multiplies on a CPU; oneDNN's products do not
         self.by_products = self.qkv.by_onednn and dtype != torch.float32
         self.proj = Product(attn.proj.weight, attn.proj.bias, dtype)
@@ -206,7 +211,7 @@ class Outer(nn.Module):
     def forward(self, x: Tensor, first: bool = False) -> Tensor:
         """``first``: of the first token alone, ``(B, 1, E)``."""
         (B, T, E), H = x.shape, self.num_heads
-        n = _normed(x, self.eps)
+        n = self.normed(x)
         if first:
             x = x[:, :1].contiguous()
             q, kv = self.qkv(n[:, :1].contiguous(), rows=slice(E)), self.qkv(n, rows=slice(E, None))
@@ -227,13 +232,14 @@ class Fold(nn.Module):
     def __init__(self, owner: Any, dtype: torch.dtype):
         super().__init__()
         norm, second = owner.norm1_proj, owner.norm2_proj
-        self.eps, self.width = norm.eps, len(norm.weight)
+        self.width = len(norm.weight)
         self.proj = Product(*_of_normed(norm, owner.proj.weight, owner.proj.bias), dtype)
+        self.normed = Normed(self.width, norm.eps, self.proj.weight)
         self.norm = None if second is None else copy.deepcopy(second).to(dtype).requires_grad_(False)
 
     def forward(self, pixel: Tensor, patch: Tensor) -> Tensor:
         (P, S, C), (B, T, _) = pixel.shape, patch.shape
-        x = self.proj(_normed(pixel.view(P * S * C // self.width, self.width), self.eps).view(B, T - 1, S * C))
+        x = self.proj(self.normed(pixel.view(P * S * C // self.width, self.width)).view(B, T - 1, S * C))
         patch[:, 1:] += x if self.norm is None else self.norm(x)
         return patch
 
