@@ -205,9 +205,12 @@ def test_whose_cpu_it_is(text, processor, fast, monkeypatch):
             raise FileNotFoundError(self)
         return text
 
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(attention.Path, "read_text", read)
     monkeypatch.setattr(attention.platform, "processor", lambda: processor)
     assert attention.mkl_is_fast.__wrapped__() is fast
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not attention.mkl_is_fast.__wrapped__()
 
 
 @pytest.fixture

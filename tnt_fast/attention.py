@@ -61,7 +61,9 @@ def has_onednn(weight: Tensor) -> bool:
 
 @cache
 def mkl_is_fast() -> bool:
-    """Whether the CPU is Intel's, on which ``F.linear`` is as fast as oneDNN; on an AMD with AVX-512 it has half the speed."""
+    """Whether ``F.linear`` is MKL's, as fast as oneDNN: on Intel's CPUs; on an AMD with AVX-512 it has half the speed."""
+    if not torch.backends.mkl.is_available():
+        return False
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:  # not on Linux
@@ -77,6 +79,19 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = F
     if plus is not None:
         return product.binary(x, plus, weight, bias, "add")
     return product.default(x, weight, bias, "gelu" if gelu else "none", [], "none")
+
+
+def mkl_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, plus: Tensor | None = None) -> Tensor:
+    """As ``onednn_linear``, by MKL; GELU and the sum are in place, and ``plus`` holds what is returned.
+
+    New pages take a CPU longer than what is written there.
+    """
+    if plus is not None:
+        rows = plus.view(-1, len(weight))
+        (rows if bias is None else rows.add_(bias)).addmm_(x.view(-1, x.shape[-1]), weight.t())
+        return plus
+    x = F.linear(x, weight, bias)
+    return torch.ops.aten.gelu_(x) if gelu else x
 
 
 def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, ...]:

@@ -97,10 +97,7 @@ def _of_normed(norm: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, 
 
 
 class Product(nn.Module):
-    """x Wᵀ + b over the last axis, or ``rows`` of W and b, with GELU, or the sum with ``plus``, behind it.
-
-    By MKL both are in place, and ``plus`` is lost: new pages take a CPU longer than what is written there.
-    """
+    """x Wᵀ + b over the last axis, or ``rows`` of W and b, with GELU, or the sum with ``plus``, which may be lost, behind."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
@@ -108,18 +105,17 @@ class Product(nn.Module):
         self.by_mkl = weight.is_cpu and dtype == torch.float32 and attention.mkl_is_fast()
         self.by_onednn = not self.by_mkl and attention.has_onednn(self.weight)
 
-    def forward(self, x: Tensor, gelu: bool = False, plus: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
-        weight, bias = self.weight[rows], None if self.bias is None else self.bias[rows]
-        eager = not torch.compiler.is_compiling()
-        if self.by_onednn and eager:
-            return attention.onednn_linear(x, weight, bias, gelu, plus)
-        if self.by_mkl and eager and plus is not None:
-            out = plus.view(-1, len(weight)) if bias is None else plus.view(-1, len(weight)).add_(bias)
-            out.addmm_(x.view(-1, x.shape[-1]), weight.t())
-            return plus
+    def forward(self, x: Tensor, gelu: bool = False, plus: Tensor | None = None, rows: slice | None = None) -> Tensor:
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if rows is not None:
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        if not torch.compiler.is_compiling():
+            if self.by_onednn:
+                return attention.onednn_linear(x, weight, bias, gelu, plus)
+            if self.by_mkl:
+                return attention.mkl_linear(x, weight, bias, gelu, plus)
         x = F.linear(x, weight, bias)
-        if self.by_mkl and eager and gelu:
-            return torch.ops.aten.gelu_(x)
         x = F.gelu(x) if gelu else x
         return x if plus is None else plus + x
 

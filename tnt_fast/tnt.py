@@ -251,10 +251,10 @@ class Block(nn.Module):
     @torch.jit.unused
     def _mlp(self, name: str, x: Tensor) -> Tensor:
         """What the MLP gives, to the bit; GELU in place where that can be: new pages take a CPU longer than GELU itself."""
-        mlp = self._modules[name]
+        mlp: Any = getattr(self, name)
         if attention.only_infers(x) and dispatch.is_plain_mlp(self, name, x):
-            return mlp.fc2(torch.ops.aten.gelu_(mlp.fc1(x)))  # type: ignore[union-attr, operator]
-        return mlp(x)  # type: ignore[misc]
+            return mlp.fc2(torch.ops.aten.gelu_(mlp.fc1(x)))
+        return mlp(x)
 
     @torch.jit.unused
     def _fused_inner(self, pixel: Tensor, fused: bool) -> Tensor:
