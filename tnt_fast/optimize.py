@@ -2,15 +2,16 @@
 
 Where the fused path can be taken, the copy takes it, with the choice and the arguments of the operations made once and the
 weights of q, k and v in one piece. Elsewhere, on a CPU above all, it computes the same functions as the reference in fewer and
-larger steps. With n = LN(x) less its affine part, which every product behind one has in its weights:
+larger steps. With n = LN(x):
 
     inner   s = (n·M) nᵀ, M = W_qᵀ W_k / √D     the scores of all heads: a product, then one of 16·H rows a patch
             x + (softmax(s) n)·N, N = W_o W_v   no copy between heads and channels: values and projection are one product
     outer   q, k, v = n·W in one product, PyTorch's fused attention
 
-A bias of k adds the same to a row of scores, which softmax leaves out; that of v is added once, since the rows sum to one. On a
-CPU products are oneDNN's, with GELU or the sum behind them inside; on Intel's, in float32, they are MKL's, with these in place.
-Logits that are the class token's ask the last outer transformer for nothing but that token.
+A bias of k adds the same to a row of scores, which softmax leaves out; that of v is added once, since the rows sum to one.
+LayerNorm keeps its affine part: a product that had it would have a bias for it, which takes longer. On a CPU products are
+oneDNN's, with GELU or the sum behind them inside; on Intel's, in float32, they are MKL's, with these in place, but those of few
+channels with GELU. Logits that are the class token's ask the last outer transformer for nothing but that token.
 """
 
 import copy
@@ -86,57 +87,44 @@ def _frozen(x: Tensor, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(x.detach().to(dtype, copy=True).contiguous(), requires_grad=False)
 
 
-def _of_normed(norm: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias, in float64, of a product behind a LayerNorm without its affine part that is as one behind all of it."""
-    weight = weight.double()
-    found = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device) if bias is None else bias.double()
-    times = weight.shape[1] // len(norm.weight)  # legacy: a norm over each pixel, a product over all of a patch
-    if norm.bias is not None:
-        found = found + weight @ norm.bias.double().repeat(times)
-    return weight * norm.weight.double().repeat(times), found
+def _narrow(weight: Tensor) -> bool:
+    """Whether what it is for has the few channels of a pixel."""
+    return weight.shape[-1] < 64
 
 
 class Product(nn.Module):
-    """x Wᵀ + b over the last axis, or ``rows`` of W and b, with GELU, or the sum with ``plus``, which may be lost, behind."""
+    """x Wᵀ + b over the last axis, with GELU or the sum with ``plus``, which may be lost, behind."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gelu: bool = False):
         super().__init__()
-        self.weight, self.bias = _frozen(weight, dtype), None if bias is None else _frozen(bias, dtype)
-        self.by_mkl = weight.is_cpu and dtype == torch.float32 and attention.mkl_is_fast()
+        self.weight, self.bias, self.gelu = _frozen(weight, dtype), None if bias is None else _frozen(bias, dtype), gelu
+        # bias and GELU in passes of their own are a third of a product of few channels
+        self.by_mkl = weight.is_cpu and dtype == torch.float32 and attention.mkl_is_fast() and not (gelu and _narrow(weight))
         self.by_onednn = not self.by_mkl and attention.has_onednn(self.weight)
 
-    def forward(self, x: Tensor, gelu: bool = False, plus: Tensor | None = None, rows: slice | None = None) -> Tensor:
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if rows is not None:
-            weight, bias = weight[rows], None if bias is None else bias[rows]
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if not torch.compiler.is_compiling():
             if self.by_onednn:
-                return attention.onednn_linear(x, weight, bias, gelu, plus)
+                return attention.onednn_linear(x, self.weight, self.bias, self.gelu, plus)
             if self.by_mkl:
-                return attention.mkl_linear(x, weight, bias, gelu, plus)
-        x = F.linear(x, weight, bias)
-        x = F.gelu(x) if gelu else x
+                return attention.mkl_linear(x, self.weight, self.bias, self.gelu, plus)
+        x = F.linear(x, self.weight, self.bias)
+        x = F.gelu(x) if self.gelu else x
         return x if plus is None else plus + x
 
 
-class Normed(nn.Module):
-    """A LayerNorm without its affine part. On a CPU it has one that changes nothing: else PyTorch's is no vector code."""
+class Norm(nn.Module):
+    """LayerNorm, of narrow rows in half precision on a CPU in float32: two casts are faster than what PyTorch has for these."""
 
-    ones: Tensor
-    zeros: Tensor
-
-    def __init__(self, width: int, eps: float, like: Tensor):
+    def __init__(self, norm: Any, dtype: torch.dtype):
         super().__init__()
-        self.eps, dtype = eps, like.dtype
-        if like.is_cpu and width < 64 and dtype in (torch.bfloat16, torch.float16):
-            dtype = torch.float32  # two casts are faster than what PyTorch has for these
-        self.register_buffer("ones", torch.ones(width, dtype=dtype, device=like.device), persistent=False)
-        self.register_buffer("zeros", torch.zeros(width, dtype=dtype, device=like.device), persistent=False)
+        if norm.weight.is_cpu and _narrow(norm.weight) and dtype in (torch.bfloat16, torch.float16):
+            dtype = torch.float32
+        self.weight, self.eps = _frozen(norm.weight, dtype), norm.eps
+        self.bias = None if norm.bias is None else _frozen(norm.bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (self.ones, self.zeros) if x.is_cpu and not torch.compiler.is_compiling() else (None, None)
-        return F.layer_norm(x.to(self.ones.dtype), self.ones.shape, weight, bias, self.eps).to(x.dtype)
+        return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, self.eps).to(x.dtype)
 
 
 def _softmax(x: Tensor) -> Tensor:
@@ -149,13 +137,12 @@ class Perceptron(nn.Module):
 
     def __init__(self, norm: Any, mlp: Any, dtype: torch.dtype, after: nn.Module | None = None):
         super().__init__()
-        self.fc1 = Product(*_of_normed(norm, mlp.fc1.weight, mlp.fc1.bias), dtype)
-        self.normed = Normed(len(norm.weight), norm.eps, self.fc1.weight)
+        self.norm, self.fc1 = Norm(norm, dtype), Product(mlp.fc1.weight, mlp.fc1.bias, dtype, gelu=True)
         self.fc2 = Product(mlp.fc2.weight, mlp.fc2.bias, dtype)
         self.after = None if after is None else copy.deepcopy(after).to(dtype).requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.fc1(self.normed(x), gelu=True)
+        h = self.fc1(self.norm(x))
         if self.after is None:
             return self.fc2(h, plus=x)
         h = self.fc2(h)
@@ -169,20 +156,22 @@ class Inner(nn.Module):
         super().__init__()
         self.num_heads = attn.num_heads
         C, H, D = attn.v.weight.shape[1], attn.num_heads, attn.head_dim
-        (qk, qk_bias), (v, v_bias) = (_of_normed(norm1, layer.weight, layer.bias) for layer in (attn.qk, attn.v))
-        (q, k), q_bias = qk.view(2, H, D, C), qk_bias.view(2, H, D)[0]
+        (q, k), v = attn.qk.weight.double().view(2, H, D, C), attn.v.weight.double().view(H, D, C)
         out = attn.proj.weight.double()
-        bias = out @ v_bias if attn.proj.bias is None else out @ v_bias + attn.proj.bias.double()
-        scores, scores_bias = torch.einsum("hdi,hdj->hji", q, k), torch.einsum("hd,hdj->hj", q_bias, k)
-        values = torch.einsum("ohd,hdi->ohi", out.view(-1, H, D), v.view(H, D, C))
-        self.scores = Product(scores.reshape(-1, C) * D**-0.5, scores_bias.reshape(-1) * D**-0.5, dtype)
-        self.normed = Normed(C, norm1.eps, self.scores.weight)
+        scores, values = torch.einsum("hdi,hdj->hji", q, k), torch.einsum("ohd,hdi->ohi", out.view(-1, H, D), v)
+        scores_bias, bias = None, attn.proj.bias
+        if attn.qk.bias is not None:
+            q_bias = attn.qk.bias.double().view(2, H, D)[0]
+            scores_bias = torch.einsum("hd,hdj->hj", q_bias, k).reshape(-1) * D**-0.5
+            bias = out @ attn.v.bias.double() + (0 if bias is None else bias.double())
+        self.norm = Norm(norm1, dtype)
+        self.scores = Product(scores.reshape(-1, C) * D**-0.5, scores_bias, dtype)
         self.values = Product(values.reshape(-1, H * C), bias, dtype)
         self.mlp = Perceptron(norm2, mlp, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         P, S, C = x.shape
-        n = self.normed(x)
+        n = self.norm(x)
         weights = _softmax(torch.bmm(self.scores(n).view(P, S * self.num_heads, C), n.transpose(1, 2)))
         return self.mlp(self.values(torch.bmm(weights, n).view(P, S, self.num_heads * C), plus=x))
 
@@ -192,13 +181,15 @@ class Outer(nn.Module):
 
     def __init__(self, block: Any, dtype: torch.dtype):
         super().__init__()
-        norm, attn = block.norm_out, block.attn_out
-        self.num_heads = attn.num_heads
-        (qk, qk_bias), (v, v_bias) = (_of_normed(norm, layer.weight, layer.bias) for layer in (attn.qk, attn.v))
-        for q in (qk, qk_bias):
-            q[: len(q) // 2] *= attn.head_dim**-0.5
-        self.qkv = Product(torch.cat((qk, v)), torch.cat((qk_bias, v_bias)), dtype)
-        self.normed = Normed(len(norm.weight), norm.eps, self.qkv.weight)
+        attn = block.attn_out
+        self.num_heads, scale = attn.num_heads, attn.head_dim**-0.5
+
+        def joined(qk: Tensor, v: Tensor) -> Tensor:
+            q, k = qk.double().chunk(2)
+            return torch.cat((q * scale, k, v.double()))
+
+        bias = None if attn.qk.bias is None else joined(attn.qk.bias, attn.v.bias)
+        self.norm, self.qkv = Norm(block.norm_out, dtype), Product(joined(attn.qk.weight, attn.v.weight), bias, dtype)
         # PyTorch's fused attention casts what it multiplies on a CPU; oneDNN's products do not
         self.by_products = self.qkv.by_onednn and dtype != torch.float32
         self.proj = Product(attn.proj.weight, attn.proj.bias, dtype)
@@ -206,20 +197,28 @@ class Outer(nn.Module):
 
     def forward(self, x: Tensor, first: bool = False) -> Tensor:
         """``first``: of the first token alone, ``(B, 1, E)``."""
-        (B, T, E), H = x.shape, self.num_heads
-        n = self.normed(x)
-        if first:
-            x = x[:, :1].contiguous()
-            q, kv = self.qkv(n[:, :1].contiguous(), rows=slice(E)), self.qkv(n, rows=slice(E, None))
-        else:
-            q, kv = self.qkv(n).split((E, 2 * E), dim=-1)
-        q = q.view(B, x.shape[1], H, E // H).transpose(1, 2)
-        k, v = kv.view(B, T, 2, H, E // H).permute(2, 0, 3, 1, 4).unbind(0)
+        n = self.norm(x)
+        attended = self._attended_by_first(n) if first else self._attended(n)
+        return self.mlp(self.proj(attended, plus=x[:, :1].contiguous() if first else x))
+
+    def _attended(self, n: Tensor) -> Tensor:
+        (B, T, E), H = n.shape, self.num_heads
+        q, k, v = self.qkv(n).view(B, T, 3, H, E // H).permute(2, 0, 3, 1, 4).unbind(0)
         if self.by_products:
             attended = _softmax(q @ k.transpose(-2, -1)) @ v
         else:
             attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        return self.mlp(self.proj(attended.transpose(1, 2).reshape(x.shape), plus=x))
+        return attended.transpose(1, 2).reshape(n.shape)
+
+    def _attended_by_first(self, n: Tensor) -> Tensor:
+        """Of one query the matrices of k and v fit around the attention: none of the other tokens goes through them."""
+        (B, _, E), H = n.shape, self.num_heads
+        weight, bias = self.qkv.weight, self.qkv.bias
+        _, k, v = weight.view(3, H, E // H, E).unbind(0)
+        q = F.linear(n[:, 0], weight[:E], None if bias is None else bias[:E]).view(B, H, E // H)
+        weights = _softmax(torch.einsum("bhd,hde->bhe", q, k) @ n.transpose(1, 2))
+        attended = torch.einsum("bhe,hde->bhd", weights @ n, v).reshape(B, 1, E)
+        return attended if bias is None else attended + bias[2 * E :]
 
 
 class Fold(nn.Module):
@@ -229,14 +228,13 @@ class Fold(nn.Module):
         super().__init__()
         norm, second = owner.norm1_proj, owner.norm2_proj
         self.width = len(norm.weight)
-        self.proj = Product(*_of_normed(norm, owner.proj.weight, owner.proj.bias), dtype)
-        self.normed = Normed(self.width, norm.eps, self.proj.weight)
-        self.norm = None if second is None else copy.deepcopy(second).to(dtype).requires_grad_(False)
+        self.norm1, self.proj = Norm(norm, dtype), Product(owner.proj.weight, owner.proj.bias, dtype)
+        self.norm2 = None if second is None else Norm(second, dtype)
 
     def forward(self, pixel: Tensor, patch: Tensor) -> Tensor:
         (P, S, C), (B, T, _) = pixel.shape, patch.shape
-        x = self.proj(self.normed(pixel.view(P * S * C // self.width, self.width)).view(B, T - 1, S * C))
-        patch[:, 1:] += x if self.norm is None else self.norm(x)
+        x = self.proj(self.norm1(pixel.view(P * S * C // self.width, self.width)).view(B, T - 1, S * C))
+        patch[:, 1:] += x if self.norm2 is None else self.norm2(x)
         return patch
 
 
