@@ -171,6 +171,36 @@ def test_the_fused_path_is_kept(kwargs):
     rule(found, model, image)
 
 
+@pytest.mark.parametrize("kwargs", [{}, dict(qkv_bias=True), dict(inner_blocks=(0,)), dict(legacy=True)], ids=str)
+def test_the_fused_last_block_computes_what_the_logits_of_many_images_ask_for(kwargs):
+    model = made(backend="fused", img_size=(16, 32), **kwargs)
+    fast, widths = optimize_for_inference(model), []
+    assert fast.fused
+    fast.blocks[-1].of_first.mlp.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
+    for batch, asked in ((optimize.FEW + 1, [1]), (optimize.FEW, [])):
+        widths.clear()
+        image = image_for(model, batch)
+        found = fast(image)
+        assert widths == asked
+        assert torch.equal(fast(image), found)
+        widths.clear()
+        tokens = fast.forward_features(image)
+        assert widths == []
+        assert tokens.shape == (batch, 3, 24)
+        model.backend = "reference"
+        rule(found, model, image)
+        rule(fast.forward_head(tokens), model, image)
+        model.backend = "fused"
+
+
+@pytest.mark.parametrize("kwargs", [dict(se_ratio=0.25), dict(global_pool="avg")], ids=str)
+def test_all_tokens_are_computed_where_all_are_asked_for(kwargs):
+    fast = optimize_for_inference(made(backend="fused", img_size=16, **kwargs))
+    assert fast.fused
+    assert fast.blocks[-1].of_first is None
+    assert fast(torch.randn(optimize.FEW + 1, 3, 16, 16)).shape == (optimize.FEW + 1, 5)
+
+
 def test_weights_one_behind_the_other_are_joined_without_a_copy():
     whole = torch.randn(6, 4)
     first, second = whole.split([4, 2])

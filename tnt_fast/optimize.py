@@ -11,7 +11,8 @@ larger steps. With n = LN(x):
 A bias of k adds the same to a row of scores, which softmax leaves out; that of v is added once, since the rows sum to one.
 LayerNorm keeps its affine part: a product that had it would have a bias for it, which takes longer. On a CPU products are
 oneDNN's, with GELU or the sum behind them inside; on Intel's, in float32, they are MKL's, with these in place, but those of few
-channels with GELU. Logits that are the class token's ask the last outer transformer for nothing but that token.
+channels with GELU. Logits that are the class token's ask the last outer transformer for nothing but that token, of the fused
+path where there are more than a few images.
 """
 
 import copy
@@ -27,6 +28,7 @@ from tnt_fast.tnt import TNT, Block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PIECE = 8  # images at once on a CPU: what is between two operations then stays in its caches
+FEW = 2  # images, of which the fused path's launches cost more than their work
 
 
 def optimize_for_inference(model: TNT, dtype: torch.dtype | None = None) -> "OptimizedTNT":
@@ -286,30 +288,35 @@ class Operation(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """A block by the fused operations: as one where that can be, else with the outer transformer, too, where it can be."""
+    """A block by the fused operations: as one where that can be, else with the outer transformer, too, where it can be.
 
-    def __init__(self, block: Any, dtype: torch.dtype):
+    One that may be asked for its ``first`` token alone has what that takes beside it.
+    """
+
+    def __init__(self, block: Any, dtype: torch.dtype, first: bool = False):
         super().__init__()
         given, weight = block.fused_arguments(), block.norm_out.weight
         patch = weight.new_empty(1, 1, len(weight))
         of_outer, whole = dispatch.outer_arguments(block, patch), dispatch.block_arguments(block, patch) if given else None
         self.whole = self.inner = self.fold = self.outer = None
+        self.of_first = Outer(block, dtype) if first else None
         self.outer_is_fused = of_outer is not None
+        if given and (whole is None or first):
+            self.inner, self.fold = (Operation(name, given[name], dtype) for name in ("inner", "fold"))
         if whole is not None:
             self.whole = Operation("block", whole, dtype)
-            return
-        if given:
-            self.inner, self.fold = (Operation(name, given[name], dtype) for name in ("inner", "fold"))
-        self.outer = Outer(block, dtype) if of_outer is None else Operation("outer", of_outer, dtype)
+        else:
+            self.outer = Outer(block, dtype) if of_outer is None else Operation("outer", of_outer, dtype)
 
-    def forward(self, pixel: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
-        if self.whole is not None:
+    def forward(self, pixel: Tensor, patch: Tensor, first: bool = False) -> tuple[Tensor, Tensor]:
+        """``first``: of the patches the first token alone."""
+        if self.whole is not None and not first:
             return self.whole(pixel=pixel, patch=patch)
         if self.inner is not None and self.fold is not None:
             pixel = self.inner(pixel=pixel)
             patch = self.fold(pixel=pixel, patch=patch)
-        outer: Any = self.outer
-        return pixel, outer(patch=patch) if self.outer_is_fused else outer(patch)
+        outer: Any = self.of_first if first else self.outer
+        return pixel, outer(patch, first) if first or not self.outer_is_fused else outer(patch=patch)
 
 
 class OptimizedTNT(nn.Module):
@@ -333,9 +340,11 @@ class OptimizedTNT(nn.Module):
             stem = source.fused_arguments()
             self.pixel_embed = Operation("pixel_embed", stem["pixel_embed"], dtype, self.fused)
             self.stem = Operation("fold", stem["fold"], dtype) if self.fused else Fold(source, dtype)
-            self.blocks = nn.ModuleList(made(block, dtype) for block in source.blocks)
-        # squeeze-and-excitation asks for the mean of all
-        self.one_token = self.global_pool == "token" and not self.fused and not model.blocks[-1].has_se
+            self.blocks = nn.ModuleList(made(block, dtype) for block in source.blocks[:-1])
+            last = source.blocks[-1]
+            # squeeze-and-excitation asks for the mean of all
+            self.one_token = self.global_pool == "token" and not last.has_se
+            self.blocks.append(FusedBlock(last, dtype, self.one_token) if self.fused else PackedBlock(last, dtype))
         tokens = F.pad(model.cls_token, (0, 0, 0, model.num_patches))
         self.tokens = _frozen(tokens if model.patch_pos is None else tokens + model.patch_pos, dtype)
         self.patch_embed, self.norm, self.head = as_computed.patch_embed, as_computed.norm, as_computed.head
@@ -424,7 +433,7 @@ class OptimizedTNT(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             pixel, patch = block(pixel, patch)
-        _, patch = last(pixel, patch, first) if first else last(pixel, patch)
+        _, patch = last(pixel, patch, first and not (self.fused and len(x) <= FEW))
         return self.norm(patch)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
