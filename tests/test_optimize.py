@@ -176,7 +176,7 @@ def test_the_fused_last_block_computes_what_the_logits_of_many_images_ask_for(kw
     model = made(backend="fused", img_size=(16, 32), **kwargs)
     fast, widths = optimize_for_inference(model), []
     assert fast.fused
-    fast.blocks[-1].of_first.mlp.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
+    fast.blocks[-1].packed.mlp.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
     for batch, asked in ((optimize.FEW + 1, [1]), (optimize.FEW, [])):
         widths.clear()
         image = image_for(model, batch)
@@ -195,10 +195,18 @@ def test_the_fused_last_block_computes_what_the_logits_of_many_images_ask_for(kw
 
 @pytest.mark.parametrize("kwargs", [dict(se_ratio=0.25), dict(global_pool="avg")], ids=str)
 def test_all_tokens_are_computed_where_all_are_asked_for(kwargs):
-    fast = optimize_for_inference(made(backend="fused", img_size=16, **kwargs))
+    model = made(backend="fused", img_size=16, **kwargs)
+    fast, widths = optimize_for_inference(model), []
     assert fast.fused
-    assert fast.blocks[-1].of_first is None
-    assert fast(torch.randn(optimize.FEW + 1, 3, 16, 16)).shape == (optimize.FEW + 1, 5)
+    assert not fast.one_token
+    for block in fast.blocks:
+        if block.packed is not None:
+            block.packed.mlp.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
+    image = image_for(model, optimize.FEW + 1)
+    found = fast(image)
+    assert widths == ([2, 2] if "se_ratio" in kwargs else [])  # an outer transformer with squeeze-and-excitation is not fused
+    model.backend = "reference"
+    rule(found, model, image)
 
 
 def test_weights_one_behind_the_other_are_joined_without_a_copy():

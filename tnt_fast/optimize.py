@@ -299,14 +299,13 @@ class FusedBlock(nn.Module):
         patch = weight.new_empty(1, 1, len(weight))
         of_outer, whole = dispatch.outer_arguments(block, patch), dispatch.block_arguments(block, patch) if given else None
         self.whole = self.inner = self.fold = self.outer = None
-        self.of_first = Outer(block, dtype) if first else None
-        self.outer_is_fused = of_outer is not None
-        if given and (whole is None or first):
-            self.inner, self.fold = (Operation(name, given[name], dtype) for name in ("inner", "fold"))
+        self.packed = Outer(block, dtype) if first or of_outer is None else None
         if whole is not None:
             self.whole = Operation("block", whole, dtype)
-        else:
-            self.outer = Outer(block, dtype) if of_outer is None else Operation("outer", of_outer, dtype)
+        elif of_outer is not None:
+            self.outer = Operation("outer", of_outer, dtype)
+        if given and (whole is None or first):
+            self.inner, self.fold = (Operation(name, given[name], dtype) for name in ("inner", "fold"))
 
     def forward(self, pixel: Tensor, patch: Tensor, first: bool = False) -> tuple[Tensor, Tensor]:
         """``first``: of the patches the first token alone."""
@@ -315,8 +314,10 @@ class FusedBlock(nn.Module):
         if self.inner is not None and self.fold is not None:
             pixel = self.inner(pixel=pixel)
             patch = self.fold(pixel=pixel, patch=patch)
-        outer: Any = self.of_first if first else self.outer
-        return pixel, outer(patch, first) if first or not self.outer_is_fused else outer(patch=patch)
+        if self.outer is not None and not first:
+            return pixel, self.outer(patch=patch)
+        assert self.packed is not None
+        return pixel, self.packed(patch, first)
 
 
 class OptimizedTNT(nn.Module):
